@@ -1,0 +1,84 @@
+"""Asynchronous checkpoints for PyTorch: the training step pays about a millisecond, what is visible is whole.
+
+    training thread:   host objects -> request -> plan -> arena (staging)                  save() returns a SaveHandle
+    background:        writer: write -> commit -> retention                                events all along
+
+Names are resolved when they are first used: looking at checkpoints (`latest`, `verify`, the command line) loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._engine.checkpointer import AsyncCheckpointer
+    from ._engine.handle import CheckpointInfo, SaveHandle, SaveState, Timings
+    from ._store.catalog import latest, verify
+    from ._store.retention import KeepBest, KeepEvery, KeepLast
+    from .errors import (
+        CheckpointerBusy,
+        CheckpointerClosed,
+        CheckpointError,
+        CommitError,
+        CorruptCheckpoint,
+        PlanError,
+        StageError,
+        WriteError,
+    )
+    from .events import Event
+    from .restore import Restored, load
+
+__all__ = [
+    # saving
+    "AsyncCheckpointer",
+    "SaveHandle",
+    "SaveState",
+    "CheckpointInfo",
+    "Timings",
+    "Event",
+    # what to keep
+    "KeepLast",
+    "KeepEvery",
+    "KeepBest",
+    # reading
+    "latest",
+    "load",
+    "verify",
+    "Restored",
+    # errors
+    "CheckpointError",
+    "PlanError",
+    "StageError",
+    "WriteError",
+    "CommitError",
+    "CorruptCheckpoint",
+    "CheckpointerBusy",
+    "CheckpointerClosed",
+]
+
+_HOMES = {
+    "._engine.checkpointer": ("AsyncCheckpointer",),
+    "._engine.handle": ("SaveHandle", "SaveState", "CheckpointInfo", "Timings"),
+    "._store.catalog": ("latest", "verify"),
+    "._store.retention": ("KeepLast", "KeepEvery", "KeepBest"),
+    ".errors": (
+        "CheckpointError", "PlanError", "StageError", "WriteError", "CommitError", "CorruptCheckpoint",
+        "CheckpointerBusy", "CheckpointerClosed",
+    ),
+    ".events": ("Event",),
+    ".restore": ("load", "Restored"),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,217 @@
+"""Arenas and their pool, the only limiter of how much is in flight.
+
+An arena is a memfd, so the writer process maps the very same pages; it is not bound by the size of /dev/shm, and it vanishes
+with the last process that has it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from .._writer.memory import address_of, map_arena
+from ..errors import CheckpointerBusy
+
+_F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 2, 4  # linux/fcntl.h
+_ROUND = 2 << 20  # one huge page
+
+
+class Arena:
+    """`size` bytes of shared memory. `image` is the plan whose headers are in it now, with what was made for it."""
+
+    def __init__(self, number: int, size: int) -> None:
+        self.number = number
+        self.size = size
+        self.fd = os.memfd_create("vembed_async_ckpt", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, size)
+            # With its size sealed, no process can make the other's mapping fault (SIGBUS).
+            fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+            self.memory: mmap.mmap = map_arena(self.fd, size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.address = address_of(self.memory)
+        self.image: Any = None
+
+    def write(self, start: int, data: bytes) -> None:
+        """Put `data` at `start`."""
+        self.memory[start : start + len(data)] = data
+
+    def clear(self, start: int, end: int) -> None:
+        """Zero the range."""
+        ctypes.memset(self.address + start, 0, end - start)
+
+    def close(self) -> None:
+        """Give the memory back once the last view of it is gone."""
+        self.image = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class ArenaPool:
+    """At most `count` arenas, together at most `max_bytes` (None: what the machine and its cgroup have left).
+
+    `added` and `dropped` are told of arenas that come and go; they must not block.
+    """
+
+    def __init__(
+        self, count: int, max_bytes: int | None, added: Callable[[Arena], None], dropped: Callable[[Arena], None]
+    ) -> None:
+        self._count = count
+        self._max_bytes = max_bytes
+        self._added = added
+        self._dropped = dropped
+        self._changed = threading.Condition()
+        self._free: list[Arena] = []
+        self._busy: list[Arena] = []
+        self._numbers: Iterator[int] = iter(range(1, 1 << 31))
+
+    def limit(self) -> int:
+        """Bytes that one arena may have at this moment, were the free ones given back."""
+        with self._changed:
+            held = sum(arena.size for arena in self._free)
+            busy = sum(arena.size for arena in self._busy)
+        room = available_memory() + held
+        if self._max_bytes is not None:
+            room = min(room, self._max_bytes - busy)
+        return max(room, 0) // mmap.PAGESIZE * mmap.PAGESIZE
+
+    def acquire(
+        self, capacity: int, when_busy: Literal["wait", "error"], alive: Callable[[], None], *, allow_smaller: bool = False
+    ) -> Arena:
+        """A free arena of at least `capacity` bytes; the caller gives it back with `release`.
+
+        Waits while all are busy, calling `alive` twice a second, which raises if nothing will ever be given back.
+        Raises `CheckpointerBusy` instead of waiting with `when_busy="error"`. If that much memory cannot be had, returns the
+        largest arena allowed with `allow_smaller`, else raises `MemoryError` with the numbers.
+        """
+        with self._changed:
+            while True:
+                fitting = sorted((a for a in self._free if a.size >= capacity), key=lambda a: a.size)
+                if fitting:
+                    return self._take(fitting[0])
+                if self._free or len(self._busy) < self._count:
+                    return self._make(capacity, allow_smaller)
+                if when_busy == "error":
+                    raise CheckpointerBusy(f"all {self._count} arenas hold saves that are still being written")
+                if not self._changed.wait(0.5):
+                    alive()
+
+    def _make(self, capacity: int, allow_smaller: bool) -> Arena:
+        size = -(-capacity // _ROUND) * _ROUND
+        if self._max_bytes is not None and capacity <= self._max_bytes < size:
+            size = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
+        allowed = self.limit()
+        if size > allowed:
+            if not allow_smaller:
+                raise MemoryError(f"an arena of {size} bytes is needed, {allowed} bytes are allowed or available")
+            size = allowed
+            for arena in self._free:
+                if arena.size >= size * 9 // 10:
+                    return self._take(arena)
+        if len(self._free) + len(self._busy) >= self._count:
+            self._drop(min(self._free, key=lambda arena: arena.size))
+        arena = Arena(next(self._numbers), size)
+        self._added(arena)
+        self._busy.append(arena)
+        return arena
+
+    def _take(self, arena: Arena) -> Arena:
+        self._free.remove(arena)
+        self._busy.append(arena)
+        return arena
+
+    def _drop(self, arena: Arena) -> None:
+        self._free.remove(arena)
+        self._dropped(arena)
+        arena.close()
+
+    def release(self, arena: Arena) -> None:
+        """Give an arena back; a save waiting for one goes on."""
+        with self._changed:
+            if arena in self._busy:
+                self._busy.remove(arena)
+                self._free.append(arena)
+            self._changed.notify_all()
+
+    def arenas(self) -> list[Arena]:
+        """All arenas there are, for a new writer."""
+        with self._changed:
+            return [*self._free, *self._busy]
+
+    def statistics(self) -> dict[str, int]:
+        with self._changed:
+            return {
+                "arenas_free": len(self._free),
+                "arenas_busy": len(self._busy),
+                "host_bytes": sum(arena.size for arena in (*self._free, *self._busy)),
+            }
+
+    def close(self) -> None:
+        """Close every arena, free or not."""
+        with self._changed:
+            for arena in (*self._free, *self._busy):
+                arena.close()
+            self._free, self._busy = [], []
+
+
+def available_memory() -> int:
+    """Bytes that can still be taken without swapping: of the machine and of every memory cgroup above this process."""
+    room = _meminfo_available()
+    for limit, usage in _cgroup_limits():
+        room = min(room, limit - usage)
+    return room
+
+
+def _meminfo_available() -> int:
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 1 << 62  # kernels before 3.14 do not say; nothing to go by
+
+
+def _cgroup_limits() -> Iterator[tuple[int, int]]:
+    """(limit, usage without reclaimable file cache) of the memory cgroups of this process, version 1 and 2."""
+    try:
+        with open("/proc/self/cgroup") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        if controllers == "":
+            base, limit_name, usage_name = "/sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit_name, usage_name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts), -1, -1):
+            group = os.path.join(base, *parts[:depth])
+            limit, usage = _number(group, limit_name), _number(group, usage_name)
+            if limit is not None and usage is not None and limit < 1 << 60:
+                yield limit, usage - _file_cache(group)
+
+
+def _number(group: str, name: str) -> int | None:
+    try:
+        with open(os.path.join(group, name)) as file:
+            return int(file.read())
+    except (OSError, ValueError):  # no such group here, or "max"
+        return None
+
+
+def _file_cache(group: str) -> int:
+    try:
+        with open(os.path.join(group, "memory.stat")) as file:
+            fields = dict(line.split() for line in file)
+    except (OSError, ValueError):
+        return 0
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))

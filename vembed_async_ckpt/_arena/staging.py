@@ -1,0 +1,201 @@
+"""Stage: copy a state to its place in an arena, at once or while forward and backward run.
+
+What is copied late is held by `detach()` aliases, made per save and dropped when the copy is done: they keep the old memory alive
+when a parameter gets new storage, and they share its version counter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import StageError
+from .arena import Arena
+from .barrier import GATE
+
+GROUP_BYTES = 64 << 20  # per call of _foreach_copy_, which holds no GIL: few calls, few waits for the GIL
+BARRIER_DEADLINE = 600.0  # seconds; a host copy of any state takes a fraction of it
+PROBE_BYTES = 16
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_libc.memcpy.restype = ctypes.c_void_p
+
+_AS_BYTES = {getattr(torch, "float4_e2m1fn_x2", None)} - {None}  # dtypes that torch cannot copy as themselves
+
+
+class Destinations:
+    """The places of a plan's tensors in an arena, as tensors. Made once per plan and arena."""
+
+    def __init__(self, arena: Arena, tensors: Sequence[torch.Tensor], offsets: Sequence[int]) -> None:
+        whole = torch.frombuffer(arena.memory, dtype=torch.uint8)
+        self._bases: dict[torch.dtype, torch.Tensor] = {}
+        self.tensors = [self._place(whole, t, at) for t, at in zip(tensors, offsets, strict=True)]
+
+    def _place(self, whole: torch.Tensor, like: torch.Tensor, offset: int) -> torch.Tensor:
+        dtype = torch.uint8 if like.dtype in _AS_BYTES else like.dtype
+        if offset % dtype.itemsize:  # never so in files of ours; as_strided counts in elements
+            raise AssertionError(f"offset {offset} is not a multiple of {dtype.itemsize}")
+        base = self._bases.get(dtype)
+        if base is None:
+            usable = whole.numel() // dtype.itemsize * dtype.itemsize
+            base = self._bases[dtype] = whole[:usable].view(dtype)
+        return base.as_strided(like.shape, _contiguous_strides(like.shape), offset // dtype.itemsize)
+
+
+def _contiguous_strides(shape: Sequence[int]) -> list[int]:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return strides[::-1]
+
+
+def copy(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy tensor by tensor, in few calls. Returns when every byte has arrived; CUDA sources are waited for."""
+    group_to: list[torch.Tensor] = []
+    group_from: list[torch.Tensor] = []
+    size = 0
+    with torch.no_grad():
+        for to, source in zip(destinations, sources, strict=True):
+            group_to.append(to)
+            group_from.append(source.view(torch.uint8) if source.dtype in _AS_BYTES else source)
+            size += to.nbytes
+            if size >= GROUP_BYTES:
+                torch._foreach_copy_(group_to, group_from)
+                group_to, group_from, size = [], [], 0
+        if group_to:
+            torch._foreach_copy_(group_to, group_from)
+
+
+@dataclass
+class Late:
+    """What may be copied after `save()` has returned, and how it looked at the call."""
+
+    names: Sequence[str]
+    destinations: Sequence[torch.Tensor]
+    aliases: list[torch.Tensor]
+    versions: list[int]
+    probes: list[bytes]
+
+    @classmethod
+    def capture(
+        cls, names: Sequence[str], destinations: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
+    ) -> Late:
+        """Alias `tensors` and note version and last bytes of each: two nets, neither a proof.
+
+        Version counters are blind to fused optimizers, `.data` and numpy; the last bytes to writes elsewhere in a tensor.
+        """
+        aliases = [tensor.detach() for tensor in tensors]
+        return cls(names, destinations, aliases, [alias._version for alias in aliases], _last_bytes(aliases))
+
+    def check(self) -> str | None:
+        """The name of a tensor that was changed between the call and the end of the copy, if one shows it."""
+        for name, alias, version in zip(self.names, self.aliases, self.versions, strict=True):
+            if alias._version != version:
+                return name
+        for name, probe, copied in zip(self.names, self.probes, _last_bytes(self.destinations), strict=True):
+            if probe and probe != copied:
+                return name
+        return None
+
+
+def _last_bytes(tensors: Sequence[torch.Tensor]) -> list[bytes]:
+    """The last 16 bytes of every dense tensor in host memory, b"" for others."""
+    read = ctypes.string_at
+    result = []
+    for tensor in tensors:
+        size = tensor.nbytes
+        if size == 0 or not tensor.is_cpu or not tensor.is_contiguous():
+            result.append(b"")
+        else:
+            count = min(size, PROBE_BYTES)
+            result.append(read(tensor.data_ptr() + size - count, count))
+    return result
+
+
+class Snapshot:
+    """One overlapped copy: the staging thread runs it, optimizers wait for it.
+
+    `waited`: seconds that steps were held up by it. After `run`, `error` is None or says why the copy is no snapshot.
+    """
+
+    def __init__(self, late: Late) -> None:
+        self._late: Late | None = late
+        self._copied = threading.Event()
+        self.waited = 0.0
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Copy; afterwards optimizers go on whatever came of it, and no alias is held any more."""
+        late = self._late
+        assert late is not None
+        try:
+            copy(late.destinations, late.aliases)
+            changed = late.check()
+            if changed is not None:
+                self.error = StageError(
+                    f"{changed!r} was changed while it was being copied, without passing through a torch optimizer's step; "
+                    'use staging="blocking", or wait for handle.wait_staged() before changing it. '
+                    "Later saves of this checkpointer are blocking"
+                )
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._late = None
+            del late
+            GATE.remove(self)
+            self._copied.set()
+
+    def barrier(self) -> None:
+        if self._copied.is_set():
+            return
+        begun = time.perf_counter()
+        if not self._copied.wait(BARRIER_DEADLINE):
+            raise StageError(f"the copy of the state did not end within {BARRIER_DEADLINE:.0f} s; is the host out of memory?")
+        self.waited += time.perf_counter() - begun
+
+    @property
+    def finished(self) -> bool:
+        return self._copied.is_set()
+
+
+class StagingThread:
+    """The one thread that copies late and finishes saves. It keeps to one intra-op thread: a second OpenMP team in the process
+    makes every step of a small model slower for as long as it exists, even idle."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="vembed-ckpt-staging", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queue a job; it must not raise."""
+        self._jobs.put(job)
+
+    def close(self, timeout: float) -> None:
+        """End the thread after the jobs queued so far; waits at most `timeout` seconds."""
+        self._jobs.put(None)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        _be_quiet()
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job
+
+
+def _be_quiet() -> None:
+    """One intra-op thread for this thread only. `set_num_threads` is per thread in OpenMP, but also becomes the default of
+    threads created later: another thread gives the old default back."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    restore = threading.Thread(target=torch.set_num_threads, args=(count,))
+    restore.start()
+    restore.join()

@@ -1,0 +1,125 @@
+"""All bytes of a save besides the model's and optimizers' tensors, with their places, and the job that describes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .._plan import safetensors, torch_zip
+from .._plan.plan import PlannedFile, SavePlan, pages
+from .._plan.safetensors import Layout
+from .._request.request import Request
+from .._request.training_state import rough_size
+from .._store import names
+from .._writer.protocol import FileSlot
+from ..errors import StageError
+
+
+class FixedJson:
+    """The parts of a job's JSON that are large and the same for every save of a plan: made once."""
+
+    def __init__(self, plan: SavePlan, request: Request) -> None:
+        zips = [(file, optimizer) for file, optimizer in zip(zip_files(plan), request.optimizers, strict=True)]
+        self.records = {file.name: to_json(_layout(file).records()) for file, _ in zips}
+        self.tables = {file.name: to_json(optimizer.table(_layout(file).data)) for file, optimizer in zips}
+        self.names = to_json(request.manifest["names"])
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """`files` of the save by start, `pieces` (start, bytes) beyond the plan's own, `job` as JSON, `end` of the last file."""
+
+    files: list[FileSlot]
+    pieces: list[tuple[int, bytes]]
+    job: bytes
+    end: int
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def zip_files(plan: SavePlan) -> list[PlannedFile]:
+    return [file for file in plan.files if file.zip is not None]
+
+
+def _layout(file: PlannedFile) -> torch_zip.ZipLayout:
+    assert file.zip is not None
+    return file.zip
+
+
+def training_layout(request: Request) -> Layout:
+    """The file of the training state's tensors; it starts where the plan ends."""
+    content = request.state.content()
+    return safetensors.layout(content.tensors, content.metadata, file=content.name)
+
+
+def required_bytes(plan: SavePlan, request: Request) -> int:
+    """Bytes that an arena needs for this save: the plan, its slack, and what varies."""
+    tables = 300 * len(request.tensors)  # the job names every tensor of optimizer.bin and every record of it
+    varying = pages(training_layout(request).size) + rough_size(request.state, [request.config or b""]) + tables
+    return max(plan.capacity, plan.end + varying)
+
+
+def assemble(
+    request: Request, plan: SavePlan, directory: str, retention: Any, fixed: FixedJson, *, waves: bool = False
+) -> Assembly:
+    """Render what is known only now, give it its place, and describe the whole save to the writer."""
+    training = training_layout(request)
+    files: list[FileSlot] = [{"name": names.TRAINING_TENSORS, "start": plan.end, "size": training.size}]
+    pieces = [(plan.end, training.prefix)]
+    for name, data in _rendered(request):
+        start = files[-1]["start"] + pages(files[-1]["size"])
+        files.append({"name": name, "start": start, "size": len(data)})
+        pieces.append((start, data))
+    planned: list[FileSlot] = []
+    checksums = []
+    optimizers = iter(request.optimizers)
+    for file in plan.files:
+        size = file.size
+        if file.zip is not None:
+            tail, central = torch_zip.tail(file.zip, next(optimizers).pickled())
+            size = file.zip.end + len(tail)
+            if size > file.size:
+                raise StageError(f"{file.name}: its description grew from {file.size} to {size} bytes; save again")
+            pieces.append((file.start + file.zip.end, tail))
+            checksums.append(f'{to_json(file.name)}:{{"central_start":{central},"records":{fixed.records[file.name]}}}')
+        planned.append({"name": file.name, "start": file.start, "size": size})
+    files = planned + files
+    job = _job(request, directory, files, retention, checksums, fixed, waves)
+    return Assembly(files, pieces, job, files[-1]["start"] + pages(files[-1]["size"]))
+
+
+def _rendered(request: Request) -> list[tuple[str, bytes]]:
+    files = request.state.render()
+    if request.config is not None:
+        files.append((names.CONFIG, request.config))
+    return files
+
+
+def _job(
+    request: Request,
+    directory: str,
+    files: Sequence[FileSlot],
+    retention: Any,
+    checksums: Sequence[str],
+    fixed: FixedJson,
+    waves: bool,
+) -> bytes:
+    head = {
+        "save_id": request.save_id,
+        "step": request.step,
+        "name": directory,
+        "files": files,
+        "links": [],
+        "retention": retention,
+        "waves": waves,
+    }
+    manifest = {key: value for key, value in request.manifest.items() if key != "names"}
+    tables = ",".join(f"{to_json(name)}:{table}" for name, table in fixed.tables.items())
+    return (
+        f'{to_json(head)[:-1]},"checksums":{{{",".join(checksums)}}},'
+        f'"manifest":{to_json(manifest)[:-1]},"names":{fixed.names},"tensors":{{{tables}}}}}}}'
+    ).encode()

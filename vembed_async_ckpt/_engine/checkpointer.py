@@ -1,0 +1,487 @@
+"""The facade: it wires request, plan, arena, staging, supervisor and handle, and decides nothing else."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import anyio
+
+from .._arena.arena import Arena, ArenaPool
+from .._arena.barrier import GATE, Earned
+from .._arena.staging import StagingThread
+from .._plan.plan import SavePlan, plan
+from .._request.optimizer import unwrap as unwrap_optimizer
+from .._request.request import Request, RequestReader, named
+from .._store.lock import RootLock
+from .._store.retention import Policy
+from ..errors import CheckpointerBusy, CheckpointerClosed, CheckpointError, PlanError, StageError, WriteError
+from ..events import Event, Reporter, Sink
+from .assembly import required_bytes
+from .handle import SaveHandle
+from .options import MIN_HOST_BYTES, OnError, Options, Staging, WhenBusy, WriterKind, root_path
+from .saving import Context, Save
+from .supervisor import Supervisor
+
+logger = logging.getLogger("vembed_async_ckpt")
+EXIT_DEADLINE = 600.0  # seconds for pending saves at interpreter exit
+
+_LIVING: weakref.WeakSet[AsyncCheckpointer] = weakref.WeakSet()
+
+
+class AsyncCheckpointer:
+    """Saves a training's state under one root while the training goes on.
+
+    Behaviour. `root`: directory of the checkpoints, created if need be. `retention`: which checkpoints to keep (`KeepLast(3) |
+    KeepBest("loss")`), None for all. `when_busy`: what `save()` does when earlier saves hold every arena: "wait", "skip"
+    (the handle says so) or "error". `on_error`: "raise" a background failure once more at the next `save()` or at `close()`
+    unless it was read from its handle, or "warn": log it at once and show it in `statistics()`. `save_original_format`,
+    `max_shard_size`: as `save_pretrained` has them. `sinks`: called with every `Event`, on a thread of their own.
+
+    Performance. `staging`: "overlap" copies what only an optimizer changes while forward and backward run, and lets
+    `optimizer.step()` wait for it; "blocking" copies all of it in `save()`. `writer`: a "process" of its own, which survives the
+    trainer, or a "thread". `max_in_flight`: arenas, that is saves under way at once; each takes host memory of the size of the
+    state. `max_host_bytes`: for all arenas together; None is what the machine and its cgroup have left. A state that does not fit
+    passes through a smaller arena in parts while training waits.
+
+    The constructor takes the root's lock (raises `CheckpointerBusy` if another process saves there; waits up to 60 s for the
+    writer of a dead trainer to finish), and starts the writer, which sweeps what a crash left.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        retention: Policy | None = None,
+        when_busy: WhenBusy = "wait",
+        on_error: OnError = "raise",
+        staging: Staging = "overlap",
+        writer: WriterKind = "process",
+        max_in_flight: int = 1,
+        max_host_bytes: int | None = None,
+        max_shard_size: str | int = "50GB",
+        save_original_format: bool = True,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        if not sys.platform.startswith("linux"):
+            raise CheckpointError("saving needs Linux (memfd, pidfd, renameat2); checkpoints can be loaded everywhere")
+        self._options = Options(
+            root=root_path(root),
+            retention=retention,
+            when_busy=when_busy,
+            on_error=on_error,
+            staging=staging,
+            writer=writer,
+            max_in_flight=max_in_flight,
+            max_host_bytes=max_host_bytes,
+            max_shard_size=max_shard_size,
+            save_original_format=save_original_format,
+            sinks=tuple(sinks),
+        )
+        options = self._options
+        os.makedirs(options.root, exist_ok=True)
+        self._lock = RootLock.acquire(options.root)
+        self._reporter = Reporter(options.sinks)
+        self._reader = RequestReader(max_shard_size, save_original_format)
+        self._earned = Earned()
+        self._staging_thread = StagingThread()
+        self._pool = ArenaPool(max_in_flight, max_host_bytes, self._arena_added, self._arena_dropped)
+        self._supervisor = Supervisor(options.root, self._lock, writer, self._pool.arenas, self._reporter)
+        self._context = Context(
+            root=options.root,
+            retention=None if retention is None else retention.spec(),
+            supervisor=self._supervisor,
+            reporter=self._reporter,
+            release=self._pool.release,
+            ended=self._save_ended,
+        )
+        self._serials = itertools.count(1)
+        self._saving = threading.Lock()  # one save() at a time goes from request to staged copy
+        self._changed = threading.Condition()
+        # guarded by _changed:
+        self._closed = ""  # why no more saves are taken
+        self._in_flight: set[SaveHandle] = set()
+        self._unread: deque[SaveHandle] = deque(maxlen=100)
+        self._counts: Counter[str] = Counter()
+        self._last_error: str | None = None
+        # touched under _saving only:
+        self._plan: SavePlan | None = None
+        self._planned: Any = None
+        self._overlap = staging == "overlap"
+        self._warned_of_waves = False
+        GATE.install()
+        _LIVING.add(self)
+
+    def __repr__(self) -> str:
+        state = self._closed or f"{len(self._in_flight)} in flight"
+        return f"<AsyncCheckpointer {self._options.root!r}: {state}>"
+
+    # -- saving
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        dataloader: Any = None,
+        scaler: Any = None,
+        processor: Any = None,
+        config: Any = None,
+        extra: Any = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> SaveHandle:
+        """Save everything as it is now to `root/checkpoint-{step}`; the same step again replaces the directory.
+
+        `model`, `optimizer` and `scheduler` are one object or a mapping of names to objects (each named model gets a directory of
+        its name). `dataloader` and `scaler` have `state_dict()`. `processor` has `save_pretrained(directory)`. `config` becomes
+        `vembed_config.json`. `extra` is nested dicts, lists and tuples of JSON scalars, tensors, numpy arrays and bytes.
+
+        When this returns, everything may be changed by the next `optimizer.step()` (with `staging="blocking"`: by anything), and
+        the checkpoint will be what it was at the call. Other changes before `handle.wait_staged()` returns are noticed where
+        they can be, and fail the save.
+
+        Raises `PlanError` for what cannot be saved, before anything is touched; `CheckpointerBusy` with `when_busy="error"`;
+        `CheckpointerClosed`; and once what an earlier save failed with (see `on_error`): then nothing of this call was saved,
+        and the call may be repeated.
+        """
+        begun = time.perf_counter()
+        self._refuse_if_closed()
+        self._raise_unread_failure()
+        with self._saving:
+            request = self._reader.read(
+                step,
+                model=model,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                dataloader=dataloader,
+                scaler=scaler,
+                processor=processor,
+                config=config,
+                extra=extra,
+                metrics=metrics,
+            )
+            save = Save(next(self._serials), request, self._plan_for(request), begun, self._context)
+            try:
+                self._start(save, request)
+            except CheckpointerBusy as error:
+                if self._options.when_busy == "error":
+                    raise
+                save.handle._skip(error)
+                self._counts["skipped"] += 1
+                self._reporter.emit(Event("backpressure", "failed", request.save_id, step, detail=str(error)))
+            except (StageError, WriteError) as error:
+                if self._options.on_error == "raise":
+                    raise
+                self._begin(save.handle)
+                self._save_ended(save.handle, error)
+                save.handle._fail(error)
+            save.stalled(time.perf_counter() - begun)
+        return save.handle
+
+    def _start(self, save: Save, request: Request) -> None:
+        save_plan = self._plan_for(request)
+        needed = required_bytes(save_plan, request)
+        self._supervisor.check()
+        arena = self._acquire(request, needed)
+        self._begin(save.handle)
+        try:
+            if arena.size < needed:
+                self._warn_of_waves(arena.size, needed)
+                save.pass_in_waves(arena)
+                return
+            late: list[int] = []
+            if self._overlap:
+                key = tuple(map(id, request.contents))
+                late = self._earned.choose(key, request.tensors, request.owners, request.volatile)
+            save.stage(arena, late)
+        except BaseException:
+            self._drop(save.handle)
+            raise
+        self._staging_thread.submit(save.finish)
+
+    def _plan_for(self, request: Request) -> SavePlan:
+        if self._plan is None or request.contents != self._planned:
+            with self._reporter.stage("plan", request.save_id, request.step):
+                self._plan = plan(request.contents)
+                self._planned = request.contents
+        return self._plan
+
+    def _acquire(self, request: Request, needed: int) -> Arena:
+        when_busy = "wait" if self._options.when_busy == "wait" else "error"
+        begun = time.perf_counter()
+        try:
+            arena = self._pool.acquire(needed, when_busy, self._supervisor.check, allow_smaller=True)
+        except MemoryError as error:
+            raise StageError(f"step {request.step}: {error}; lower the state, raise max_host_bytes, or free host memory") from error
+        if (waited := time.perf_counter() - begun) > 0.01:
+            self._reporter.emit(Event("backpressure", "complete", request.save_id, request.step, needed, waited))
+        if arena.size < min(needed, MIN_HOST_BYTES):
+            self._pool.release(arena)
+            raise StageError(
+                f"step {request.step}: {needed} bytes of host memory are needed, only {arena.size} can be had; "
+                "free host memory or raise max_host_bytes"
+            )
+        return arena
+
+    def _warn_of_waves(self, allowed: int, needed: int) -> None:
+        if not self._warned_of_waves:
+            self._warned_of_waves = True
+            warnings.warn(
+                f"the state needs an arena of {needed} bytes, {allowed} are allowed or available: every save passes through it "
+                "in parts while training waits",
+                stacklevel=4,
+            )
+
+    def prewarm(self, *, model: Any = None, optimizer: Any = None) -> None:
+        """Plan, allocate, and fault the pages in behind your back, so that the first save costs what every save costs.
+
+        An optimizer without state yet (AdamW before its first step) is sized again after that step. `wait()` returns once the
+        pages are there. Raises what `save()` would raise for these objects.
+        """
+        self._refuse_if_closed()
+        with self._saving:
+            self._reserve(model, optimizer)
+        waiting = [o for o in map(unwrap_optimizer, named("optimizer", optimizer).values()) if not getattr(o, "state", True)]
+        if waiting:
+            GATE.add(_AfterFirstStep(self, model, optimizer, waiting))
+
+    def _reserve(self, model: Any, optimizer: Any) -> None:
+        with self._reporter.stage("prewarm"):
+            request = self._reader.read(
+                None,
+                model=model,
+                optimizer=optimizer,
+                scheduler=None,
+                dataloader=None,
+                scaler=None,
+                processor=None,
+                config=None,
+                extra=None,
+                metrics=None,
+            )
+            needed = required_bytes(plan(request.contents), request)
+            try:
+                self._pool.release(self._pool.acquire(needed, "error", self._supervisor.check, allow_smaller=True))
+            except CheckpointerBusy:
+                pass  # a save is under way; the arena it has, or the next, is what there is to warm
+
+    # -- waiting and looking
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when no save is in flight and prewarming is complete. Raises TimeoutError after `timeout` seconds.
+
+        Failures are not raised here: they stay on their handles.
+        """
+        deadline = time.monotonic() + (3.15e7 if timeout is None else timeout)
+        with self._changed:
+            while self._in_flight or self._supervisor.populating:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{len(self._in_flight)} saves are still in flight after {timeout} s")
+                if not self._in_flight or not self._changed.wait(0.5):
+                    self._supervisor.check()
+                    if not self._in_flight:
+                        self._changed.wait(0.01)
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts of saves (started, committed, failed, skipped), saves in flight, bytes still to be written, arenas free and busy,
+        host bytes held, whether overlap is on, and the last failure."""
+        with self._changed:
+            handles = list(self._in_flight)
+            counts = {name: self._counts[name] for name in ("started", "committed", "failed", "skipped")}
+            error = self._last_error
+        progress = [handle.progress for handle in handles]
+        return {
+            **counts,
+            "in_flight": len(handles),
+            "bytes_pending": sum(total - written for written, total in progress),
+            **self._pool.statistics(),
+            "overlap": self._overlap,
+            "writer_pid": self._supervisor.writer_pid,
+            "last_error": error,
+        }
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Every event from now on, until `close()`. Works on any anyio backend; holds no thread."""
+        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        received: deque[Event] = deque(maxlen=10_000)
+
+        def sink(event: Event) -> None:
+            received.append(event)
+            os.eventfd_write(bell, 1)
+
+        self._reporter.add_sink(sink)
+        try:
+            while True:
+                while received:
+                    yield received.popleft()
+                if self._reporter.closed:
+                    return
+                with anyio.move_on_after(0.5):
+                    await anyio.wait_readable(bell)
+                    os.eventfd_read(bell)
+        finally:
+            self._reporter.remove_sink(sink)
+            os.close(bell)
+
+    # -- ending
+
+    def close(self, timeout: float = 600.0) -> None:
+        """Wait for the saves in flight, end the writer and let go of root and memory. May be called again.
+
+        Raises TimeoutError if that takes longer than `timeout` seconds (the writer process then finishes on its own), else once
+        what a save failed with that nobody has read.
+        """
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = "closed"
+        try:
+            self.wait(timeout)
+            self._end(deadline)
+        except TimeoutError:
+            self._end(time.monotonic() + 0.1)
+            raise
+        self._raise_unread_failure()
+
+    def _end(self, deadline: float) -> None:
+        self._staging_thread.close(max(deadline - time.monotonic(), 0.1))
+        ended = self._supervisor.close(max(deadline - time.monotonic(), 0.1))
+        if ended:
+            self._pool.close()
+        self._lock.close()
+        self._reporter.close(max(deadline - time.monotonic(), 0.1))
+        _LIVING.discard(self)
+        if not ended:
+            raise TimeoutError("the writer has not ended yet; it finishes on its own")
+
+    def __enter__(self) -> AsyncCheckpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception:
+            logger.exception("%s: saves failed while another exception ended the training", self._options.root)
+
+    async def __aenter__(self) -> AsyncCheckpointer:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self.__exit__, kind, error, traceback)
+
+    # -- bookkeeping
+
+    def _begin(self, handle: SaveHandle) -> None:
+        with self._changed:
+            self._in_flight.add(handle)
+            self._counts["started"] += 1
+
+    def _drop(self, handle: SaveHandle) -> None:
+        with self._changed:
+            self._in_flight.discard(handle)
+            self._counts["failed"] += 1
+            self._changed.notify_all()
+
+    def _save_ended(self, handle: SaveHandle, error: CheckpointError | None) -> None:
+        with self._changed:
+            self._in_flight.discard(handle)
+            self._counts["failed" if error else "committed"] += 1
+            if error is not None:
+                self._last_error = str(error)
+                if self._options.on_error == "raise":
+                    self._unread.append(handle)
+            self._changed.notify_all()
+        if isinstance(error, StageError):
+            self._overlap = False
+        if error is not None and self._options.on_error == "warn":
+            logger.warning("%s; training goes on", error)
+
+    def _raise_unread_failure(self) -> None:
+        with self._changed:
+            handles = list(self._unread)
+            self._unread.clear()
+        for handle in handles:
+            error = handle._unread_failure
+            if error is not None:
+                handle._mark_read()
+                raise error
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise CheckpointerClosed(f"{self._options.root}: the checkpointer is {self._closed}; make a new one")
+
+    def _arena_added(self, arena: Arena) -> None:
+        self._supervisor.add_arena(arena)
+        self._reporter.emit(Event("arena", "complete", bytes=arena.size))
+
+    def _arena_dropped(self, arena: Arena) -> None:
+        self._supervisor.drop_arena(arena)
+
+    def _forget(self) -> None:
+        """In a forked child: the parent's writer, lock and memory are not ours."""
+        self._closed = "that of the parent process"
+        self._lock.close()
+        self._supervisor.forget()
+        self._pool.close()
+
+
+class _AfterFirstStep:
+    """Waits at the barrier for the first step of optimizers that had no state, then has the arena sized again."""
+
+    def __init__(self, checkpointer: AsyncCheckpointer, model: Any, optimizer: Any, waiting: Sequence[Any]) -> None:
+        self._checkpointer = weakref.ref(checkpointer)
+        self._waiting = [weakref.ref(inner) for inner in waiting]
+        self._objects: Callable[[], tuple[Any, Any]] = lambda: (model, optimizer)
+
+    def barrier(self) -> None:
+        checkpointer = self._checkpointer()
+        alive = [inner for ref in self._waiting if (inner := ref()) is not None]
+        if checkpointer is not None and not checkpointer._closed and any(not inner.state for inner in alive):
+            return
+        GATE.remove(self)
+        if checkpointer is not None and not checkpointer._closed:
+            model, optimizer = self._objects()
+            with checkpointer._saving:
+                checkpointer._reserve(model, optimizer)
+
+
+@atexit.register
+def _drain_at_exit() -> None:
+    for checkpointer in list(_LIVING):
+        if checkpointer._closed:
+            continue
+        try:
+            checkpointer.close(EXIT_DEADLINE)
+        except (CheckpointError, TimeoutError, PlanError) as error:
+            print(f"vembed_async_ckpt: at exit: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _forget_in_child() -> None:
+    for checkpointer in list(_LIVING):
+        checkpointer._forget()
+    _LIVING.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

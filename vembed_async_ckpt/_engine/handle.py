@@ -1,0 +1,208 @@
+"""What `save()` gives back: where the save is, how it ended, and ways to wait that all have an end."""
+
+from __future__ import annotations
+
+import enum
+import os
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ..events import Reporter
+
+
+class SaveState(enum.Enum):
+    """Where a save is.
+
+    STAGING -> STAGED -> WRITING -> COMMITTED; any of the first three -> FAILED. WRITING -> STAGED when the writer died and a
+    new one gets the job. SKIPPED is where a save refused by `when_busy="skip"` begins and ends.
+    """
+
+    STAGING = "staging"
+    STAGED = "staged"
+    WRITING = "writing"
+    COMMITTED = "committed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+_MOVES = {
+    SaveState.STAGING: {SaveState.STAGED, SaveState.FAILED},
+    SaveState.STAGED: {SaveState.WRITING, SaveState.COMMITTED, SaveState.FAILED},
+    SaveState.WRITING: {SaveState.STAGED, SaveState.COMMITTED, SaveState.FAILED},
+    SaveState.COMMITTED: set(),
+    SaveState.FAILED: set(),
+    SaveState.SKIPPED: set(),
+}
+_ENDS = {SaveState.COMMITTED, SaveState.FAILED, SaveState.SKIPPED}
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time went, in seconds.
+
+    `stall`: all that the training thread lost: `save()` itself with any wait for a free arena, and steps held up by the copy.
+    `staging`: from the start of the copy to its end. `queued`: from staged to the first write. `write`: writing, hashing and
+    syncing the files. `commit`: manifest, syncs, rename. `durable`: from the call to durable.
+    """
+
+    stall: float
+    staging: float
+    queued: float
+    write: float
+    commit: float
+    durable: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A committed checkpoint. `total_bytes`: on disk without the manifest, a file with two names counted once.
+    `files`: size in bytes of each."""
+
+    path: Path
+    step: int | None
+    total_bytes: int
+    files: MappingProxyType[str, int]
+    timings: Timings
+
+
+class SaveHandle:
+    """One save. Thread-safe; may be awaited on any anyio backend."""
+
+    def __init__(self, step: int | None, path: Path, save_id: str, reporter: Reporter) -> None:
+        self.step = step
+        self.path = path
+        self._save_id = save_id
+        self._reporter = reporter
+        self._changed = threading.Condition()
+        # guarded by _changed:
+        self._state = SaveState.STAGING
+        self._info: CheckpointInfo | None = None
+        self._error: CheckpointError | None = None
+        self._read = False  # the failure was seen by whoever holds this handle
+        self._callbacks: list[Callable[[SaveHandle], None]] = []
+        self._wakers: set[int] = set()
+        self._progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
+
+    def __repr__(self) -> str:
+        return f"<SaveHandle step={self.step} {self._state.value} {self.path}>"
+
+    @property
+    def state(self) -> SaveState:
+        return self._state
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(bytes written so far, bytes in all); files are padded to whole pages while they are written."""
+        return self._progress()
+
+    def done(self) -> bool:
+        """Whether it has ended, one way or another."""
+        return self._state in _ENDS
+
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Return once the state is in the arena and a live writer has accepted it: from then on neither the death of the
+        trainer nor that of the writer loses it.
+
+        Raises TimeoutError after `timeout` seconds, and what failed if it failed first.
+        """
+        self._wait(lambda: self._state is not SaveState.STAGING, timeout)
+        self._raise_if_failed()
+
+    def result(self, timeout: float | None = None) -> CheckpointInfo:
+        """Wait until it is durable. Raises what failed, `CheckpointerBusy` for a skipped save, TimeoutError after `timeout`
+        seconds; the save goes on."""
+        self._wait(self.done, timeout)
+        self._raise_if_failed()
+        assert self._info is not None
+        return self._info
+
+    def exception(self, timeout: float | None = None) -> CheckpointError | None:
+        """Wait as `result` does, but return what failed, or None."""
+        self._wait(self.done, timeout)
+        with self._changed:
+            self._read = True
+            return self._error
+
+    def add_done_callback(self, callback: Callable[[SaveHandle], None]) -> None:
+        """Call `callback(handle)` on the reporting thread once it has ended; at once if it has. What it raises is logged."""
+        with self._changed:
+            if not self.done():
+                self._callbacks.append(callback)
+                return
+        self._reporter.call(lambda: callback(self))
+
+    def __await__(self) -> Generator[Any, Any, CheckpointInfo]:
+        """Wait for `result()` without a thread; cancelling the wait does not touch the save."""
+        return self._await().__await__()
+
+    async def _await(self) -> CheckpointInfo:
+        waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            with self._changed:
+                if not self.done():
+                    self._wakers.add(waker)
+            while not self.done():
+                await anyio.wait_readable(waker)
+        finally:
+            with self._changed:
+                self._wakers.discard(waker)
+                os.close(waker)
+        return self.result(0)
+
+    # -- for the engine
+
+    def _wait(self, until: Callable[[], bool], timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not until():
+                left = 3600.0 if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"checkpoint of step {self.step} is still {self._state.value} after {timeout} s")
+                self._changed.wait(left)
+
+    def _raise_if_failed(self) -> None:
+        with self._changed:
+            if self._error is not None:
+                self._read = True
+                raise self._error
+
+    def _move(self, state: SaveState, info: CheckpointInfo | None = None, error: CheckpointError | None = None) -> None:
+        """Go to `state`; a handle that has ended stays as it is. Wakes whoever waits and queues the callbacks."""
+        with self._changed:
+            if state not in _MOVES[self._state]:
+                return
+            self._state, self._info, self._error = state, info, error
+            callbacks = []
+            if state in _ENDS:
+                callbacks, self._callbacks = self._callbacks, []
+                for waker in self._wakers:
+                    os.eventfd_write(waker, 1)
+            self._changed.notify_all()
+        for callback in callbacks:
+            self._reporter.call(lambda callback=callback: callback(self))  # type: ignore[misc]
+
+    def _skip(self, error: CheckpointError) -> None:
+        with self._changed:
+            self._state, self._error, self._read = SaveState.SKIPPED, error, True
+
+    def _fail(self, error: CheckpointError) -> None:
+        self._move(SaveState.FAILED, error=error)
+
+    @property
+    def _unread_failure(self) -> CheckpointError | None:
+        with self._changed:
+            return None if self._read else self._error
+
+    def _mark_read(self) -> None:
+        with self._changed:
+            self._read = True

@@ -1,0 +1,53 @@
+"""Options of a checkpointer, checked once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .._store.retention import Policy
+from ..events import Sink
+
+WhenBusy = Literal["wait", "skip", "error"]
+OnError = Literal["raise", "warn"]
+Staging = Literal["overlap", "blocking"]
+WriterKind = Literal["process", "thread"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """See `AsyncCheckpointer` for what each means."""
+
+    root: str
+    retention: Policy | None
+    when_busy: WhenBusy
+    on_error: OnError
+    staging: Staging
+    writer: WriterKind
+    max_in_flight: int
+    max_host_bytes: int | None
+    max_shard_size: str | int
+    save_original_format: bool
+    sinks: Sequence[Sink]
+
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError naming the option, its value and what it may be."""
+        for name, allowed in (("when_busy", WhenBusy), ("on_error", OnError), ("staging", Staging), ("writer", WriterKind)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, get_args(allowed)))}")
+        if self.retention is not None and not isinstance(self.retention, Policy):
+            raise TypeError(f"retention is {self.retention!r}; use KeepLast, KeepEvery, KeepBest, combined with |, or None")
+        if type(self.max_in_flight) is not int or not 1 <= self.max_in_flight <= 16:
+            raise ValueError(f"max_in_flight is {self.max_in_flight!r}; use a whole number from 1 to 16")
+        if self.max_host_bytes is not None and self.max_host_bytes < MIN_HOST_BYTES:
+            raise ValueError(f"max_host_bytes is {self.max_host_bytes}; at least {MIN_HOST_BYTES} are needed, or None")
+
+
+MIN_HOST_BYTES = 16 << 20  # the smallest arena through which a large state can pass in waves
+
+
+def root_path(root: Any) -> str:
+    """The root as an absolute path without symbolic links. Raises TypeError for what is no path."""
+    return os.path.realpath(os.fspath(root))

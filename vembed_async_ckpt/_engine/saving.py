@@ -1,0 +1,271 @@
+"""One save's way: from a request and an arena to a job for the writer, and back to its handle."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .._arena.arena import Arena
+from .._arena.barrier import GATE
+from .._arena.staging import Destinations, Late, Snapshot, copy
+from .._plan.plan import SavePlan, pages
+from .._request.request import Request
+from .._store import names
+from .._writer.protocol import PROGRESS
+from ..errors import CheckpointError, CommitError, StageError, WriteError
+from ..events import Event, Phase, Reporter, Stage
+from .assembly import Assembly, FixedJson, assemble, training_layout
+from .handle import CheckpointInfo, SaveHandle, SaveState, Timings
+from .supervisor import LIVES, Supervisor
+from .waves import Waves
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all saves of a checkpointer share. `ended` is told of every save that ended, with its failure or None."""
+
+    root: str
+    retention: list[dict[str, Any]] | None
+    supervisor: Supervisor
+    reporter: Reporter
+    release: Callable[[Arena], None]
+    ended: Callable[[SaveHandle, CheckpointError | None], None]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A plan as it stands in an arena: headers and known files are written, the tensors' places are known."""
+
+    plan: SavePlan
+    destinations: Destinations
+    fixed: FixedJson
+
+
+def prepare(arena: Arena, plan: SavePlan, request: Request) -> Image:
+    """Make `arena` the image of `plan`: every byte that is the same for all saves is in place afterwards."""
+    image = arena.image
+    if isinstance(image, Image) and image.plan is plan:
+        return image
+    arena.image = None
+    for position, data in plan.pieces:
+        arena.write(position, data)
+    for file in plan.files:
+        arena.clear(file.start + file.size, file.start + pages(file.size))
+    arena.image = Image(plan, Destinations(arena, request.tensors, plan.offsets), FixedJson(plan, request))
+    return arena.image  # type: ignore[no-any-return]
+
+
+class Save:
+    """A save under way. `stage` and `pass_in_waves` run on the training thread, `finish` on the staging thread, the methods of
+    `supervisor.Job` on the supervisor's."""
+
+    arena: Arena
+
+    def __init__(self, serial: int, request: Request, plan: SavePlan, begun: float, context: Context) -> None:
+        """`begun`: time.perf_counter() of the call."""
+        self.serial = serial
+        self._request = request
+        self._plan = plan
+        self._context = context
+        self._begun = begun
+        self._stall = 0.0
+        self._staging = 0.0
+        self._snapshot: Snapshot | None = None
+        self._waves: Waves | None = None
+        self._job = (0, 0)
+        self._deaths = 0
+        self._once = threading.Lock()
+        self._over = False
+        self._directory = names.checkpoint(request.step or 0)
+        path = Path(context.root) / self._directory
+        self.handle = SaveHandle(request.step, path, request.save_id, context.reporter)
+
+    # -- training thread
+
+    def stage(self, arena: Arena, late: Sequence[int]) -> None:
+        """Copy into `arena` everything but the tensors at the indices `late`, which `finish` copies.
+
+        Raises what a copy raises; the arena is then given back.
+        """
+        self.arena = arena
+        request = self._request
+        try:
+            image = prepare(arena, self._plan, request)
+            begun = time.perf_counter()
+            places, tensors = image.destinations.tensors, request.tensors
+            later = set(late)
+            now = [n for n in range(len(tensors)) if n not in later]
+            copy([places[n] for n in now], [tensors[n] for n in now])
+            self._copy_training_tensors()
+            self._staging = time.perf_counter() - begun
+            if late:
+                labels = [request.labels[n] for n in late]
+                held = Late.capture(labels, [places[n] for n in late], [tensors[n] for n in late])
+                self._snapshot = Snapshot(held)
+                GATE.add(self._snapshot)
+        except BaseException:
+            self._context.release(arena)
+            raise
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Nothing of the live state is held any longer than its copy takes."""
+        self._request.tensors.clear()
+        self._request.owners.clear()
+
+    def _copy_training_tensors(self) -> None:
+        state = self._request.state
+        layout = training_layout(self._request)
+        tensors = list(state.tensors.values())
+        offsets = [self._plan.end + layout.offsets[name] for name in state.tensors]
+        copy(Destinations(self.arena, tensors, offsets).tensors, tensors)
+
+    def pass_in_waves(self, arena: Arena) -> None:
+        """The arena is smaller than the plan: fill it and have it written, again and again, until all of the state has passed.
+
+        Returns when the last part is in the arena. What fails ends on the handle.
+        """
+        self.arena = arena
+        begun = time.perf_counter()
+        arena.image = None
+        assembly = self._assemble(FixedJson(self._plan, self._request), waves=True)
+        self._waves = Waves(arena, self._plan, self._request, assembly, training_layout(self._request))
+        self._job = self._waves.place_job()
+        self._show_progress(assembly)
+        self._context.supervisor.submit(self)
+        self._waves.run(
+            lambda start, end: self._context.supervisor.send_wave(self, start, end),
+            lambda: self.handle.done(),
+            self._context.supervisor.check,
+        )
+        self._staging = time.perf_counter() - begun
+        self._let_go()
+
+    def stalled(self, seconds: float) -> None:
+        """Note what the call cost the training thread."""
+        self._stall += seconds
+
+    # -- staging thread
+
+    def finish(self) -> None:
+        """Complete the copy, add what is rendered, and submit. Whatever fails ends on the handle."""
+        try:
+            if self._snapshot is not None:
+                begun = time.perf_counter()
+                self._snapshot.run()
+                self._staging += time.perf_counter() - begun
+                if self._snapshot.error is not None:
+                    raise self._snapshot.error
+            image: Image = self.arena.image
+            assembly = self._assemble(image.fixed)
+            self._place(assembly)
+            self._show_progress(assembly)
+            self._emit("stage", "complete", self._staging)
+            self._context.supervisor.check()
+            self._context.supervisor.submit(self)
+        except CheckpointError as error:
+            self.failed(error)
+        except BaseException as error:
+            failure = StageError(f"{self.handle.path} could not be staged: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self.failed(failure)
+
+    def _assemble(self, fixed: FixedJson, *, waves: bool = False) -> Assembly:
+        return assemble(self._request, self._plan, self._directory, self._context.retention, fixed, waves=waves)
+
+    def _place(self, assembly: Assembly) -> None:
+        if assembly.end + len(assembly.job) > self.arena.size:
+            raise StageError(
+                f"{self.handle.path}: needs {assembly.end + len(assembly.job) - self.arena.size} bytes more than its arena has"
+            )
+        for start, data in assembly.pieces:
+            self.arena.write(start, data)
+        for file in assembly.files:
+            self.arena.clear(file["start"] + file["size"], file["start"] + pages(file["size"]))
+        self.arena.write(assembly.end, assembly.job)
+        self._job = (assembly.end, len(assembly.job))
+
+    def _show_progress(self, assembly: Assembly) -> None:
+        memory, total = self.arena.memory, sum(pages(file["size"]) for file in assembly.files)
+        PROGRESS.pack_into(memory, 0, 0)
+        self.handle._progress = lambda: (min(PROGRESS.unpack_from(memory)[0], total), total)
+
+    # -- supervisor's thread
+
+    def location(self) -> tuple[int, int]:
+        return self._job
+
+    def accepted(self) -> None:
+        if self._waves is not None:
+            self._waves.go_on()
+        else:
+            self.handle._move(SaveState.STAGED)
+
+    def writing(self) -> None:
+        if self._waves is None:
+            self.handle._move(SaveState.WRITING)
+        self._emit("write", "started")
+
+    def wave_written(self) -> None:
+        if self._waves is not None:
+            self._waves.go_on()
+
+    def writer_died(self, error: WriteError) -> bool:
+        self._deaths += 1
+        if self._waves is not None or self._deaths >= LIVES:
+            self.failed(error)
+            return False
+        self.handle._move(SaveState.STAGED)
+        return True
+
+    def committed(self, reply: dict[str, Any]) -> None:
+        files: dict[str, int] = reply["files"]
+        waited = self._snapshot.waited if self._snapshot is not None else 0.0
+        timings = Timings(
+            stall=self._stall + waited,
+            staging=self._staging,
+            queued=reply["queued"],
+            write=reply["write"],
+            commit=reply["commit"],
+            durable=time.perf_counter() - self._begun,
+        )
+        info = CheckpointInfo(
+            Path(reply["path"]), self._request.step, reply["total_bytes"], MappingProxyType(files), timings
+        )
+        self._emit("write", "complete", timings.write + timings.commit, info.total_bytes)
+        self._end(None, info)
+
+    def failed(self, error: CheckpointError) -> None:
+        if isinstance(error, CommitError | WriteError):
+            error = type(error)(f"{self.handle.path} was not saved: {error}")
+        self._end(error)
+
+    def _end(self, error: CheckpointError | None, info: CheckpointInfo | None = None) -> None:
+        with self._once:
+            if self._over:
+                return
+            self._over = True
+        written, total = self.handle.progress
+        self.handle._progress = lambda: (written if error else total, total)
+        self._context.ended(self.handle, error)
+        # The arena is free before the handle ends: whoever waited for it may save again at once.
+        self._context.release(self.arena)
+        self.handle._move(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
+        if self._waves is not None:
+            self._waves.go_on()
+        took = time.perf_counter() - self._begun
+        if error is None:
+            assert info is not None
+            self._emit("save", "complete", took, info.total_bytes)
+        else:
+            self._emit("save", "failed", took, detail=str(error))
+
+    def _emit(self, stage: Stage, phase: Phase, seconds: float = 0.0, size: int = 0, detail: str = "") -> None:
+        request = self._request
+        self._context.reporter.emit(Event(stage, phase, request.save_id, request.step, size, seconds, detail))
+

@@ -1,0 +1,399 @@
+"""The trainer's side of the writer: starts it, feeds it, watches it, and replaces it when it dies.
+
+All of it is one anyio task group in one daemon thread; other threads only post to its inbox. No wait here is without a deadline or
+the end of the writer.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import anyio
+import xxhash
+
+from .._arena.arena import Arena
+from .._store.fs import LocalFilesystem
+from .._store.lock import RootLock
+from .._writer import server
+from .._writer.memory import populate
+from .._writer.protocol import Command, Kind, ReplyReader, send_command
+from ..errors import CommitError, WriteError
+from ..events import Event, Reporter, logger
+from .options import WriterKind
+
+LIVES = 3  # writers that may die of one job
+_EXIT_DEADLINE = 10.0  # seconds between a writer's end of file and its death
+
+# The user's folder must not reach the writer (a json.py in it): stdlib first, then what is named, nothing else.
+_BOOTSTRAP = (
+    "import sys; sys.path += sys.argv[4:]; from vembed_async_ckpt._writer.__main__ import main; main(sys.argv[1:4])"
+)
+
+
+class Job(Protocol):
+    """A save, as far as the supervisor sees it. The methods are called on its thread and must not block."""
+
+    serial: int
+    arena: Arena
+
+    def location(self) -> tuple[int, int]:
+        """(offset, length) of its JSON in the arena."""
+
+    def accepted(self) -> None: ...
+
+    def writing(self) -> None: ...
+
+    def wave_written(self) -> None: ...
+
+    def writer_died(self, error: WriteError) -> bool:
+        """Whether another writer can take it over from the arena; otherwise it has failed with `error`."""
+
+    def committed(self, reply: dict[str, Any]) -> None: ...
+
+    def failed(self, error: WriteError | CommitError) -> None: ...
+
+
+@dataclass
+class _Writer:
+    """A running writer: its socket, and for a process its Popen, pidfd and log."""
+
+    sock: socket.socket
+    process: subprocess.Popen[bytes] | None = None
+    pidfd: int = -1
+    log: int = -1
+    started: float = field(default_factory=time.monotonic)
+
+    def epitaph(self) -> str:
+        """How it ended, with the last it said."""
+        if self.process is None:
+            return "the writer thread ended"
+        said = os.pread(self.log, 1 << 16, 0).decode(errors="replace").strip()
+        code = self.process.returncode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with {code}"
+        hint = " (the kernel's OOM killer, perhaps)" if code == -9 else ""
+        return f"the writer process {self.process.pid} {how}{hint}" + (f": {said[-2000:]}" if said else "")
+
+    def close(self) -> None:
+        self.sock.close()
+        for fd in (self.pidfd, self.log):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.log = -1
+
+
+class Supervisor:
+    """Keeps a writer at work on `root`. `fail` is called if the supervisor itself breaks, with the reason."""
+
+    def __init__(
+        self,
+        root: str,
+        lock: RootLock,
+        kind: WriterKind,
+        arenas: Callable[[], list[Arena]],
+        reporter: Reporter,
+        filesystem: LocalFilesystem | None = None,
+    ) -> None:
+        self._root = root
+        self._lock = lock
+        self._kind = kind
+        self._arenas = arenas
+        self._reporter = reporter
+        self._filesystem = filesystem or LocalFilesystem()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._writer: _Writer | None = None
+        self._jobs: dict[int, Job] = {}  # sent or to be sent, in order; touched by the supervisor thread only
+        self._populating: set[int] = set()
+        self._closing = False
+        self._broken: BaseException | None = None
+        self.free_bytes: int | None = None  # on the root's file system, as the writer last said
+        self._thread = threading.Thread(target=self._main, name="vembed-ckpt-supervisor", daemon=True)
+        self._thread.start()
+
+    # -- from other threads
+
+    @property
+    def writer_pid(self) -> int | None:
+        writer = self._writer
+        return writer.process.pid if writer is not None and writer.process is not None else None
+
+    def submit(self, job: Job) -> None:
+        """Give the writer a job that lies complete in its arena."""
+        self._post(lambda: self._take(job))
+
+    def send_wave(self, job: Job, start: int, end: int) -> None:
+        """Tell the writer that the plan's range [start, end) now lies in the job's arena."""
+        self._post(lambda: self._send(Command(Kind.WAVE, job.arena.number, job.serial, start, end)))
+
+    def add_arena(self, arena: Arena) -> None:
+        self._populating.add(arena.number)
+        self._post(lambda: self._send_arena(arena))
+
+    def drop_arena(self, arena: Arena) -> None:
+        self._populating.discard(arena.number)
+        number = arena.number
+        self._post(lambda: self._send(Command(Kind.DROP, number)))
+
+    @property
+    def populating(self) -> bool:
+        """Whether pages of an arena are still being faulted in."""
+        return bool(self._populating)
+
+    def check(self) -> None:
+        """Raise `WriteError` if nobody watches the writer any more."""
+        if self._broken is not None or not self._thread.is_alive():
+            raise WriteError(f"the supervisor of the writer broke: {self._broken!r}") from self._broken
+
+    def close(self, timeout: float) -> bool:
+        """Let the writer finish what it has and end it. False if that took longer than `timeout` seconds."""
+        self._post(self._begin_closing)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def forget(self) -> None:
+        """In a forked child: close what belongs to the parent, touch nothing else."""
+        if self._writer is not None:
+            os.close(self._writer.sock.detach())
+        os.close(self._bell)
+
+    def _post(self, call: Callable[[], None]) -> None:
+        self._inbox.append(call)
+        os.eventfd_write(self._bell, 1)
+
+    # -- on the supervisor's thread
+
+    def _main(self) -> None:
+        try:
+            anyio.run(self._supervise)
+        except BaseException as error:
+            self._broken = error
+            logger.exception("the supervisor of the checkpoint writer broke")
+            for job in list(self._jobs.values()):
+                job.failed(WriteError(f"the supervisor of the writer broke: {error!r}"))
+
+    async def _supervise(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._answer_inbox)
+            await self._keep_a_writer()
+            tasks.cancel_scope.cancel()
+
+    async def _answer_inbox(self) -> None:
+        while True:
+            await anyio.wait_readable(self._bell)
+            os.eventfd_read(self._bell)
+            while self._inbox:
+                self._inbox.popleft()()
+            self._wanted.set()
+
+    async def _keep_a_writer(self) -> None:
+        self._wanted = anyio.Event()
+        while True:
+            if await self._run_one_writer():
+                return
+            while not self._jobs and not self._closing:
+                self._wanted = anyio.Event()
+                await self._wanted.wait()  # a dead writer with nothing to do is replaced when there is something
+            if self._closing and not self._jobs:
+                return
+
+    async def _run_one_writer(self) -> bool:
+        """Start a writer and serve it to its end. True if that end was asked for."""
+        try:
+            writer = self._start()
+        except OSError as error:
+            self._bury(WriteError(f"no writer could be started: {error}"), again=False)
+            return False
+        self._writer = writer
+        self._report("started", f"pid {writer.process.pid}" if writer.process else "thread")
+        try:
+            for arena in self._arenas():
+                self._send_arena(arena)
+            for job in list(self._jobs.values()):
+                self._send_job(job)
+            if self._closing:
+                writer.sock.shutdown(socket.SHUT_WR)
+            await self._listen(writer)
+        finally:
+            self._writer = None
+            with anyio.CancelScope(shield=True):
+                epitaph = await self._reap(writer)
+        if self._closing and not self._jobs:
+            self._report("complete", epitaph)
+            return True
+        self._report("failed", epitaph)
+        self._bury(WriteError(f"{epitaph}. The previous checkpoints are untouched"), again=True)
+        return False
+
+    def _start(self) -> _Writer:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        if self._kind == "thread":
+            threading.Thread(
+                target=server.serve,
+                args=(theirs, self._root, self._filesystem, None, lambda: None),
+                name="vembed-ckpt-server",
+                daemon=True,
+            ).start()
+            return _Writer(ours)
+        log = os.memfd_create("vembed_async_ckpt_writer_log", os.MFD_CLOEXEC)
+        packages = {os.path.dirname(os.path.dirname(os.path.abspath(module.__file__))) for module in _packages()}
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, self._root, str(os.getpid()), str(theirs.fileno())]
+                + sorted(packages),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd="/",
+                pass_fds=(theirs.fileno(), self._lock.fd),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(log)
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._lock.name(process.pid)
+        return _Writer(ours, process, os.pidfd_open(process.pid), log)
+
+    async def _listen(self, writer: _Writer) -> None:
+        """Handle replies until the writer is gone, then what it had still said."""
+        replies = ReplyReader()
+        async with anyio.create_task_group() as tasks:
+
+            async def watch() -> None:
+                await anyio.wait_readable(writer.pidfd)
+                tasks.cancel_scope.cancel()
+
+            if writer.process is not None:
+                tasks.start_soon(watch)
+            while True:
+                await anyio.wait_readable(writer.sock)
+                if not self._receive(writer, replies):
+                    tasks.cancel_scope.cancel()
+                    break
+        while self._receive(writer, replies, last=True):
+            pass
+
+    def _receive(self, writer: _Writer, replies: ReplyReader, *, last: bool = False) -> bool:
+        """Read once and handle the replies; False at the end of what there is."""
+        try:
+            data = writer.sock.recv(1 << 16)
+        except BlockingIOError:
+            return not last
+        except OSError:
+            return False
+        for reply in replies.feed(data):
+            self._handle(reply)
+        return bool(data)
+
+    async def _reap(self, writer: _Writer) -> str:
+        if writer.process is not None:
+            with anyio.move_on_after(_EXIT_DEADLINE):
+                await anyio.wait_readable(writer.pidfd)
+            if writer.process.poll() is None:
+                writer.process.kill()  # it closed its socket and did not end
+                with anyio.move_on_after(_EXIT_DEADLINE):
+                    await anyio.wait_readable(writer.pidfd)
+                writer.process.poll()
+        epitaph = writer.epitaph()
+        writer.close()
+        return epitaph
+
+    def _bury(self, error: WriteError, *, again: bool) -> None:
+        """A writer is gone: whether each of its jobs is given to another one is the job's decision."""
+        for serial, job in list(self._jobs.items()):
+            if not again:
+                job.failed(error)
+                del self._jobs[serial]
+            elif not job.writer_died(error):
+                del self._jobs[serial]
+
+    def _handle(self, reply: dict[str, Any]) -> None:
+        event = reply["event"]
+        job = self._jobs.get(reply.get("serial", -1))
+        if "free" in reply:
+            self.free_bytes = reply["free"]
+        if event == "ready":
+            for line in (*reply["swept"], *filter(None, [reply.get("error")])):
+                logger.warning("%s: %s", self._root, line)
+                self._report("complete", line)
+        elif event == "populated":
+            self._populate_here(reply["arena"])
+        elif event == "warning":
+            logger.warning("%s: %s", self._root, reply["message"])
+            self._report("failed", reply["message"])
+        elif job is None:
+            return
+        elif event == "accepted":
+            job.accepted()
+        elif event == "writing":
+            job.writing()
+        elif event == "wave":
+            job.wave_written()
+        elif event == "committed":
+            del self._jobs[job.serial]
+            job.committed(reply)
+        elif event == "failed":
+            del self._jobs[job.serial]
+            kind = CommitError if reply["kind"] == "commit" else WriteError
+            job.failed(kind(reply["message"]))
+
+    def _populate_here(self, number: int) -> None:
+        """The writer has faulted the pages in; mapping them here too is four times cheaper than it would have been first."""
+        arena = next((arena for arena in self._arenas() if arena.number == number), None)
+        if arena is None or number not in self._populating:
+            return
+
+        def run() -> None:
+            populate(arena.memory, arena.size)
+            self._populating.discard(number)
+
+        threading.Thread(target=run, name="vembed-ckpt-populate", daemon=True).start()
+
+    def _take(self, job: Job) -> None:
+        self._jobs[job.serial] = job
+        self._send_job(job)
+
+    def _send_job(self, job: Job) -> None:
+        offset, length = job.location()
+        self._send(Command(Kind.JOB, job.arena.number, job.serial, offset, length))
+
+    def _send_arena(self, arena: Arena) -> None:
+        if arena.fd >= 0:
+            self._send(Command(Kind.ARENA, arena.number, arena.size), (arena.fd,))
+
+    def _send(self, command: Command, fds: tuple[int, ...] = ()) -> None:
+        if self._writer is None:
+            return  # everything is sent anew to the next one
+        try:
+            send_command(self._writer.sock, command, fds)
+        except OSError as error:
+            logger.debug("the writer did not take %s: %s", command, error)  # its death is noticed by `_listen`
+
+    def _begin_closing(self) -> None:
+        self._closing = True
+        if self._writer is not None:
+            try:
+                self._writer.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # gone already
+
+    def _report(self, phase: Any, detail: str) -> None:
+        self._reporter.emit(Event("writer", phase, detail=detail))
+
+
+def _packages() -> list[Any]:
+    import vembed_async_ckpt
+
+    return [vembed_async_ckpt, xxhash]

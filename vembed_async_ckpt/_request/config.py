@@ -1,0 +1,73 @@
+"""`vembed_config.json`: what of a config is data. Live objects and secrets stay out, and are named once."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_SECRET = re.compile(r"(?:^|[_-])(?:token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
+
+
+def render(config: Any) -> bytes:
+    """The config as JSON with indent 2.
+
+    JSON values stay; paths, dtypes, devices, enums, dataclasses and objects with `to_dict` are converted; everything else, and
+    keys that look like secrets (token, secret, password, api_key), is left out with one warning that names them.
+    """
+    dropped: list[str] = []
+    body = _convert(config, "", dropped)
+    if not isinstance(body, dict):
+        raise TypeError(f"config must be a mapping, a dataclass or an object with to_dict, not {type(config).__qualname__}")
+    if dropped:
+        warnings.warn(f"left out of the saved config (live objects or secrets): {', '.join(dropped)}", stacklevel=2)
+    return json.dumps(body, indent=2, ensure_ascii=False).encode("utf-8", "replace")
+
+
+_DROP = object()
+
+
+def _convert(value: Any, where: str, dropped: list[str]) -> Any:
+    if isinstance(value, enum.Enum):
+        return _convert(value.value, where, dropped)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value).removeprefix("torch.")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif not isinstance(value, Mapping | list | tuple | set | frozenset) and callable(getattr(value, "to_dict", None)):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return _convert_mapping(value, where, dropped)
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+        converted = [_convert(item, f"{where}[{n}]", dropped) for n, item in enumerate(items)]
+        return [item for item in converted if item is not _DROP]
+    dropped.append(where or type(value).__qualname__)
+    return _DROP
+
+
+def _convert_mapping(value: Mapping[Any, Any], where: str, dropped: list[str]) -> dict[str, Any]:
+    result = {}
+    for key, item in value.items():
+        path = f"{where}.{key}" if where else str(key)
+        if _SECRET.search(str(key)):
+            dropped.append(path)
+            continue
+        converted = _convert(item, path, dropped)
+        if converted is not _DROP:
+            result[str(key)] = converted
+    return result

@@ -1,0 +1,249 @@
+"""Optimizers: `optimizer.bin` as torch would write it, and the same state for our own `load`, which never unpickles."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._plan.plan import ZipContent
+from ..errors import PlanError
+from . import tree
+from .dtypes import FROM_TORCH, check_storage
+from .tree import Ref
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What of a tensor its pickle says; each has a storage of its own, contiguous."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """An optimizer as it will stand on disk.
+
+    `tensors`, `keys` and `owners` run in parallel; an owner is `optimizer` for what only its step changes, None for the rest
+    (a scheduler may write to a tensor `lr`). `tree` is the captured state_dict; `pickled()` makes `data.pkl` of it.
+    """
+
+    content: ZipContent
+    optimizer: Any
+    tensors: list[torch.Tensor]
+    keys: Sequence[str]
+    owners: Sequence[Any]
+    kinds: Sequence[_Kind]
+    tree: Mapping[str, Any]
+    state_pickle: bytes | None
+
+    def pickled(self) -> bytes:
+        """`data.pkl`: torch's own pickle of this state_dict, its tensors being the records 0, 1, ... of the file."""
+        refs = dict(zip(self.keys, enumerate(self.kinds), strict=True))
+        if self.state_pickle is None or set(self.tree) != {"state", "param_groups"}:
+            return _pickle(self.tree, refs)
+        groups = _inner(_pickle(self.tree["param_groups"], refs))
+        return b"\x80\x02}(" + _text("state") + self.state_pickle + _text("param_groups") + groups + b"u."
+
+    def table(self, offsets: Sequence[int]) -> dict[str, Any]:
+        """{key: [dtype, shape, offset in the file]} for the manifest."""
+        return {
+            key: [FROM_TORCH.get(kind.dtype) or str(kind.dtype).removeprefix("torch."), list(kind.shape), offset]
+            for key, kind, offset in zip(self.keys, self.kinds, offsets, strict=True)
+        }
+
+    def rest(self) -> Any:
+        """Everything but the tensors that are direct entries of a parameter's state: those stand in the table."""
+        captured = dict(self.tree)
+        state = captured.get("state")
+        if isinstance(state, dict):
+            captured["state"] = {
+                index: {key: value for key, value in entry.items() if not _is_direct(index, key, value)}
+                for index, entry in state.items()
+            }
+        return tree.encode(captured)
+
+
+_GROUP = "group."
+
+
+def direct_key(index: Any, key: Any) -> str:
+    """Name in the table of the tensor `state[index][key]`."""
+    return f"{index}.{key}"
+
+
+def _is_direct(index: Any, key: Any, value: Any) -> bool:
+    return isinstance(value, Ref) and type(key) is str and type(index) is int and value.name == direct_key(index, key)
+
+
+def unwrap(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+class OptimizerReader:
+    """Reads one optimizer again and again; remembers only names, shapes and the pickle that describes them."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._layout: Any = None
+        self._content: ZipContent | None = None
+        self._keys: list[str] = []
+        self._kinds: list[_Kind] = []
+        self._state_pickle: bytes | None = None
+
+    def read(self, optimizer: Any) -> OptimizerState:
+        """The optimizer as it is now. Raises `PlanError` naming the value that cannot be saved."""
+        inner = unwrap(optimizer)
+        if not callable(getattr(inner, "state_dict", None)):
+            raise PlanError(f"optimizer: a {type(inner).__module__}.{type(inner).__qualname__} has no state_dict()")
+        found: list[tuple[str, torch.Tensor]] = []
+
+        def put(key: str, tensor: torch.Tensor) -> None:
+            found.append((key, tensor))
+
+        captured = self._capture(inner.state_dict(), put)
+        tensors = [tensor for _, tensor in found]
+        layout = [(key, tensor.dtype, tensor.shape) for key, tensor in found]
+        if self._content is None or layout != self._layout:
+            self._learn(found, captured)
+            self._layout = layout
+        assert self._content is not None
+        plain = _has_only_tensors(captured)
+        if plain and self._state_pickle is None:
+            refs = dict(zip(self._keys, enumerate(self._kinds), strict=True))
+            self._state_pickle = _inner(_pickle(captured["state"], refs))
+        return OptimizerState(
+            content=self._content,
+            optimizer=inner,
+            tensors=tensors,
+            keys=self._keys,
+            owners=[None if key.startswith(_GROUP) else inner for key in self._keys],
+            kinds=self._kinds,
+            tree=captured,
+            state_pickle=self._state_pickle if plain else None,
+        )
+
+    def _capture(self, state: Any, put: tree.Put) -> dict[str, Any]:
+        if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
+            captured = tree.capture(state, "optimizer", put)
+            if not isinstance(captured, dict):
+                raise PlanError(f"{self._file}: state_dict() gave a {type(state).__qualname__}, not a dict")
+            return captured
+        result: dict[str, Any] = {}
+        for name, value in state.items():
+            if name == "state":
+                result[name] = {index: _capture_entry(index, entry, put) for index, entry in value.items()}
+            elif name == "param_groups":
+                result[name] = [_capture_group(n, group, put) for n, group in enumerate(value)]
+            else:
+                result[name] = tree.capture(value, str(name), put)
+        return result
+
+    def _learn(self, found: Sequence[tuple[str, torch.Tensor]], captured: Any) -> None:
+        keys = [key for key, _ in found]
+        if len(set(keys)) != len(keys):
+            raise PlanError(f"{self._file}: two values of the state have the same name: {sorted(keys)}")
+        for key, tensor in found:
+            check_storage(key, tensor, file=self._file)
+        self._keys = keys
+        self._kinds = [_Kind(tensor.dtype, tuple(tensor.shape), tensor.nbytes) for _, tensor in found]
+        self._state_pickle = None
+        refs = dict(zip(keys, enumerate(self._kinds), strict=True))
+        self._content = ZipContent(self._file, tuple(kind.nbytes for kind in self._kinds), len(_pickle(captured, refs)))
+
+
+def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:
+    if type(entry) is not dict:
+        return tree.capture(entry, f"state.{index}", put)
+    result = {}
+    for key, value in entry.items():
+        if isinstance(value, torch.Tensor) and type(key) is str and type(index) is int:
+            name = direct_key(index, key)
+            put(name, value)
+            result[key] = Ref(name)
+        else:
+            result[key] = tree.capture(value, f"state.{index}.{key}", put)
+    return result
+
+
+def _capture_group(number: int, group: dict[str, Any], put: tree.Put) -> dict[str, Any]:
+    return {
+        key: list(value) if key == "params" else tree.capture(value, f"{_GROUP}{number}.{key}", put)
+        for key, value in group.items()
+    }
+
+
+def _has_only_tensors(captured: Mapping[str, Any]) -> bool:
+    """Whether the pickle of the state never changes while names and shapes do not."""
+    state = captured.get("state")
+    return isinstance(state, dict) and all(
+        isinstance(entry, dict) and all(isinstance(value, Ref) for value in entry.values()) for entry in state.values()
+    )
+
+
+# -- the pickle: protocol 2, as torch.serialization writes it for a tensor on the CPU
+
+
+class _Storage:
+    def __init__(self, kind: Any, key: str, count: int) -> None:
+        self.pid = ("storage", kind, key, "cpu", count)
+
+
+class _Tensor:
+    """Pickles as a contiguous tensor that begins its own storage (`Tensor.__reduce_ex__`)."""
+
+    def __init__(self, key: str, kind: _Kind) -> None:
+        self._key = key
+        self._kind = kind
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind = self._kind
+        strides, step = [], 1
+        for n in reversed(kind.shape):
+            strides.append(step)
+            step *= max(n, 1)
+        count = kind.nbytes // kind.dtype.itemsize
+        place = (0, kind.shape, tuple(strides[::-1]), False, OrderedDict())
+        legacy = _LEGACY_STORAGE.get(kind.dtype)
+        if legacy is not None:
+            return torch._utils._rebuild_tensor_v2, (_Storage(legacy, self._key, count), *place)
+        storage = _Storage(torch.storage.UntypedStorage, self._key, kind.nbytes)
+        return torch._utils._rebuild_tensor_v3, (storage, *place[:3], False, place[4], kind.dtype)
+
+
+_LEGACY_STORAGE: dict[torch.dtype, Any] = {
+    dtype: getattr(torch, name)
+    for dtype, name in torch.storage._dtype_to_storage_type_map().items()  # type: ignore[no-untyped-call]
+    if hasattr(torch, name)
+}
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.pid if type(obj) is _Storage else None
+
+
+def _pickle(captured: Any, refs: Mapping[str, tuple[int, _Kind]]) -> bytes:
+    tensors = {key: _Tensor(str(index), kind) for key, (index, kind) in refs.items()}
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(tree.refill(captured, lambda key: tensors[key]))
+    return buffer.getvalue()
+
+
+def _inner(pickled: bytes) -> bytes:
+    """A pickle without its PROTO opcode and its STOP, to be put inside another."""
+    return pickled[2:-1]
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return b"X" + len(encoded).to_bytes(4, "little") + encoded

@@ -1,0 +1,62 @@
+"""The files a processor or tokenizer writes, whatever their names, kept as bytes until it changes."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from .._plan.plan import BytesContent
+from .._store.fs import read_regular, walk_files
+from ..errors import PlanError
+
+
+class ProcessorFiles:
+    """Renders an object with `save_pretrained(directory)`. On the caller's thread: transformers changes it on the way."""
+
+    def __init__(self) -> None:
+        self._seen: Any = None
+        self._fingerprint: Any = None
+        self._files: tuple[BytesContent, ...] = ()
+
+    def contents(self, processor: Any) -> tuple[BytesContent, ...]:
+        """Its files; rendered again only when the object, its length, chat template, padding or truncation changed.
+
+        Raises `PlanError` if it has no `save_pretrained`.
+        """
+        fingerprint = _fingerprint(processor)
+        if processor is not self._seen or fingerprint != self._fingerprint:
+            self._files = _render(processor)
+            self._seen = processor
+            self._fingerprint = _fingerprint(processor)
+        return self._files
+
+
+def _render(processor: Any) -> tuple[BytesContent, ...]:
+    if not callable(getattr(processor, "save_pretrained", None)):
+        raise PlanError(f"processor: a {type(processor).__qualname__} has no save_pretrained(directory)")
+    with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
+        processor.save_pretrained(directory)
+        return read_files(directory)
+
+
+def read_files(directory: str) -> tuple[BytesContent, ...]:
+    """Every file below `directory`, with its bytes."""
+    return tuple(BytesContent(name, read_regular(entry.path)) for name, entry in walk_files(directory))
+
+
+def _fingerprint(processor: Any) -> Any:
+    parts = [processor, *(getattr(processor, name, None) for name in ("tokenizer", "image_processor", "feature_extractor"))]
+    return [_state(part) for part in parts if part is not None]
+
+
+def _state(part: Any) -> Any:
+    length = len(part) if hasattr(type(part), "__len__") else None
+    backend = getattr(part, "backend_tokenizer", None)
+    return (
+        id(part),
+        length,
+        repr(getattr(part, "chat_template", None)),
+        repr(getattr(backend, "padding", None)),
+        repr(getattr(backend, "truncation", None)),
+        *(repr(getattr(part, name, None)) for name in ("padding_side", "truncation_side", "model_max_length")),
+    )

@@ -1,0 +1,167 @@
+"""One request: everything that a save will put on disk, as it was at the call."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from .._plan.plan import Content
+from .._store import names
+from ..errors import PlanError
+from . import config as configs
+from . import training_state
+from .model import ModelReader, ModelState
+from .optimizer import OptimizerReader, OptimizerState
+from .processor import ProcessorFiles
+from .training_state import TrainingState
+
+
+@dataclass(frozen=True)
+class Request:
+    """`contents` describe the files whose layout is known before any value is; `tensors` and `labels` run in their order.
+
+    `owners`: for each tensor the parameter, buffer or optimizer it belongs to (None: computed for this save).
+    `volatile`: ids of owners that change without an optimizer step. `state`: what is small. `config`: bytes or None.
+    """
+
+    step: int | None
+    save_id: str
+    contents: tuple[Content, ...]
+    tensors: list[torch.Tensor]
+    labels: list[str]
+    owners: list[Any]
+    volatile: frozenset[int]
+    optimizers: tuple[OptimizerState, ...]
+    state: TrainingState
+    config: bytes | None
+    manifest: dict[str, Any]
+
+
+class RequestReader:
+    """Turns the arguments of `save()` into a request; keeps what it learned of each model and optimizer, by name."""
+
+    def __init__(self, max_shard_size: str | int, save_original_format: bool) -> None:
+        self._max_shard_size = max_shard_size
+        self._save_original_format = save_original_format
+        self._models: dict[str, ModelReader] = {}
+        self._optimizers: dict[str, OptimizerReader] = {}
+        self._processor = ProcessorFiles()
+
+    def read(
+        self,
+        step: int | None,
+        *,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        dataloader: Any,
+        scaler: Any,
+        processor: Any,
+        config: Any,
+        extra: Any,
+        metrics: Any,
+    ) -> Request:
+        """The request as of now. Raises `PlanError` in the caller's stack for what cannot be saved; touches no disk of the
+        checkpoint's."""
+        if step is not None and (type(step) is not int or step < 0):
+            raise PlanError(f"step is {step!r}; use a whole number of at least 0")
+        models = {name: self._read_model(name, value) for name, value in named("model", model).items()}
+        optimizers = {
+            name: self._read_optimizer(name, index, value)
+            for index, (name, value) in enumerate(named("optimizer", optimizer).items())
+        }
+        state = training_state.capture(step, optimizers, named("scheduler", scheduler), scaler, dataloader, extra)
+        contents: list[Content] = [content for m in models.values() for content in m.contents]
+        contents += [optimizer.content for optimizer in optimizers.values()]
+        if processor is not None:
+            contents += self._processor.contents(processor)
+        _refuse_reserved(contents)
+        return Request(
+            step=step,
+            save_id=uuid.uuid4().hex,
+            contents=tuple(contents),
+            tensors=[t for part in (*models.values(), *optimizers.values()) for t in part.tensors],
+            labels=[*(label for m in models.values() for label in m.labels), *_optimizer_labels(optimizers)],
+            owners=[
+                *(owner for m in models.values() for owner in m.owners),
+                *(owner for o in optimizers.values() for owner in o.owners),
+            ],
+            volatile=frozenset().union(*(m.volatile for m in models.values())),
+            optimizers=tuple(optimizers.values()),
+            state=state,
+            config=None if config is None else _render_config(config),
+            manifest={
+                "world_size": 1,
+                "time": time.time(),
+                "versions": VERSIONS,
+                "metrics": _metrics(metrics),
+                "names": {name: m.names for name, m in models.items()},
+            },
+        )
+
+    def _read_model(self, name: str, model: Any) -> ModelState:
+        reader = self._models.get(name)
+        if reader is None:
+            reader = self._models[name] = ModelReader(name, self._max_shard_size, self._save_original_format)
+        return reader.read(model)
+
+    def _read_optimizer(self, name: str, index: int, optimizer: Any) -> OptimizerState:
+        reader = self._optimizers.get(name)
+        if reader is None:
+            reader = self._optimizers[name] = OptimizerReader(names.optimizer(index))
+        return reader.read(optimizer)
+
+
+VERSIONS = {"python": platform.python_version()} | {
+    name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")
+}
+
+
+def named(what: str, value: Any) -> dict[str, Any]:
+    """One object, a mapping of names to objects, or None, as a mapping; a single object is named ""."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or isinstance(value, torch.nn.Module):
+        return {"": value}
+    for name in value:
+        if type(name) is not str or not name or "/" in name or name.startswith((".", "_")):
+            raise PlanError(f"{what}: the name {name!r} cannot be a directory; use letters, digits, `-` and `_`")
+    return dict(value)
+
+
+def _optimizer_labels(optimizers: Mapping[str, OptimizerState]) -> list[str]:
+    return [f"{o.content.name}: {key}" for o in optimizers.values() for key in o.keys]
+
+
+def _refuse_reserved(contents: list[Content]) -> None:
+    reserved = {names.MANIFEST, names.CONFIG, names.TRAINING_STATE, names.TRAINING_TENSORS}
+    for content in contents:
+        if content.name in reserved:
+            raise PlanError(f"a file of the model or processor is named {content.name!r}, which is a name of ours; rename it")
+
+
+def _render_config(config: Any) -> bytes:
+    try:
+        return configs.render(config)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PlanError(f"config: {error}") from error
+
+
+def _metrics(metrics: Any) -> dict[str, float]:
+    result = {}
+    for name, value in (metrics or {}).items():
+        try:
+            result[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"metrics: {name!r} is {value!r}, not a number") from error
+        if not math.isfinite(result[str(name)]):
+            del result[str(name)]  # JSON has no NaN; a metric that is none ranks nowhere
+    return result

@@ -1,0 +1,141 @@
+"""What is small and changes with every save: step, RNG, scheduler, scaler, dataloader position, extra.
+
+Captured by value at the call; rendered to files later, off the training thread. For our own `load` it is one JSON file with its
+tensors beside it in safetensors; for `accelerator.load_state` the same values stand in the files that accelerate reads.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._plan.plan import TensorContent
+from .._store import names
+from ..errors import PlanError
+from . import random_state, tree
+from .dtypes import spec
+from .optimizer import OptimizerState
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Captured values. `tensors` are those found in them, by name; they are copied before `save()` returns."""
+
+    step: int | None
+    optimizers: Mapping[str, OptimizerState]
+    schedulers: Mapping[str, Any]
+    scaler: Any
+    dataloader: Any
+    extra: Any
+    rng: dict[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+    def content(self) -> TensorContent:
+        """The safetensors file that holds the tensors."""
+        specs = tuple(spec(name, tensor, file=names.TRAINING_TENSORS) for name, tensor in self.tensors.items())
+        return TensorContent(names.TRAINING_TENSORS, specs, {"format": "pt"})
+
+    def render(self, rank: int = 0) -> list[tuple[str, bytes]]:
+        """(name, bytes) of every file but the tensors'. Pickles in them are for accelerate; our `load` reads the JSON."""
+
+        def get(name: str) -> torch.Tensor:
+            return self.tensors[name]
+
+        files = [(names.TRAINING_STATE, json.dumps(self._json(), ensure_ascii=False, separators=(",", ":")).encode())]
+        for index, state in enumerate(self.schedulers.values()):
+            files.append((names.scheduler(index), _torch_save(tree.refill(state, get))))
+        if self.scaler is not None:
+            files.append((names.SCALER, _torch_save(tree.refill(self.scaler, get))))
+        rng = random_state.for_accelerate(tree.refill(self.rng, get), self.step)
+        files.append((names.random_states(rank), _torch_save(rng)))
+        return files
+
+    def _json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "optimizers": {
+                name: {"file": optimizer.content.name, "rest": optimizer.rest()} for name, optimizer in self.optimizers.items()
+            },
+            "schedulers": {name: tree.encode(state) for name, state in self.schedulers.items()},
+            "scaler": tree.encode(self.scaler),
+            "dataloader": tree.encode(self.dataloader),
+            "extra": tree.encode(self.extra),
+            "rng": tree.encode(self.rng),
+        }
+
+
+def capture(
+    step: int | None,
+    optimizers: Mapping[str, OptimizerState],
+    schedulers: Mapping[str, Any],
+    scaler: Any,
+    dataloader: Any,
+    extra: Any,
+) -> TrainingState:
+    """Everything as it is now. Raises `PlanError` naming the value that cannot be saved."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        if name in tensors:
+            raise PlanError(f"two values are named {name!r}; rename a key")
+        tensors[name] = tensor.detach()
+
+    def put_copy(name: str, tensor: torch.Tensor) -> None:
+        put(name, tensor.detach().cpu().clone())  # also pickled later, when the live one has changed
+
+    captured = {
+        name: tree.capture(_state_dict(f"scheduler {name}".rstrip(), scheduler), f"scheduler.{name}", put_copy)
+        for name, scheduler in schedulers.items()
+    }
+    return TrainingState(
+        step=step,
+        optimizers=optimizers,
+        schedulers=captured,
+        scaler=None if scaler is None else tree.capture(_state_dict("scaler", scaler), "scaler", put_copy),
+        dataloader=None if dataloader is None else tree.capture(_state_dict("dataloader", dataloader), "dataloader", put),
+        extra=tree.capture({} if extra is None else extra, "extra", put),
+        rng=random_state.capture(put_copy),
+        tensors=tensors,
+    )
+
+
+def _state_dict(what: str, owner: Any) -> Any:
+    if not callable(getattr(owner, "state_dict", None)):
+        raise PlanError(
+            f"{what}: a {type(owner).__module__}.{type(owner).__qualname__} has no state_dict(); "
+            "put what must be restored into extra="
+        )
+    return owner.state_dict()
+
+
+def _torch_save(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def rough_size(state: TrainingState, labels: Sequence[bytes]) -> int:
+    """An upper bound, in bytes, for what `render` will give and for the known further files `labels`."""
+    leaves = sum(_leaves(value) for value in (state.schedulers, state.scaler, state.dataloader, state.extra))
+    groups = sum(_leaves(optimizer.tree.get("param_groups")) + _scalars(optimizer) for optimizer in state.optimizers.values())
+    return (512 << 10) + 4 * (leaves + groups) + sum(len(data) + 4096 for data in labels)
+
+
+def _scalars(optimizer: OptimizerState) -> int:
+    return 0 if optimizer.state_pickle is not None else _leaves(optimizer.tree.get("state"))
+
+
+def _leaves(value: Any) -> int:
+    """A rough number of bytes for a captured tree as JSON."""
+    if isinstance(value, dict):
+        return sum(_leaves(key) + _leaves(item) for key, item in value.items()) + 8
+    if isinstance(value, list | tuple):
+        return sum(map(_leaves, value)) + 8
+    if isinstance(value, str | bytes):
+        return 2 * len(value) + 16
+    return 32

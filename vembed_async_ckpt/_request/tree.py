@@ -1,0 +1,141 @@
+"""Nested Python values as JSON, exactly, and back: no pickle on the way in.
+
+`capture` copies the containers at the call and refuses what cannot be saved; `encode` makes JSON of the copy later, off the
+training thread. JSON has no tuples, bytes, NaN, and no keys but strings; what it lacks is written as an object with one key that
+starts with `$`: {"$tuple": [...]}, {"$dict": [[key, value], ...]}, {"$bytes": base64}, {"$float": "nan"}, {"$tensor": name},
+{"$numpy": name}. Tensors are handed to the caller, who stores them under that name.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import CorruptCheckpoint, PlanError
+
+Put = Callable[[str, torch.Tensor], None]
+Get = Callable[[str], torch.Tensor]
+
+_SCALARS = (type(None), bool, int, float, str, bytes)
+_MAX_DEPTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for a tensor in a captured tree. `numpy`: it was an array, and becomes one again."""
+
+    name: str
+    numpy: bool = False
+
+
+def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
+    """A copy of `value` with a `Ref` for each tensor and array, which `put(name, tensor)` takes; later changes to the
+    containers do not show in it. `where` names it in errors and tensors.
+
+    Raises `PlanError` naming the key for anything that is not a nested dict, list or tuple of JSON scalars, tensors, numpy
+    arrays and bytes.
+    """
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if depth > _MAX_DEPTH:
+        raise PlanError(f"{where}: nested deeper than {_MAX_DEPTH} levels, or contains itself")
+    if kind is tuple or kind is list:
+        return kind(capture(item, f"{where}.{n}", put, depth + 1) for n, item in enumerate(value))
+    if kind in (dict, OrderedDict, defaultdict):
+        return {_key(key, where): capture(item, f"{where}.{key}", put, depth + 1) for key, item in value.items()}
+    if isinstance(value, torch.Tensor):
+        put(where, value)
+        return Ref(where)
+    if isinstance(value, np.ndarray | np.generic):
+        put(where, _from_numpy(value, where))
+        return Ref(where, numpy=True)
+    if kind is bytearray:
+        return bytes(value)
+    raise PlanError(
+        f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be saved; use dicts, lists, tuples, "
+        "JSON scalars, tensors, numpy arrays or bytes"
+    )
+
+
+def _key(key: Any, where: str) -> Any:
+    if type(key) not in _SCALARS and not (type(key) is tuple and all(type(part) in _SCALARS for part in key)):
+        raise PlanError(f"{where}: the key {key!r} cannot be saved; use strings or numbers")
+    return key
+
+
+def _from_numpy(value: Any, where: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.array(value, order="C"))  # a copy: the array may change before it is staged
+    except TypeError as error:
+        raise PlanError(f"{where}: a numpy array of {value.dtype} cannot be saved; convert it to numbers") from error
+
+
+def encode(captured: Any) -> Any:
+    """A captured tree as JSON values."""
+    if isinstance(captured, Ref):
+        return {"$numpy" if captured.numpy else "$tensor": captured.name}
+    if isinstance(captured, float):
+        return captured if math.isfinite(captured) else {"$float": repr(captured)}
+    if isinstance(captured, bytes):
+        return {"$bytes": base64.b64encode(captured).decode()}
+    if isinstance(captured, tuple):
+        return {"$tuple": [encode(item) for item in captured]}
+    if isinstance(captured, list):
+        return [encode(item) for item in captured]
+    if isinstance(captured, dict):
+        if all(type(key) is str and not key.startswith("$") for key in captured):
+            return {key: encode(item) for key, item in captured.items()}
+        return {"$dict": [[encode(key), encode(item)] for key, item in captured.items()]}
+    return captured
+
+
+def decode(value: Any, get: Get) -> Any:
+    """The value that was captured; tensors come from `get(name)`.
+
+    Raises `CorruptCheckpoint` for JSON that `encode` does not make.
+    """
+    if isinstance(value, list):
+        return [decode(item, get) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1 or not next(iter(value)).startswith("$"):
+        return {key: decode(item, get) for key, item in value.items()}
+    ((tag, content),) = value.items()
+    try:
+        return _DECODERS[tag](content, get)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CorruptCheckpoint(f"the saved value {tag} {str(content)[:60]!r} cannot be read: {error}") from error
+
+
+_DECODERS: dict[str, Callable[[Any, Get], Any]] = {
+    "$tuple": lambda content, get: tuple(decode(item, get) for item in content),
+    "$dict": lambda content, get: {decode(key, get): decode(item, get) for key, item in content},
+    "$bytes": lambda content, get: base64.b64decode(content, validate=True),
+    "$float": lambda content, get: float(content),
+    "$tensor": lambda content, get: get(content),
+    "$numpy": lambda content, get: _to_numpy(get(content)),
+}
+
+
+def _to_numpy(tensor: torch.Tensor) -> Any:
+    array = tensor.numpy()
+    return array[()] if array.ndim == 0 else array
+
+
+def refill(captured: Any, get: Get) -> Any:
+    """A captured tree with its tensors put back, for a file that other programs unpickle."""
+    if isinstance(captured, Ref):
+        return _to_numpy(get(captured.name)) if captured.numpy else get(captured.name)
+    if isinstance(captured, tuple | list):
+        return type(captured)(refill(item, get) for item in captured)
+    if isinstance(captured, dict):
+        return {key: refill(item, get) for key, item in captured.items()}
+    return captured

@@ -1,0 +1,107 @@
+"""The committed checkpoints under a root. A directory is one if its manifest verifies; order is by (sequence, step)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError, CorruptCheckpoint
+from . import manifest as manifests
+from . import names
+from .manifest import Manifest, Verify
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One directory under a root: a manifest, or the reason why it has none that can be used."""
+
+    path: str
+    manifest: Manifest | None
+    error: CorruptCheckpoint | None = None
+
+
+def scan(root: str) -> list[Entry]:
+    """Everything under `root` that is a checkpoint or claims to be one, broken ones first, then oldest to newest.
+
+    A directory claims it by its name (`names.parse_checkpoint`) or by holding a manifest. A root that does not exist is
+    empty. Raises `CheckpointError` if it cannot be listed: then nobody knows what is there.
+    """
+    try:
+        with os.scandir(root) as found:
+            candidates = [item.path for item in found if _claims(item)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be listed ({error.strerror}): what is there is unknown") from error
+    return sorted(map(_read, candidates), key=lambda e: (e.manifest.order if e.manifest else (-1, -1), e.path))
+
+
+def _claims(item: os.DirEntry[str]) -> bool:
+    if item.name == names.WORK or not (item.is_dir(follow_symlinks=False) or item.is_symlink()):
+        return False
+    if names.parse_checkpoint(item.name) is not None:
+        return True
+    return not item.is_symlink() and os.path.lexists(os.path.join(item.path, names.MANIFEST))
+
+
+def _read(path: str) -> Entry:
+    try:
+        return Entry(path, manifests.read(path))
+    except CorruptCheckpoint as error:
+        return Entry(path, None, error)
+
+
+def latest(root: str | os.PathLike[str], *, verify: Verify = "size") -> Path | None:
+    """The newest complete checkpoint under `root`, or None only if nothing there is or claims to be one.
+
+    Newest is by (sequence, step) of the manifests, never by name or file time. Broken checkpoints are skipped with a warning
+    that says why. If the writer of a dead trainer is still finishing a staged save, waits for it (up to 60 s) and says so.
+    Raises `CorruptCheckpoint` if every checkpoint is broken, `CheckpointerBusy` if that writer does not finish, and
+    `CheckpointError` if the root cannot be listed.
+    """
+    root = os.fspath(root)
+    if os.name == "posix":
+        from .lock import wait_for_orphan
+
+        wait_for_orphan(root)
+    return _newest(root, verify)
+
+
+def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
+    broken: list[CorruptCheckpoint] = []
+    entries = scan(root)
+    for entry in reversed(entries):
+        error = entry.error
+        if entry.manifest is not None:
+            try:
+                manifests.check(entry.path, entry.manifest, verify)
+                break
+            except CorruptCheckpoint as found:
+                error = found
+        assert error is not None
+        if retries and not os.path.lexists(entry.path):
+            return _newest(root, verify, retries - 1)  # retention of a live run moved it while we looked
+        broken.append(error)
+    else:
+        if not entries:
+            return None
+        raise CorruptCheckpoint(
+            f"{root}: none of the {len(entries)} checkpoints is complete; newest first: "
+            + "; ".join(str(error) for error in broken)
+        )
+    for error in broken:
+        warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=3)
+    return Path(entry.path)
+
+
+def verify(path: str | os.PathLike[str]) -> Manifest:
+    """Check everything a checkpoint says of itself: manifest, sizes, and the hash of every file.
+
+    Raises `CorruptCheckpoint` naming file and reason.
+    """
+    directory = os.fspath(path)
+    found = manifests.read(directory)
+    manifests.check(directory, found, "full")
+    return found

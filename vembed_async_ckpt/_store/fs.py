@@ -1,0 +1,176 @@
+"""The operating system as one small interface: every call that changes the disk goes through a `Filesystem`.
+
+Each method says what it promises; nothing here decides anything. Errors are `OSError` with errno and path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+RenameMode = Literal["noreplace", "exchange", "plain"]
+
+_RENAME_FLAGS = {"noreplace": 1, "exchange": 2}  # linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
+_AT_FDCWD = -100
+
+
+class Filesystem(Protocol):
+    """What writing and committing need of an operating system."""
+
+    def make_directory(self, path: str) -> None:
+        """Create one directory; raises FileExistsError if anything has the name."""
+
+    def create(self, path: str, *, direct: bool) -> int:
+        """Create a new file for writing and return its descriptor; never opens or follows what is there already.
+
+        `direct` asks for O_DIRECT: then writes are whole blocks of `DIRECT_ALIGNMENT` bytes from aligned memory.
+        Raises OSError(EINVAL) where the file system has no O_DIRECT.
+        """
+
+    def write(self, fd: int, data: memoryview, offset: int) -> int:
+        """Write at `offset`; returns how many bytes the system took (at least one)."""
+
+    def set_buffered(self, fd: int) -> None:
+        """Take O_DIRECT back from a descriptor."""
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Set the file's size in bytes."""
+
+    def sync(self, fd: int) -> None:
+        """When this returns, data and size survive a power cut. After an error they may not, and must be written anew."""
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor from `create`."""
+
+    def sync_directory(self, path: str) -> None:
+        """When this returns, the names in the directory survive a power cut."""
+
+    def rename(self, source: str, target: str, mode: RenameMode) -> None:
+        """Atomically rename. `noreplace` raises FileExistsError, `exchange` swaps two names, `plain` is rename(2).
+
+        Raises OSError(EINVAL or ENOSYS) where the file system cannot do the mode.
+        """
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name (hard link)."""
+
+    def unlink(self, path: str) -> None:
+        """Remove one name of a file; a symbolic link itself, never what it points to."""
+
+    def remove_directory(self, path: str) -> None:
+        """Remove an empty directory."""
+
+    def free_bytes(self, path: str) -> int:
+        """Bytes that this user may still write on the file system of `path`."""
+
+
+class LocalFilesystem:
+    """The real one."""
+
+    def make_directory(self, path: str) -> None:
+        os.mkdir(path)
+
+    def create(self, path: str, *, direct: bool) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        if not direct:
+            return os.open(path, flags, 0o666)
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o666)
+        except OSError as error:
+            if error.errno == errno.EINVAL and os.path.lexists(path):
+                os.unlink(path)  # some kernels create the name before they refuse the flag
+            raise
+
+    def write(self, fd: int, data: memoryview, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def set_buffered(self, fd: int) -> None:
+        import fcntl  # not on Windows, where checkpoints can be read but not written
+
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def sync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def sync_directory(self, path: str) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, source: str, target: str, mode: RenameMode) -> None:
+        if mode == "plain":
+            os.rename(source, target)
+            return
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(libc, "renameat2"):
+            raise OSError(errno.ENOSYS, "renameat2 is not available", source)
+        if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_FLAGS[mode]):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), source, None, target)
+
+    def link(self, source: str, target: str) -> None:
+        os.link(source, target, follow_symlinks=False)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def remove_directory(self, path: str) -> None:
+        os.rmdir(path)
+
+    def free_bytes(self, path: str) -> int:
+        status = os.statvfs(path)
+        return status.f_bavail * status.f_frsize
+
+
+def read_regular(path: str, limit: int | None = None) -> bytes:
+    """The first `limit` bytes (all, if None) of a regular file.
+
+    Never follows a symbolic link in the last component and never blocks on a FIFO or device: raises OSError(EINVAL)
+    for anything that is not a regular file, and OSError as open(2) does.
+    """
+    fd = open_regular(path)
+    with os.fdopen(fd, "rb") as file:
+        return file.read(-1 if limit is None else limit)
+
+
+def open_regular(path: str) -> int:
+    """A descriptor for reading a regular file, under the conditions of `read_regular`. The caller closes it."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    fd = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return fd
+
+
+def walk_files(directory: str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Every entry below `directory` that is not a directory, as (relative name, entry). Links are not followed."""
+    with os.scandir(directory) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        name = prefix + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk_files(entry.path, name + "/")
+        else:
+            yield name, entry
+
+
+def walk_directories(directory: str) -> Iterator[str]:
+    """Every directory below `directory`, children before their parents, itself last. Links are not followed."""
+    with os.scandir(directory) as entries:
+        children = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+    for child in children:
+        yield from walk_directories(child)
+    yield directory

@@ -1,0 +1,145 @@
+"""One lock per root: a single flocked open file description that trainer and writer share.
+
+It is held as long as either of them lives, so a writer that finishes its jobs after the trainer's death still owns the root,
+and a respawned writer never loses it. Only its holder sweeps.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+
+from ..errors import CheckpointerBusy
+from ..events import logger
+from . import names
+
+ORPHAN_PATIENCE = 60.0  # seconds to wait for a writer whose trainer is dead
+_GRACE = 2.0  # seconds a living holder gets: a reader that probes the lock has it for an instant
+_POLL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process id with its start time in clock ticks since boot (proc(5), stat field 22), so that ids may be reused."""
+
+    pid: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """The living process `pid`, or None. A zombie is dead: it runs nothing any more."""
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return None if fields[0] in (b"Z", b"X") else cls(pid, int(fields[19]))
+
+    def alive(self) -> bool:
+        return Process.of(self.pid) == self
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who a lock file names: the trainer, and its writer process if there is one."""
+
+    trainer: Process
+    writer: Process | None
+
+    def __str__(self) -> str:
+        return f"trainer {self.trainer.pid}" + (f", writer {self.writer.pid}" if self.writer else "")
+
+
+class RootLock:
+    """The lock of one root, held. `fd` is what a writer process inherits."""
+
+    def __init__(self, root: str, fd: int) -> None:
+        self.root = root
+        self.fd = fd
+
+    @classmethod
+    def acquire(cls, root: str, patience: float = ORPHAN_PATIENCE) -> RootLock:
+        """Take the lock of `root`, creating the work directory if need be.
+
+        Waits up to `patience` seconds for the writer of a dead trainer to finish its jobs, and says so.
+        Raises `CheckpointerBusy` naming the holder.
+        """
+        os.makedirs(names.work_directory(root), exist_ok=True)
+        path = names.lock_file(root)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            _wait(fd, root, fcntl.LOCK_EX, patience)
+            lock = cls(root, fd)
+            lock.name(None)
+        except BaseException:
+            os.close(fd)
+            raise
+        return lock
+
+    def name(self, writer_pid: int | None) -> None:
+        """Write down who holds the lock: this process and its writer."""
+        holders = [Process.of(pid) for pid in (os.getpid(), writer_pid) if pid is not None]
+        content = json.dumps([[holder.pid, holder.start] for holder in holders if holder is not None]).encode()
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, content, 0)
+
+    def close(self) -> None:
+        """Let go of this process's share; the lock is free once the writer's is gone too."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
+    """If a writer whose trainer is dead still works on `root`, wait for it, up to `patience` seconds, and say so.
+
+    Returns at once when nobody holds the lock or the holder's trainer lives. Raises `CheckpointerBusy` when the orphan is
+    still at work afterwards.
+    """
+    try:
+        fd = os.open(names.lock_file(root), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        holder = _holder(fd)
+        if holder is not None and holder.trainer.alive():
+            return
+        _wait(fd, root, fcntl.LOCK_SH, patience)
+    finally:
+        os.close(fd)
+
+
+def _wait(fd: int, root: str, mode: int, patience: float) -> None:
+    begun = time.monotonic()
+    announced = False
+    while True:
+        try:
+            fcntl.flock(fd, mode | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        holder = _holder(fd)
+        waited = time.monotonic() - begun
+        if holder is None or holder.trainer.alive():
+            if waited > _GRACE:
+                raise CheckpointerBusy(
+                    f"{root}: another process saves here ({holder or 'its name is not written yet'}); "
+                    "wait for it to end, stop it, or use another directory"
+                )
+        elif waited > patience:
+            raise CheckpointerBusy(f"{root}: the writer of a dead trainer ({holder}) is still at work after {waited:.0f} s")
+        elif not announced:
+            logger.warning("%s: waiting for the writer of a dead trainer (%s) to finish what was staged", root, holder)
+            announced = True
+        time.sleep(_POLL)
+
+
+def _holder(fd: int) -> Holder | None:
+    try:
+        trainer, *writer = (Process(int(pid), int(start)) for pid, start in json.loads(os.pread(fd, 4096, 0)))
+    except (ValueError, TypeError):
+        return None  # being rewritten this very moment
+    return Holder(trainer, writer[0] if writer else None)

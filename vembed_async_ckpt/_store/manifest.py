@@ -1,0 +1,176 @@
+"""What a checkpoint says of itself, and whether it is true.
+
+The file is one JSON object. Its last key, `self`, is the xxh3_128 (hex) of all bytes of the file before the opening quote of
+that key, so that a manifest that was cut short or altered is known as such.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import xxhash
+
+from .._plan.plan import is_safe_relative
+from ..errors import CorruptCheckpoint
+from . import fs, names
+
+FORMAT = "vembed_async_ckpt"
+VERSION = 1
+Verify = Literal["none", "size", "full"]
+
+_HASH_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and xxh3_128 (hex) of one file."""
+
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One checkpoint. `sequence` orders the checkpoints of a root; `files` names everything in it but the manifest.
+
+    `tensors`: for a file that is not safetensors (optimizer.bin), its tensors as {key: [dtype, shape, offset]}.
+    `names`: for a weights file, where its tensors live in the model: {file name: {tensor: where}}.
+    """
+
+    save_id: str
+    step: int | None
+    sequence: int
+    world_size: int = 1
+    time: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    names: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Newest is largest: by sequence, then by step."""
+        return (self.sequence, -1 if self.step is None else self.step)
+
+    def to_bytes(self) -> bytes:
+        """The manifest file's content."""
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "save_id": self.save_id,
+            "step": self.step,
+            "sequence": self.sequence,
+            "world_size": self.world_size,
+            "time": self.time,
+            "versions": self.versions,
+            "metrics": self.metrics,
+            "files": {name: {"size": file.size, "xxh3_128": file.xxh3_128} for name, file in self.files.items()},
+            "names": self.names,
+            "tensors": self.tensors,
+        }
+        before = json.dumps(body, ensure_ascii=False, separators=(",", ":"))[:-1].encode() + b","
+        return before + b'"self":"' + xxhash.xxh3_128_hexdigest(before).encode() + b'"}'
+
+
+def parse(content: bytes, *, file: str) -> Manifest:
+    """The manifest in `content`. Raises `CorruptCheckpoint` naming `file` if it is not whole or makes no sense."""
+    cut = content.rfind(b'"self"')
+    try:
+        body = json.loads(content)
+        if body["format"] != FORMAT:
+            raise ValueError(f"format is {body['format']!r}, not {FORMAT!r}")
+        if body["version"] != VERSION:
+            raise ValueError(f"format version {body['version']!r} is not the one this release reads ({VERSION})")
+        if body["self"] != xxhash.xxh3_128_hexdigest(content[:cut]):
+            raise ValueError("its own hash does not match")
+        return Manifest(
+            save_id=str(body["save_id"]),
+            step=None if body["step"] is None else int(body["step"]),
+            sequence=int(body["sequence"]),
+            world_size=int(body["world_size"]),
+            time=float(body["time"]),
+            versions=body["versions"],
+            metrics=body["metrics"],
+            names=body["names"],
+            tensors=body["tensors"],
+            files={_safe(name): _record(value) for name, value in body["files"].items()},
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CorruptCheckpoint(f"{file}: unusable manifest: {reason}") from error
+
+
+def _safe(name: str) -> str:
+    if not is_safe_relative(name):
+        raise ValueError(f"the file name {name!r} leaves the directory")
+    return name
+
+
+def _record(value: Mapping[str, Any]) -> FileRecord:
+    size, digest = value["size"], value["xxh3_128"]
+    if type(size) is not int or size < 0 or not isinstance(digest, str):
+        raise ValueError(f"unusable file record {value!r}")
+    return FileRecord(size, digest)
+
+
+def read(directory: str) -> Manifest:
+    """The manifest of a checkpoint directory. Raises `CorruptCheckpoint`; `OSError` only where the disk itself fails."""
+    path = os.path.join(directory, names.MANIFEST)
+    if os.path.islink(directory):
+        raise CorruptCheckpoint(f"{directory}: is a symbolic link; links are not followed")
+    try:
+        content = fs.read_regular(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptCheckpoint(f"{directory}: incomplete: it has no {names.MANIFEST}") from error
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+    return parse(content, file=path)
+
+
+def check(directory: str, manifest: Manifest, verify: Verify) -> None:
+    """Compare the files with the manifest: sizes, or with `full` their hashes too.
+
+    Raises `CorruptCheckpoint` naming the file and what is wrong with it.
+    """
+    if verify == "none":
+        return
+    for name, record in manifest.files.items():
+        path = os.path.join(directory, *name.split("/"))
+        try:
+            _refuse_linked_parents(directory, name)
+            fd = fs.open_regular(path)
+        except FileNotFoundError as error:
+            raise CorruptCheckpoint(f"{path}: missing; the manifest lists it with {record.size} bytes") from error
+        except OSError as error:
+            raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            size = os.fstat(fd).st_size
+            if size != record.size:
+                raise CorruptCheckpoint(f"{path}: has {size} bytes, the manifest says {record.size}")
+            if verify == "full" and (digest := _hash(fd, path)) != record.xxh3_128:
+                raise CorruptCheckpoint(f"{path}: content differs: xxh3_128 {digest}, expected {record.xxh3_128}")
+        finally:
+            os.close(fd)
+
+
+def _refuse_linked_parents(directory: str, name: str) -> None:
+    parent = directory
+    for part in name.split("/")[:-1]:
+        parent = os.path.join(parent, part)
+        if os.path.islink(parent):
+            raise CorruptCheckpoint(f"{parent}: is a symbolic link; links are not followed")
+
+
+def _hash(fd: int, path: str) -> str:
+    digest = xxhash.xxh3_128()
+    try:
+        while chunk := os.read(fd, _HASH_CHUNK):
+            digest.update(chunk)
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""Every on-disk name is made and parsed here, and nowhere else.
+
+Hosts to mind: transformers globs `checkpoint-*` when it rotates, hub upload skips `_*`, accelerate reads a number out of every
+entry of its automatic folder. So all that is not committed lives in `_vembed_async_ckpt/` beside the checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+WORK = "_vembed_async_ckpt"
+LOCK = "lock"
+REPLACED = "replaced"
+ORPHAN_LOG = "orphan.log"
+
+MANIFEST = "vembed_manifest.json"
+CONFIG = "vembed_config.json"
+TRAINING_STATE = "vembed_training_state.json"
+TRAINING_TENSORS = "vembed_training_state.safetensors"
+WEIGHTS = "model.safetensors"
+SCALER = "scaler.pt"
+
+_CHECKPOINT = re.compile(r"checkpoint(?:-|_|-step-|-epoch-)(0|[1-9][0-9]*)")
+_SAVE_ID = r"[0-9a-f]{32}"
+_WORK_ENTRY = re.compile(rf"(?P<kind>work|trash)-(?P<save_id>{_SAVE_ID})(?:\.(?P<attempt>[0-9]+))?")
+_SWAP = re.compile(rf"swap-({_SAVE_ID})\.([^/]+)")
+_OURS = re.compile(
+    r"(?:[^/]+/)?(?:"
+    r"(?:pytorch_)?model(?:_[0-9]+)?(?:-[0-9]{5}-of-[0-9]{5})?\.(?:safetensors|bin)"
+    r"|(?:pytorch_)?model(?:_[0-9]+)?\.(?:safetensors|bin)\.index\.json"
+    r"|adapter_(?:model\.(?:safetensors|bin)|config\.json)"
+    r"|[^/]*_state_dict\.safetensors"
+    r"|(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|scaler\.pt"
+    r"|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl"
+    r"|vembed_(?:manifest|config|training_state)\.json|vembed_training_state\.safetensors"
+    r")"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkEntry:
+    """What an entry of the work directory says it is: a save under way, or a checkpoint on its way out."""
+
+    kind: Literal["work", "trash"]
+    save_id: str
+
+
+def checkpoint(step: int) -> str:
+    """Name of the directory that `AsyncCheckpointer.save(step)` publishes."""
+    return f"checkpoint-{step}"
+
+
+def parse_checkpoint(name: str) -> int | None:
+    """The number in a checkpoint directory's name (four grammars: `checkpoint-N`, `checkpoint_N`, `checkpoint-step-N`,
+    `checkpoint-epoch-N`), or None if the name is none of ours."""
+    match = _CHECKPOINT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def trailing_number(name: str) -> int | None:
+    """The last integer in a name, if there is one."""
+    numbers = re.findall(r"[0-9]+", name)
+    return int(numbers[-1]) if numbers else None
+
+
+def work_directory(root: str) -> str:
+    return os.path.join(root, WORK)
+
+
+def lock_file(root: str) -> str:
+    return os.path.join(root, WORK, LOCK)
+
+
+def save_directory(root: str, save_id: str, attempt: int) -> str:
+    """Where a save is built before it is published."""
+    return os.path.join(root, WORK, f"work-{save_id}.{attempt}")
+
+
+def trash_directory(root: str, save_id: str) -> str:
+    """Where retention moves a checkpoint before it deletes it."""
+    return os.path.join(root, WORK, f"trash-{save_id}")
+
+
+def replaced_directory(root: str) -> str:
+    """Where things wait that are not ours to delete."""
+    return os.path.join(root, WORK, REPLACED)
+
+
+def parse_work_entry(name: str) -> WorkEntry | None:
+    """What an entry of the work directory is, or None if it was not made by `save_directory` or `trash_directory`."""
+    match = _WORK_ENTRY.fullmatch(name)
+    if match is None or (match["kind"] == "work") != (match["attempt"] is not None):
+        return None
+    return WorkEntry("work" if match["kind"] == "work" else "trash", match["save_id"])
+
+
+def swap_directory(root: str, save_id: str, name: str) -> str:
+    """Where the old directory `name` waits while a file system without exchange gets the new one of save `save_id`."""
+    return os.path.join(root, WORK, REPLACED, f"swap-{save_id}.{name}")
+
+
+def parse_swap(name: str) -> tuple[str, str] | None:
+    """(save id of the replacing save, checkpoint name) of an entry made by `swap_directory`, or None."""
+    match = _SWAP.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+
+def kept_directory(root: str, save_id: str, name: str) -> str:
+    """Where what remains of the replaced directory `name` is kept: files we did not write and cannot carry over."""
+    return os.path.join(root, WORK, REPLACED, f"kept-{save_id}.{name}")
+
+
+def optimizer(index: int) -> str:
+    return f"optimizer_{index}.bin" if index else "optimizer.bin"
+
+
+def scheduler(index: int) -> str:
+    return f"scheduler_{index}.bin" if index else "scheduler.bin"
+
+
+def random_states(rank: int) -> str:
+    return f"random_states_{rank}.pkl"
+
+
+def is_plan_name(relative: str) -> bool:
+    """Whether a plan of ours can make this name: carried over from a replaced directory it would be read as part of the
+    new checkpoint."""
+    return _OURS.fullmatch(relative) is not None

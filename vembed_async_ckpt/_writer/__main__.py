@@ -1,0 +1,33 @@
+"""The writer process: `python -I -S -c BOOTSTRAP ROOT TRAINER_PID SOCKET_FD`, started by the supervisor.
+
+Its session is its own, so that Ctrl-C and group kills spare it; its standard streams are never the trainer's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+from .._store.fs import LocalFilesystem
+from .server import serve
+
+
+def main(arguments: list[str]) -> None:
+    """Serve until the trainer is gone and every accepted job has ended."""
+    root, trainer_pid, socket_fd = arguments[0], int(arguments[1]), int(arguments[2])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Schedulers send these to everybody first; the end of the trainer is what ends this process.
+        signal.signal(number, signal.SIG_IGN)
+    sock = socket.socket(fileno=socket_fd)
+    try:
+        trainer = os.pidfd_open(trainer_pid)
+    except ProcessLookupError:
+        trainer = None
+        sock.shutdown(socket.SHUT_RD)  # dead already: what it queued can still be read, then it ends
+    serve(sock, root, LocalFilesystem(), trainer, lambda: None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,38 @@
+"""Mapping an arena and faulting its pages in, without holding the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+_MADV_DONTFORK, _MADV_HUGEPAGE, _MADV_DONTDUMP, _MADV_POPULATE_WRITE = 10, 14, 16, 23  # asm-generic/mman-common.h
+_STEP = 16 << 20  # mmap_sem is held for one step at a time, so that other threads' faults get in between
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def map_arena(fd: int, size: int) -> mmap.mmap:
+    """Map `size` bytes of an arena, shared and writable; left out of forked children and of core dumps.
+
+    Huge pages are advised, never depended on.
+    """
+    memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    for advice in (_MADV_DONTFORK, _MADV_DONTDUMP, _MADV_HUGEPAGE):
+        _libc.madvise(address_of(memory), size, advice)
+    return memory
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """Address of the first byte. The mapping must be kept alive by the caller."""
+    view = (ctypes.c_char * 0).from_buffer(memory)
+    return ctypes.addressof(view)
+
+
+def populate(memory: mmap.mmap, size: int) -> None:
+    """Fault every page in for writing; contents are unchanged. Where the kernel cannot (before 5.14), pages are faulted
+    in by the first copy instead. ctypes releases the GIL around the call; `mmap.madvise` would hold it."""
+    base = address_of(memory)
+    for offset in range(0, size, _STEP):
+        if _libc.madvise(base + offset, min(_STEP, size - offset), _MADV_POPULATE_WRITE):
+            return

@@ -1,0 +1,287 @@
+"""The writer's two loops: one answers the trainer at once, the other writes and commits one job after another.
+
+The trainer's death ends nothing that was accepted: the jobs are finished, then the writer leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from .._store import names
+from .._store.fs import Filesystem
+from .._store.manifest import FileRecord, Manifest
+from .._store.retention import from_spec
+from ..errors import CommitError, WriteError
+from . import commit as commits
+from .direct_io import FileWriter, IOThreads, sync_all, write_range
+from .memory import map_arena, populate
+from .protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply
+
+TRIES = 3  # a failed write is repeated from the arena into new files
+
+
+@dataclass
+class _Arena:
+    memory: memoryview
+    size: int
+
+
+@dataclass
+class _Pending:
+    """A job as accepted, and the way its waves arrive (None: the trainer is gone, there will be no more)."""
+
+    arena: int
+    serial: int
+    job: Job
+    accepted: float
+    waves: queue.SimpleQueue[tuple[int, int] | None] = field(default_factory=queue.SimpleQueue)
+
+
+class Server:
+    """Serves one root over one socket until the trainer is gone and every accepted job has ended."""
+
+    def __init__(self, sock: socket.socket, root: str, fs: Filesystem, trainer: int | None) -> None:
+        """`trainer` is a pidfd of the trainer, or None for a writer that lives in its process."""
+        self._sock = sock
+        self._root = root
+        self._fs = fs
+        self._trainer = trainer
+        self._sending = threading.Lock()
+        self._orphaned = False
+        self._arenas: dict[int, _Arena] = {}
+        self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._waiting_for_waves: dict[int, _Pending] = {}
+        self._threads = IOThreads()
+        self._committed = commits.Committed(root)
+
+    def serve(self) -> None:
+        """Returns when the trainer closed the socket or died and the last accepted job has ended."""
+        worker = threading.Thread(target=self._work, name="vembed-ckpt-writer", daemon=True)
+        worker.start()
+        reader = CommandReader(self._sock)
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        if self._trainer is not None:
+            poll.register(self._trainer, select.POLLIN)
+        self._sock.setblocking(False)
+        while not reader.closed:
+            if self._trainer is not None and self._trainer in {fd for fd, _ in poll.poll()}:
+                # A forked child of the trainer may keep the socket open: what is queued can still be read, then it ends.
+                self._sock.shutdown(socket.SHUT_RD)
+                poll.unregister(self._trainer)
+            for command, fd in reader.read():
+                self._handle(command, fd)
+        self._orphaned = True
+        for pending in list(self._waiting_for_waves.values()):
+            pending.waves.put(None)
+        self._jobs.put(None)
+        worker.join()
+        self._threads.close()
+
+    def _handle(self, command: Command, fd: int | None) -> None:
+        if command.kind is Kind.ARENA:
+            assert fd is not None
+            memory = map_arena(fd, command.first)
+            os.close(fd)
+            self._arenas[command.arena] = _Arena(memoryview(memory), command.first)
+            threading.Thread(
+                target=self._populate, args=(command.arena, memory, command.first), name="vembed-ckpt-populate", daemon=True
+            ).start()
+        elif command.kind is Kind.DROP:
+            self._arenas.pop(command.arena, None)
+        elif command.kind is Kind.JOB:
+            memory_ = self._arenas[command.arena].memory
+            job = cast(Job, json.loads(bytes(memory_[command.second : command.second + command.third])))
+            PROGRESS.pack_into(memory_, 0, 0)
+            pending = _Pending(command.arena, command.first, job, time.perf_counter())
+            if job.get("waves"):
+                self._waiting_for_waves[command.first] = pending
+            self._jobs.put(pending)
+            self._send(event="accepted", serial=command.first)
+        elif command.kind is Kind.WAVE:
+            self._waiting_for_waves[command.first].waves.put((command.second, command.third))
+
+    def _populate(self, arena: int, memory: Any, size: int) -> None:
+        populate(memory, size)
+        self._send(event="populated", arena=arena)
+
+    def _work(self) -> None:
+        try:
+            swept = commits.sweep(self._fs, self._root)
+            self._send(event="ready", swept=swept, free=self._fs.free_bytes(self._root))
+        except OSError as error:
+            self._send(event="ready", swept=[], free=None, error=f"leftovers could not be swept: {error}")
+        while (pending := self._jobs.get()) is not None:
+            self._run(pending)
+            self._waiting_for_waves.pop(pending.serial, None)
+            del pending
+
+    def _run(self, pending: _Pending) -> None:
+        try:
+            replaced, reply = self._save(pending)
+        except Exception as error:
+            self._failed(pending, error)
+            return
+        self._send(event="committed", serial=pending.serial, **reply)
+        try:
+            self._tidy(pending, replaced)
+        except Exception as error:
+            self._send(event="warning", serial=pending.serial, message=f"{type(error).__name__}: {error}")
+
+    def _failed(self, pending: _Pending, error: Exception) -> None:
+        kind = "commit" if isinstance(error, CommitError) else "write"
+        message = f"{type(error).__name__}: {error}"
+        if not isinstance(error, OSError | WriteError | CommitError):
+            message += "\n" + traceback.format_exc()
+        self._send(event="failed", serial=pending.serial, kind=kind, message=message, errno=getattr(error, "errno", None))
+        if self._orphaned:
+            with open(os.path.join(names.work_directory(self._root), names.ORPHAN_LOG), "a") as log:
+                log.write(f"{time.strftime('%F %T')} {pending.job['name']} was staged but not saved: {message}\n")
+
+    def _save(self, pending: _Pending) -> tuple[str | None, dict[str, Any]]:
+        """Write and commit one job; returns where a replaced directory lies, and what to answer."""
+        job = pending.job
+        committed = self._committed.refresh()
+        commits.refuse_non_directory(os.path.join(self._root, job["name"]))
+        for path, manifest in committed:
+            if manifest.save_id == job["save_id"]:  # the writer before this one died between commit and answer
+                self._fs.sync_directory(self._root)
+                return None, self._reply(path, manifest, pending, pending.accepted, time.perf_counter())
+        sequence = 1 + max((manifest.sequence for _, manifest in committed), default=0)
+        tries = 1 if job.get("waves") else TRIES
+        for attempt in range(tries):
+            work = names.save_directory(self._root, job["save_id"], attempt)
+            try:
+                return self._attempt(pending, work, sequence)
+            except CommitError:
+                raise
+            except OSError:
+                if os.path.isdir(work):
+                    commits.remove_work(self._fs, work)
+                if attempt + 1 == tries:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _attempt(self, pending: _Pending, work: str, sequence: int) -> tuple[str | None, dict[str, Any]]:
+        job, fs = pending.job, self._fs
+        begun = time.perf_counter()
+        self._send(event="writing", serial=pending.serial)
+        fs.make_directory(work)
+        writers = self._write(pending, work)
+        records = {w.slot["name"]: FileRecord(w.slot["size"], w.hash.hexdigest()) for w in writers}
+        for source, further in job["links"]:
+            try:
+                fs.link(os.path.join(work, source), os.path.join(work, further))
+                records[further] = records[source]
+            except OSError as error:
+                self._send(
+                    event="warning",
+                    serial=pending.serial,
+                    message=f"{further} was left out: no hard links on this file system ({error})",
+                )
+        written = time.perf_counter()
+        manifest = Manifest(
+            save_id=job["save_id"], step=job["step"], sequence=sequence, files=records, **job["manifest"]
+        )
+        replaced = commits.commit(fs, self._root, job["name"], work, manifest)
+        return replaced, self._reply(os.path.join(self._root, job["name"]), manifest, pending, begun, written)
+
+    def _reply(self, path: str, manifest: Manifest, pending: _Pending, begun: float, written: float) -> dict[str, Any]:
+        return {
+            "path": path,
+            "sequence": manifest.sequence,
+            "files": {name: record.size for name, record in manifest.files.items()},
+            "total_bytes": sum(slot["size"] for slot in pending.job["files"]),
+            "queued": begun - pending.accepted,
+            "write": written - begun,
+            "commit": time.perf_counter() - written,
+        }
+
+    def _write(self, pending: _Pending, work: str) -> list[FileWriter]:
+        job, memory = pending.job, self._arenas[pending.arena].memory
+        lock, total = threading.Lock(), 0
+
+        def wrote(count: int) -> None:
+            nonlocal total
+            with lock:
+                total += count
+                PROGRESS.pack_into(memory, 0, total)
+
+        writers: list[FileWriter] = []
+        try:
+            for slot in job["files"]:
+                path = os.path.join(work, *slot["name"].split("/"))
+                self._make_parents(work, slot["name"])
+                writers.append(FileWriter(self._fs, path, slot, job["checksums"].get(slot["name"])))
+            for start, end in self._ranges(pending):
+                write_range(writers, memory, start, end, DATA_START, self._threads, wrote)
+                if job.get("waves"):
+                    self._send(event="wave", serial=pending.serial)
+            sync_all(writers, self._threads)
+        finally:
+            for writer in writers:
+                writer.close()
+        return writers
+
+    def _make_parents(self, work: str, name: str) -> None:
+        parts = name.split("/")[:-1]
+        for depth in range(len(parts)):
+            parent = os.path.join(work, *parts[: depth + 1])
+            if not os.path.isdir(parent):
+                self._fs.make_directory(parent)
+
+    def _ranges(self, pending: _Pending) -> Any:
+        last = pending.job["files"][-1]
+        end = -(-(last["start"] + last["size"]) // 4096) * 4096
+        if not pending.job.get("waves"):
+            yield DATA_START, end
+            return
+        covered = DATA_START
+        while covered < end:
+            wave = pending.waves.get()
+            if wave is None:
+                raise WriteError("the trainer died before all of the state had passed through the small arena")
+            yield wave
+            covered = wave[1]
+
+    def _tidy(self, pending: _Pending, replaced: str | None) -> None:
+        """After the commit, in this order: what was replaced goes, then what retention does not keep."""
+        job = pending.job
+        if replaced is not None:
+            target = os.path.join(self._root, job["name"])
+            commits.dispose(self._fs, self._root, replaced, job["name"], job["save_id"], carried_to=target)
+        pruned: list[str] = []
+        if job["retention"] is not None:
+            policy = from_spec(job["retention"])
+            pruned = commits.prune(self._fs, self._root, policy, self._committed.refresh())
+        self._send(event="tidy", serial=pending.serial, pruned=pruned, free=self._fs.free_bytes(self._root))
+
+    def _send(self, **reply: Any) -> None:
+        data = encode_reply(reply)
+        with self._sending:
+            while data and not self._orphaned:
+                try:
+                    data = data[self._sock.send(data) :]
+                except BlockingIOError:
+                    select.select([], [self._sock], [], 1.0)
+                except OSError:
+                    return  # the trainer is gone; the reading loop sees it too
+
+
+def serve(sock: socket.socket, root: str, fs: Filesystem, trainer: int | None, done: Callable[[], None]) -> None:
+    """Run a server to its end, then call `done`."""
+    try:
+        Server(sock, root, fs, trainer).serve()
+    finally:
+        sock.close()
+        done()

@@ -1,0 +1,103 @@
+"""What happened, said once: frozen events that go to the logger, to the user's sinks and to `events()`.
+
+A stage is reported as `started`, then `complete` or `failed`. Sinks run on one reporting thread, in order, never on the
+training thread and never on the thread that watches the writer: a slow or failing sink delays reports, not saves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+logger = logging.getLogger("vembed_async_ckpt")
+
+Stage = Literal["plan", "arena", "backpressure", "stage", "barrier", "write", "save", "writer", "prewarm"]
+Phase = Literal["started", "complete", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened to one save (`save_id`, `step`) or, with an empty `save_id`, to the engine.
+
+    `seconds` is how long the stage took (0.0 in `started`), `bytes` what it moved, `detail` one line for people,
+    `time` seconds since the epoch.
+    """
+
+    stage: Stage
+    phase: Phase
+    save_id: str = ""
+    step: int | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+    detail: str = ""
+    time: float = field(default_factory=time.time)
+
+
+Sink = Callable[[Event], None]
+
+
+class Reporter:
+    """Delivers events and callbacks in order on one daemon thread. Holds: nothing a sink does reaches the reporting side."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = list(sinks)
+        self.closed = False
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="vembed-ckpt-reporter", daemon=True)
+        self._thread.start()
+
+    def emit(self, event: Event) -> None:
+        """Queue `event`; returns at once."""
+        self._queue.put(lambda: self._deliver(event))
+
+    def call(self, callback: Callable[[], None]) -> None:
+        """Queue a callback behind the events already queued; what it raises is logged."""
+        self._queue.put(callback)
+
+    def add_sink(self, sink: Sink) -> None:
+        self._sinks.append(sink)
+
+    def remove_sink(self, sink: Sink) -> None:
+        with contextlib.suppress(ValueError):
+            self._sinks.remove(sink)
+
+    @contextlib.contextmanager
+    def stage(self, stage: Stage, save_id: str = "", step: int | None = None, bytes: int = 0) -> Iterator[None]:
+        """Report one stage around a block: started, then complete or failed with the seconds it took."""
+        started = time.perf_counter()
+        self.emit(Event(stage, "started", save_id, step, bytes))
+        try:
+            yield
+        except BaseException as error:
+            took = time.perf_counter() - started
+            self.emit(Event(stage, "failed", save_id, step, bytes, took, f"{type(error).__name__}: {error}"))
+            raise
+        self.emit(Event(stage, "complete", save_id, step, bytes, time.perf_counter() - started))
+
+    def close(self, timeout: float) -> None:
+        """Deliver what is queued, for at most `timeout` seconds, and end the thread."""
+        self._queue.put(None)
+        self._thread.join(timeout)
+        self.closed = True
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            try:
+                job()
+            except Exception:
+                logger.exception("a callback of a checkpoint failed; the save is not affected")
+
+    def _deliver(self, event: Event) -> None:
+        level = logging.WARNING if event.phase == "failed" else logging.DEBUG
+        logger.log(level, "%s %s step=%s %.3fs %s", event.stage, event.phase, event.step, event.seconds, event.detail)
+        for sink in tuple(self._sinks):
+            try:
+                sink(event)
+            except Exception:
+                logger.exception("an event sink failed; the save is not affected")
