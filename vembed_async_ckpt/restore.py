@@ -1,0 +1,352 @@
+"""Restore: a committed checkpoint back into live objects, in place. Nothing is unpickled here.
+
+Weights and optimizer tensors are mapped from their files at the offsets that header and manifest give, and copied once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._plan import safetensors
+from ._plan.plan import is_safe_relative
+from ._plan.safetensors import BITS
+from ._request import random_state, tree
+from ._request.dtypes import TO_TORCH
+from ._request.model import unwrap as unwrap_model
+from ._request.optimizer import unwrap as unwrap_optimizer
+from ._request.request import named
+from ._store import manifest as manifests
+from ._store import names
+from ._store.fs import open_regular, read_regular
+from ._store.manifest import Manifest, Verify
+from .errors import CheckpointError, CorruptCheckpoint
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint says besides the states that were put back: its step, config, extra and metrics."""
+
+    step: int | None
+    config: Any
+    extra: Any
+    metrics: Mapping[str, float]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    dataloader: Any = None,
+    scaler: Any = None,
+    accelerator: Any = None,
+    verify: Verify = "size",
+) -> Restored:
+    """Put a checkpoint back into the objects given, as they were given to `save()` (one object, or a mapping of names).
+
+    The random number generators are set too when anything but a model is given: training goes on exactly where it was.
+    With `accelerator`, its prepared models, optimizers and schedulers take the place of those not given. `verify`: compare
+    "size"s, "full" hashes, or "none", before anything is changed. The checkpoint is safe from retention while it is read.
+
+    Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` when the objects do not fit what was saved; both
+    before any object is changed.
+    """
+    if verify not in ("size", "full", "none"):
+        raise ValueError(f"verify is {verify!r}; use 'size', 'full' or 'none'")
+    directory = os.fspath(path)
+    with _held(directory):
+        manifest = manifests.read(directory)
+        manifests.check(directory, manifest, verify)
+        with contextlib.ExitStack() as stack:
+            source = _Source(directory, manifest, stack)
+            return _restore(source, model, optimizer, scheduler, dataloader, scaler, accelerator)
+
+
+def _restore(
+    source: _Source, model: Any, optimizer: Any, scheduler: Any, dataloader: Any, scaler: Any, accelerator: Any
+) -> Restored:
+    saved = source.training_state()
+    if accelerator is not None:
+        model = _in_order(accelerator._models, source.manifest.names) if model is None else model
+        optimizer = _in_order(accelerator._optimizers, saved["optimizers"]) if optimizer is None else optimizer
+        scheduler = _in_order(accelerator._schedulers, saved["schedulers"]) if scheduler is None else scheduler
+        scaler = getattr(accelerator, "scaler", None) if scaler is None else scaler
+    steps: list[Callable[[], None]] = []
+    for name, value in named("model", model).items():
+        steps.append(_plan_model(source, name, unwrap_model(value)))
+    for name, value in named("optimizer", optimizer).items():
+        entry = _saved(saved["optimizers"], name, "optimizer")
+        steps.append(_plan_optimizer(source, entry, name, unwrap_optimizer(value)))
+    for name, value in named("scheduler", scheduler).items():
+        state = tree.decode(_saved(saved["schedulers"], name, "scheduler"), source.training_tensor)
+        steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
+    for what, value in (("dataloader", dataloader), ("scaler", scaler)):
+        if value is not None and not (what == "scaler" and accelerator is not None and saved[what] is None):
+            if saved[what] is None:
+                raise CheckpointError(f"{source.directory}: was saved without a {what}; load it without {what}=")
+            state = tree.decode(saved[what], source.training_tensor)
+            steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
+    extra = tree.decode(saved["extra"], source.training_tensor)
+    rng = tree.decode(saved["rng"], source.training_tensor)
+    for step in steps:
+        step()
+    if any(part is not None for part in (optimizer, scheduler, dataloader, scaler, accelerator)):
+        random_state.restore(rng)
+    return Restored(source.manifest.step, source.config(), extra, source.manifest.metrics)
+
+
+def _in_order(values: Sequence[Any], saved: Mapping[str, Any]) -> Any:
+    """accelerate's objects have no names: they are matched with what was saved by their order."""
+    if not values:
+        return None
+    if len(values) != len(saved):
+        raise CheckpointError(f"the accelerator has {len(values)} objects where {len(saved)} were saved ({list(saved)})")
+    return values[0] if list(saved) == [""] else dict(zip(saved, values, strict=True))
+
+
+def _saved(saved: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in saved:
+        known = ", ".join(repr(other) if other else "one without a name" for other in saved) or "none"
+        raise CheckpointError(f"the checkpoint has no {what} {name!r}; it has {known}")
+    return saved[name]
+
+
+@contextlib.contextmanager
+def _held(directory: str) -> Iterator[None]:
+    """Retention leaves a checkpoint alone while somebody holds a shared lock on its manifest."""
+    try:
+        fd = open_regular(os.path.join(directory, names.MANIFEST))
+    except OSError:
+        yield  # the manifest's own reader says what is wrong
+        return
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+class _Source:
+    """The files of one checkpoint, mapped when they are first needed and unmapped by `stack`."""
+
+    def __init__(self, directory: str, manifest: Manifest, stack: contextlib.ExitStack) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._stack = stack
+        self._maps: dict[str, mmap.mmap] = {}
+        self._entries: dict[str, dict[str, safetensors.Entry]] = {}
+
+    def path(self, name: str) -> str:
+        if name not in self.manifest.files or not is_safe_relative(name):
+            raise CorruptCheckpoint(f"{self.directory}: {name!r} is needed, but the manifest does not list it")
+        return os.path.join(self.directory, *name.split("/"))
+
+    def json(self, name: str) -> Any:
+        path = self.path(name)
+        try:
+            return json.loads(read_regular(path))
+        except (ValueError, RecursionError, OSError) as error:
+            raise CorruptCheckpoint(f"{path}: cannot be read: {error}") from error
+
+    def config(self) -> Any:
+        return self.json(names.CONFIG) if names.CONFIG in self.manifest.files else None
+
+    def training_state(self) -> dict[str, Any]:
+        state = self.json(names.TRAINING_STATE)
+        needed = ("optimizers", "schedulers", "scaler", "dataloader", "extra", "rng")
+        if not isinstance(state, dict) or any(key not in state for key in needed):
+            raise CorruptCheckpoint(f"{self.path(names.TRAINING_STATE)}: does not hold {', '.join(needed)}")
+        return state
+
+    def training_tensor(self, name: str) -> torch.Tensor:
+        """A copy of one of the small tensors."""
+        return self.tensor(names.TRAINING_TENSORS, name).clone()
+
+    def entries(self, file: str) -> dict[str, safetensors.Entry]:
+        if file not in self._entries:
+            data = self._map(file)
+            length = safetensors.header_length(data[:8], len(data), file=self.path(file))
+            self._entries[file] = safetensors.parse(data[: 8 + length], len(data), file=self.path(file))[0]
+        return self._entries[file]
+
+    def tensor(self, file: str, name: str) -> torch.Tensor:
+        """A tensor of a safetensors file, as a view of the mapped file."""
+        entry = self.entries(file).get(name)
+        if entry is None:
+            raise CorruptCheckpoint(f"{self.path(file)}: has no tensor {name!r}")
+        return self._view(file, entry.dtype, entry.shape, entry.offset, entry.nbytes)
+
+    def listed_tensor(self, file: str, key: str) -> torch.Tensor:
+        """A tensor of a file whose tensors stand in the manifest, as a view of the mapped file."""
+        try:
+            dtype, shape, offset = self.manifest.tensors[file][key]
+            element = getattr(torch, dtype).itemsize if dtype not in BITS else BITS[dtype] / 8
+            count = 1
+            for n in shape:
+                count *= n
+            return self._view(file, dtype, tuple(shape), offset, int(count * element))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CorruptCheckpoint(f"{self.path(file)}: the manifest's entry for {key!r} cannot be used: {error}") from error
+
+    def _view(self, file: str, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> torch.Tensor:
+        data = self._map(file)
+        if offset < 0 or offset + nbytes > len(data):
+            raise CorruptCheckpoint(f"{self.path(file)}: {offset}..{offset + nbytes} lies outside its {len(data)} bytes")
+        kind = TO_TORCH.get(dtype) or getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise CheckpointError(f"{self.path(file)}: this version of torch has no dtype {dtype}")
+        if dtype == "F4":
+            shape = (*shape[:-1], shape[-1] // 2)
+        if nbytes == 0:
+            return torch.empty(shape, dtype=kind)
+        raw = torch.frombuffer(data, dtype=torch.uint8, count=nbytes, offset=offset)
+        if offset % kind.itemsize:
+            raw = raw.clone()
+        return raw.view(kind).view(shape)
+
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            path = self.path(file)
+            try:
+                fd = open_regular(path)
+            except OSError as error:
+                raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+            try:
+                # Copy on write: torch wants writable memory, the file must stay as it is.
+                self._maps[file] = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise CorruptCheckpoint(f"{path}: cannot be mapped: {error}") from error
+            finally:
+                os.close(fd)
+        return self._maps[file]
+
+
+# -- models
+
+
+def _plan_model(source: _Source, name: str, module: torch.nn.Module) -> Callable[[], None]:
+    """What will restore `module`. Raises before anything is changed."""
+    described = _saved(source.manifest.names, name, "model")
+    if described["computed"]:
+        return lambda: _restore_computed(source, name, module, described)
+    live = dict(_live_tensors(module))
+    moves: list[tuple[torch.Tensor, torch.Tensor]] = []
+    covered: set[str] = set(described["ties"])
+    wrong: list[str] = []
+    for file in described["files"]:
+        for key in source.entries(file):
+            target, part = described["renamed"].get(key, (key, None))
+            place = live.get(target)
+            if place is None:
+                wrong.append(f"{target} is not in the model")
+                continue
+            covered.add(target)
+            if part is not None:
+                size, stride, offset = part
+                place = place.as_strided(size, stride, place.storage_offset() + offset)
+            saved = source.tensor(file, key)
+            if place.shape != saved.shape:
+                wrong.append(f"{target} has shape {tuple(place.shape)}, saved was {tuple(saved.shape)}")
+            else:
+                moves.append((place, saved))
+    wrong += [f"{key} was not saved" for key in sorted(_expected(module) - covered) if not _is_tied(live, key, covered)]
+    if wrong:
+        shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        raise CheckpointError(f"{source.directory}: does not fit the model{' ' + name if name else ''}: {shown}")
+    return lambda: _copy_all(moves)
+
+
+def _live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, parameter in module.named_parameters(remove_duplicate=False):
+        yield key, parameter.detach()
+    for key, buffer in module.named_buffers(remove_duplicate=False):
+        yield key, buffer.detach()
+
+
+def _expected(module: torch.nn.Module) -> set[str]:
+    ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
+    if hasattr(module, "peft_config"):
+        return set()  # adapters only: the base is not saved
+    return set(module.state_dict()) - ignored
+
+
+def _is_tied(live: Mapping[str, torch.Tensor], key: str, covered: set[str]) -> bool:
+    tensor = live.get(key)
+    return tensor is None or any(
+        other in live and live[other].data_ptr() == tensor.data_ptr() and live[other].shape == tensor.shape
+        for other in covered
+    )
+
+
+def _copy_all(moves: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    if moves:
+        with torch.no_grad():
+            torch._foreach_copy_([place for place, _ in moves], [saved for _, saved in moves])
+
+
+def _restore_computed(source: _Source, name: str, module: torch.nn.Module, described: Mapping[str, Any]) -> None:
+    """The files hold values that saving computed: the model's own way back computes them anew."""
+    from_pretrained = getattr(type(module), "from_pretrained", None)
+    with torch.no_grad():
+        if from_pretrained is None:
+            state = {key: source.tensor(file, key) for file in described["files"] for key in source.entries(file)}
+            state |= {alias: state[kept] for alias, kept in described["ties"].items() if kept in state}
+            module.load_state_dict(state)
+            return
+        dtype = next(module.parameters()).dtype
+        loaded = from_pretrained(os.path.join(source.directory, name) if name else source.directory, dtype=dtype)
+        module.load_state_dict(loaded.state_dict())
+
+
+# -- optimizers
+
+
+def _plan_optimizer(source: _Source, entry: Mapping[str, Any], name: str, optimizer: Any) -> Callable[[], None]:
+    """What will restore `optimizer`. Raises before anything is changed."""
+    file = entry["file"]
+    used: set[str] = set()
+
+    def get(key: str) -> torch.Tensor:
+        used.add(key)
+        return source.listed_tensor(file, key).clone()
+
+    state = tree.decode(entry["rest"], get)
+    for key in source.manifest.tensors.get(file, {}):
+        if key not in used:
+            index, _, field = key.partition(".")
+            state["state"][int(index)][field] = source.listed_tensor(file, key).clone()
+    if isinstance(optimizer, torch.optim.Optimizer):
+        saved = [len(group["params"]) for group in state["param_groups"]]
+        has = [len(group["params"]) for group in optimizer.param_groups]
+        if saved != has:
+            raise CheckpointError(
+                f"{source.directory}: the optimizer{' ' + name if name else ''} has parameter groups of {has} parameters, "
+                f"saved were {saved}"
+            )
+    return lambda: _restore_optimizer(optimizer, state)
+
+
+def _restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    # torch casts floating point state to its parameter's dtype; what was saved in another one comes back as it was.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order = [index for group in state["param_groups"] for index in group["params"]]
+    for index, parameter in zip(order, parameters, strict=True):
+        for key, value in state["state"].get(index, {}).items():
+            held = optimizer.state[parameter].get(key)
+            if isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor) and held.dtype is not value.dtype:
+                optimizer.state[parameter][key] = value.to(held.device)
