@@ -1,0 +1,41 @@
+"""Fixtures every test may use. `root` ends with the check that matters: what is visible is whole, nothing is left over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vembed_async_ckpt import verify
+from vembed_async_ckpt._store import names
+
+
+def leftovers(root: Path) -> list[str]:
+    """Entries of the work directory that no finished run leaves behind."""
+    work = Path(names.work_directory(str(root)))
+    if not work.exists():
+        return []
+    return sorted(entry.name for entry in work.iterdir() if entry.name != names.LOCK)
+
+
+def check_root(root: Path) -> list[int | None]:
+    """Verify every visible checkpoint by content; returns their steps, oldest first."""
+    from vembed_async_ckpt._store.catalog import scan
+
+    entries = scan(os.fspath(root))
+    for entry in entries:
+        assert entry.manifest is not None, f"broken checkpoint visible: {entry.error}"
+        verify(entry.path)
+    return [entry.manifest.step for entry in entries if entry.manifest]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory for checkpoints; at the end every visible one is whole and nothing of ours is left over."""
+    directory = tmp_path / "checkpoints"
+    yield directory
+    if directory.exists():
+        check_root(directory)
+        assert leftovers(directory) == []
