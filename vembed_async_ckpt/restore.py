@@ -109,7 +109,9 @@ def _in_order(values: Sequence[Any], saved: Mapping[str, Any]) -> Any:
     if not values:
         return None
     if len(values) != len(saved):
-        raise CheckpointError(f"the accelerator has {len(values)} objects where {len(saved)} were saved ({list(saved)})")
+        raise CheckpointError(
+            f"the accelerator has {len(values)} objects where {len(saved)} were saved ({list(saved)})"
+        )
     return values[0] if list(saved) == [""] else dict(zip(saved, values, strict=True))
 
 
@@ -198,12 +200,16 @@ class _Source:
                 count *= n
             return self._view(file, dtype, tuple(shape), offset, int(count * element))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise CorruptCheckpoint(f"{self.path(file)}: the manifest's entry for {key!r} cannot be used: {error}") from error
+            raise CorruptCheckpoint(
+                f"{self.path(file)}: the manifest's entry for {key!r} cannot be used: {error}"
+            ) from error
 
     def _view(self, file: str, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> torch.Tensor:
         data = self._map(file)
         if offset < 0 or offset + nbytes > len(data):
-            raise CorruptCheckpoint(f"{self.path(file)}: {offset}..{offset + nbytes} lies outside its {len(data)} bytes")
+            raise CorruptCheckpoint(
+                f"{self.path(file)}: {offset}..{offset + nbytes} lies outside its {len(data)} bytes"
+            )
         kind = TO_TORCH.get(dtype) or getattr(torch, dtype, None)
         if not isinstance(kind, torch.dtype):
             raise CheckpointError(f"{self.path(file)}: this version of torch has no dtype {dtype}")

@@ -84,7 +84,12 @@ class ArenaPool:
         return max(room, 0) // mmap.PAGESIZE * mmap.PAGESIZE
 
     def acquire(
-        self, capacity: int, when_busy: Literal["wait", "error"], alive: Callable[[], None], *, allow_smaller: bool = False
+        self,
+        capacity: int,
+        when_busy: Literal["wait", "error"],
+        alive: Callable[[], None],
+        *,
+        allow_smaller: bool = False,
     ) -> Arena:
         """A free arena of at least `capacity` bytes; the caller gives it back with `release`.
 

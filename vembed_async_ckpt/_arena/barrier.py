@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -61,7 +62,7 @@ class _Gate:
 GATE = _Gate()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if optimizer not in GATE.seen:
         GATE.note(optimizer)
@@ -69,30 +70,52 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         snapshot.barrier()
 
 
+@dataclass(frozen=True)
+class Division:
+    """Which tensors are copied before `save()` returns and which may be copied late, as indices; names and sizes of the late."""
+
+    now: list[int]
+    late: list[int]
+    names: list[str]
+    sizes: list[int]
+
+
 class Earned:
-    """Which tensors may be copied late: those that only the step of an optimizer seen at the barrier changes."""
+    """Overlap is earned: late are only tensors that nothing but the step of an optimizer seen at the barrier changes."""
 
     def __init__(self) -> None:
         self._key: Any = None
-        self._chosen: list[int] = []
+        self._division = Division([], [], [], [])
 
-    def choose(
-        self, key: Any, tensors: Sequence[torch.Tensor], owners: Sequence[Any], volatile: frozenset[int]
-    ) -> list[int]:
-        """Indices of the tensors that may be copied late. `key` is equal as long as owners and their order are the same.
+    def divide(
+        self,
+        key: Any,
+        tensors: Sequence[torch.Tensor],
+        names: Sequence[str],
+        owners: Sequence[Any],
+        volatile: frozenset[int],
+    ) -> Division:
+        """Divide the tensors of a save. `key` is equal as long as names, owners and their order are the same.
 
-        Not among them: buffers, frozen parameters, copies that nobody steps, computed values, parameters in `volatile`, what is
-        not in host memory, and everything of optimizers that have not been seen.
+        Copied at once: buffers, frozen parameters, copies that nobody steps, computed values, parameters in `volatile`, what is
+        not contiguous in host memory, and everything of optimizers that have not been seen.
         """
         groups = [group["params"] for optimizer in GATE.seen for group in optimizer.param_groups]
         now = (key, GATE.generation, [len(parameters) for parameters in groups])
         if now != self._key:
             allowed = {id(parameter) for parameters in groups for parameter in parameters} - volatile
             allowed |= {id(optimizer) for optimizer in GATE.seen}
-            self._chosen = [
-                n
-                for n, (tensor, owner) in enumerate(zip(tensors, owners, strict=True))
-                if id(owner) in allowed and tensor.is_cpu and not tensor.is_inference() and tensor.numel()
-            ]
+            late = [n for n, owner in enumerate(owners) if id(owner) in allowed and _can_be_late(tensors[n])]
+            rest = sorted(set(range(len(tensors))) - set(late))
+            self._division = Division(rest, late, [names[n] for n in late], [tensors[n].nbytes for n in late])
             self._key = now
-        return self._chosen
+        return self._division
+
+
+def all_now(count: int) -> Division:
+    """Nothing is late."""
+    return Division(list(range(count)), [], [], [])
+
+
+def _can_be_late(tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and tensor.numel() > 0 and tensor.is_contiguous() and not tensor.is_inference()

@@ -14,12 +14,12 @@ import weakref
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 
 from .._arena.arena import Arena, ArenaPool
-from .._arena.barrier import GATE, Earned
+from .._arena.barrier import GATE, Division, Earned, all_now
 from .._arena.staging import StagingThread
 from .._plan.plan import SavePlan, plan
 from .._request.optimizer import unwrap as unwrap_optimizer
@@ -202,15 +202,17 @@ class AsyncCheckpointer:
                 self._warn_of_waves(arena.size, needed)
                 save.pass_in_waves(arena)
                 return
-            late: list[int] = []
-            if self._overlap:
-                key = tuple(map(id, request.contents))
-                late = self._earned.choose(key, request.tensors, request.owners, request.volatile)
-            save.stage(arena, late)
+            save.stage(arena, self._divide(request))
         except BaseException:
             self._drop(save.handle)
             raise
         self._staging_thread.submit(save.finish)
+
+    def _divide(self, request: Request) -> Division:
+        if not self._overlap:
+            return all_now(len(request.tensors))
+        key = tuple(map(id, request.contents))
+        return self._earned.divide(key, request.tensors, request.labels, request.owners, request.volatile)
 
     def _plan_for(self, request: Request) -> SavePlan:
         if self._plan is None or request.contents != self._planned:
@@ -220,12 +222,14 @@ class AsyncCheckpointer:
         return self._plan
 
     def _acquire(self, request: Request, needed: int) -> Arena:
-        when_busy = "wait" if self._options.when_busy == "wait" else "error"
+        when_busy: Literal["wait", "error"] = "wait" if self._options.when_busy == "wait" else "error"
         begun = time.perf_counter()
         try:
             arena = self._pool.acquire(needed, when_busy, self._supervisor.check, allow_smaller=True)
         except MemoryError as error:
-            raise StageError(f"step {request.step}: {error}; lower the state, raise max_host_bytes, or free host memory") from error
+            raise StageError(
+                f"step {request.step}: {error}; lower the state, raise max_host_bytes, or free host memory"
+            ) from error
         if (waited := time.perf_counter() - begun) > 0.01:
             self._reporter.emit(Event("backpressure", "complete", request.save_id, request.step, needed, waited))
         if arena.size < min(needed, MIN_HOST_BYTES):
@@ -254,7 +258,9 @@ class AsyncCheckpointer:
         self._refuse_if_closed()
         with self._saving:
             self._reserve(model, optimizer)
-        waiting = [o for o in map(unwrap_optimizer, named("optimizer", optimizer).values()) if not getattr(o, "state", True)]
+        waiting = [
+            o for o in map(unwrap_optimizer, named("optimizer", optimizer).values()) if not getattr(o, "state", True)
+        ]
         if waiting:
             GATE.add(_AfterFirstStep(self, model, optimizer, waiting))
 

@@ -34,11 +34,20 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError naming the option, its value and what it may be."""
-        for name, allowed in (("when_busy", WhenBusy), ("on_error", OnError), ("staging", Staging), ("writer", WriterKind)):
+        for name, allowed in (
+            ("when_busy", WhenBusy),
+            ("on_error", OnError),
+            ("staging", Staging),
+            ("writer", WriterKind),
+        ):
             if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, get_args(allowed)))}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, get_args(allowed)))}"
+                )
         if self.retention is not None and not isinstance(self.retention, Policy):
-            raise TypeError(f"retention is {self.retention!r}; use KeepLast, KeepEvery, KeepBest, combined with |, or None")
+            raise TypeError(
+                f"retention is {self.retention!r}; use KeepLast, KeepEvery, KeepBest, combined with |, or None"
+            )
         if type(self.max_in_flight) is not int or not 1 <= self.max_in_flight <= 16:
             raise ValueError(f"max_in_flight is {self.max_in_flight!r}; use a whole number from 1 to 16")
         if self.max_host_bytes is not None and self.max_host_bytes < MIN_HOST_BYTES:
@@ -50,4 +59,4 @@ MIN_HOST_BYTES = 16 << 20  # the smallest arena through which a large state can 
 
 def root_path(root: Any) -> str:
     """The root as an absolute path without symbolic links. Raises TypeError for what is no path."""
-    return os.path.realpath(os.fspath(root))
+    return str(os.path.realpath(os.fspath(root)))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from .._arena.arena import Arena
-from .._arena.barrier import GATE
+from .._arena.barrier import GATE, Division
 from .._arena.staging import Destinations, Late, Snapshot, copy
 from .._plan.plan import SavePlan, pages
 from .._request.request import Request
@@ -87,8 +87,8 @@ class Save:
 
     # -- training thread
 
-    def stage(self, arena: Arena, late: Sequence[int]) -> None:
-        """Copy into `arena` everything but the tensors at the indices `late`, which `finish` copies.
+    def stage(self, arena: Arena, division: Division) -> None:
+        """Copy into `arena` everything but the tensors that are late; `finish` copies those.
 
         Raises what a copy raises; the arena is then given back.
         """
@@ -98,15 +98,12 @@ class Save:
             image = prepare(arena, self._plan, request)
             begun = time.perf_counter()
             places, tensors = image.destinations.tensors, request.tensors
-            later = set(late)
-            now = [n for n in range(len(tensors)) if n not in later]
-            copy([places[n] for n in now], [tensors[n] for n in now])
+            copy([places[n] for n in division.now], [tensors[n] for n in division.now])
             self._copy_training_tensors()
             self._staging = time.perf_counter() - begun
-            if late:
-                labels = [request.labels[n] for n in late]
-                held = Late.capture(labels, [places[n] for n in late], [tensors[n] for n in late])
-                self._snapshot = Snapshot(held)
+            if division.late:
+                late = Late.capture(division, [places[n] for n in division.late], [tensors[n] for n in division.late])
+                self._snapshot = Snapshot(late)
                 GATE.add(self._snapshot)
         except BaseException:
             self._context.release(arena)
@@ -268,4 +265,3 @@ class Save:
     def _emit(self, stage: Stage, phase: Phase, seconds: float = 0.0, size: int = 0, detail: str = "") -> None:
         request = self._request
         self._context.reporter.emit(Event(stage, phase, request.save_id, request.step, size, seconds, detail))
-

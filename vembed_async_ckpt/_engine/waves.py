@@ -34,7 +34,9 @@ class Waves:
         """Put the job where the first wave will go; the writer reads it before it accepts. Returns offset and length."""
         job = self._assembly.job
         if START + len(job) > self._arena.size:
-            raise StageError(f"the save's description alone needs {len(job)} bytes; allow an arena of more than {self._arena.size}")
+            raise StageError(
+                f"the save's description alone needs {len(job)} bytes; allow an arena of more than {self._arena.size}"
+            )
         self._arena.write(START, job)
         return START, len(job)
 

@@ -122,7 +122,9 @@ def check_names(file_names: Iterable[str]) -> None:
         if not is_safe_relative(name):
             raise PlanError(f"the file name {name!r} is not a plain relative path")
         if name in seen:
-            raise PlanError(f"two files of the checkpoint are named {name!r}; rename the model or the optimizer it comes from")
+            raise PlanError(
+                f"two files of the checkpoint are named {name!r}; rename the model or the optimizer it comes from"
+            )
         if any(other.startswith(name + "/") or name.startswith(other + "/") for other in seen):
             raise PlanError(f"{name!r} would be both a file and a directory")
         seen.add(name)

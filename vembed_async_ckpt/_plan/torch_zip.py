@@ -67,9 +67,7 @@ def layout(sizes: Sequence[int]) -> ZipLayout:
         data.append(start)
         crcs.append(start + size + 4)
         position = start + size + len(descriptor)
-    return ZipLayout(
-        tuple(data), tuple(sizes), tuple(pieces), tuple(crcs), tuple(centrals), bytes(central), position
-    )
+    return ZipLayout(tuple(data), tuple(sizes), tuple(pieces), tuple(crcs), tuple(centrals), bytes(central), position)
 
 
 def _central_entry(name: bytes, crc: int, size: int, header: int, flags: int) -> bytes:

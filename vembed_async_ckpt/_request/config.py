@@ -26,7 +26,9 @@ def render(config: Any) -> bytes:
     dropped: list[str] = []
     body = _convert(config, "", dropped)
     if not isinstance(body, dict):
-        raise TypeError(f"config must be a mapping, a dataclass or an object with to_dict, not {type(config).__qualname__}")
+        raise TypeError(
+            f"config must be a mapping, a dataclass or an object with to_dict, not {type(config).__qualname__}"
+        )
     if dropped:
         warnings.warn(f"left out of the saved config (live objects or secrets): {', '.join(dropped)}", stacklevel=2)
     return json.dumps(body, indent=2, ensure_ascii=False).encode("utf-8", "replace")

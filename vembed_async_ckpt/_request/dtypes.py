@@ -22,7 +22,9 @@ def spec(name: str, tensor: torch.Tensor, *, file: str) -> TensorSpec:
     check_storage(name, tensor, file=file)
     dtype = FROM_TORCH.get(tensor.dtype)
     if dtype is None:
-        raise PlanError(f"{file}: tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold; convert it first")
+        raise PlanError(
+            f"{file}: tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold; convert it first"
+        )
     shape = tuple(tensor.shape)
     if dtype == "F4":
         if not shape:
@@ -34,9 +36,13 @@ def spec(name: str, tensor: torch.Tensor, *, file: str) -> TensorSpec:
 def check_storage(name: str, tensor: torch.Tensor, *, file: str) -> None:
     """Raise `PlanError` unless `tensor` is a plain dense tensor whose bytes can be copied."""
     if tensor.is_meta:
-        raise PlanError(f"{file}: tensor {name!r} is on the meta device and has no data; load or initialize the model first")
+        raise PlanError(
+            f"{file}: tensor {name!r} is on the meta device and has no data; load or initialize the model first"
+        )
     if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise PlanError(f"{file}: tensor {name!r} is {tensor.layout}; only dense tensors can be saved, convert it first")
+        raise PlanError(
+            f"{file}: tensor {name!r} is {tensor.layout}; only dense tensors can be saved, convert it first"
+        )
     kind = type(tensor)
     if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) and _is_wrapper(tensor):
         raise PlanError(

@@ -57,6 +57,9 @@ def unwrap(model: Any) -> torch.nn.Module:
     raise PlanError(f"model: a {type(model).__module__}.{type(model).__qualname__} is not a torch.nn.Module")
 
 
+_Part = tuple[torch.Size, tuple[int, ...], int]
+
+
 @dataclass(frozen=True)
 class _Source:
     """Where a tensor of a file is found again: an entry of a module's dict, or a strided part of it."""
@@ -65,7 +68,7 @@ class _Source:
     key: str
     shape: torch.Size
     dtype: torch.dtype
-    part: tuple[torch.Size, tuple[int, ...], int] | None  # size, stride, offset in elements from the owner's first
+    part: _Part | None  # size, stride, offset in elements from the owner's first
 
 
 @dataclass
@@ -99,20 +102,17 @@ class ModelReader:
         learned = self._learned
         if learned is None or self._model is None or self._model() is not module or not _still_true(learned, module):
             learned = self._learn(module)
-        owners = [source.holder[source.key] for source in learned.sources]
-        tensors = [
-            owner if source.part is None else _part(owner, source.part)  # type: ignore[arg-type]
+        owners: list[Any] = [source.holder[source.key] for source in learned.sources]
+        tensors: list[torch.Tensor] = [
+            owner if source.part is None else _part(owner, source.part)
             for owner, source in zip(owners, learned.sources, strict=True)
         ]
-        result_owners: list[torch.Tensor | None] = list(owners)
         for index, tensor in sorted((learned.computed | learned.empty).items()):
             tensors.insert(index, tensor)
-            result_owners.insert(index, None)
+            owners.insert(index, None)
         if learned.computed:
             self._learned = None  # the values in it are those of this call
-        return ModelState(
-            learned.contents, tensors, learned.labels, result_owners, learned.volatile, learned.names  # type: ignore[arg-type]
-        )
+        return ModelState(learned.contents, tensors, learned.labels, owners, learned.volatile, learned.names)
 
     def _learn(self, module: torch.nn.Module) -> _Learned:
         learned = _learn(module, self._prefix, self._options)
@@ -125,7 +125,7 @@ class ModelReader:
         return learned
 
 
-def _part(owner: torch.Tensor, part: tuple[torch.Size, tuple[int, ...], int]) -> torch.Tensor:
+def _part(owner: torch.Tensor, part: _Part) -> torch.Tensor:
     size, stride, offset = part
     return owner.detach().as_strided(size, stride, owner.storage_offset() + offset)
 
@@ -145,7 +145,7 @@ def _still_true(learned: _Learned, module: torch.nn.Module) -> bool:
     for one, other in learned.ties:
         if one.data_ptr() != other.data_ptr():
             return False
-    return _configuration(module) == learned.configuration
+    return bool(_configuration(module) == learned.configuration)
 
 
 def _configuration(module: torch.nn.Module) -> Any:
@@ -225,7 +225,7 @@ def _live_tensors(module: torch.nn.Module) -> Iterator[_Live]:
         for holder in (part._parameters, part._buffers):
             for key, tensor in holder.items():
                 if tensor is not None:
-                    yield _Live(f"{path}.{key}" if path else key, holder, key, tensor)  # type: ignore[arg-type]
+                    yield _Live(f"{path}.{key}" if path else key, holder, key, tensor)
 
 
 def _has_no_storage(tensor: torch.Tensor) -> bool:
@@ -237,7 +237,8 @@ def _has_no_storage(tensor: torch.Tensor) -> bool:
 
 def _resolve(
     name: str, tensor: torch.Tensor, by_storage: Mapping[int, list[_Live]]
-) -> tuple[_Live, tuple[torch.Size, tuple[int, ...], int] | None] | None:
+) -> tuple[_Live, _Part | None] | None:
+    """The live tensor that `tensor` is all of (None) or a strided part of; None if it lives in none of them."""
     if _has_no_storage(tensor) or tensor.is_conj() or tensor.is_neg():
         return None
     candidates = [
@@ -250,8 +251,8 @@ def _resolve(
             return item, None
     for item in candidates:
         offset = view[2] - item.tensor.storage_offset()
-        if 0 <= offset and offset + _extent(view[0], view[1]) <= _extent(item.tensor.shape, item.tensor.stride()):
-            return item, (view[0], view[1], offset)
+        if offset >= 0 and offset + _extent(view[0], view[1]) <= _extent(item.tensor.shape, item.tensor.stride()):
+            return item, (view[0], view[1], int(offset))
     return None
 
 

@@ -98,38 +98,44 @@ class OptimizerReader:
         self._content: ZipContent | None = None
         self._keys: list[str] = []
         self._kinds: list[_Kind] = []
-        self._state_pickle: bytes | None = None
+        self._owned: list[bool] = []
+        self._plain: _PlainState | None = None
 
     def read(self, optimizer: Any) -> OptimizerState:
         """The optimizer as it is now. Raises `PlanError` naming the value that cannot be saved."""
         inner = unwrap(optimizer)
         if not callable(getattr(inner, "state_dict", None)):
             raise PlanError(f"optimizer: a {type(inner).__module__}.{type(inner).__qualname__} has no state_dict()")
+        state = inner.state_dict()
         found: list[tuple[str, torch.Tensor]] = []
-
-        def put(key: str, tensor: torch.Tensor) -> None:
-            found.append((key, tensor))
-
-        captured = self._capture(inner.state_dict(), put)
+        plain = _PlainState.of(state, self._plain)
+        if plain is None:
+            captured = self._capture(state, lambda key, tensor: found.append((key, tensor)))
+        else:
+            found += zip(plain.keys, plain.tensors(state), strict=True)
+            captured = {
+                "state": plain.refs,
+                "param_groups": _capture_groups(state, lambda key, tensor: found.append((key, tensor))),
+            }
+        self._plain = plain
         tensors = [tensor for _, tensor in found]
         layout = [(key, tensor.dtype, tensor.shape) for key, tensor in found]
         if self._content is None or layout != self._layout:
             self._learn(found, captured)
             self._layout = layout
         assert self._content is not None
-        plain = _has_only_tensors(captured)
-        if plain and self._state_pickle is None:
+        if plain is not None and plain.pickled is None:
             refs = dict(zip(self._keys, enumerate(self._kinds), strict=True))
-            self._state_pickle = _inner(_pickle(captured["state"], refs))
+            plain.pickled = _inner(_pickle(plain.refs, refs))
         return OptimizerState(
             content=self._content,
             optimizer=inner,
             tensors=tensors,
             keys=self._keys,
-            owners=[None if key.startswith(_GROUP) else inner for key in self._keys],
+            owners=[inner if owned else None for owned in self._owned],
             kinds=self._kinds,
             tree=captured,
-            state_pickle=self._state_pickle if plain else None,
+            state_pickle=None if plain is None else plain.pickled,
         )
 
     def _capture(self, state: Any, put: tree.Put) -> dict[str, Any]:
@@ -143,7 +149,7 @@ class OptimizerReader:
             if name == "state":
                 result[name] = {index: _capture_entry(index, entry, put) for index, entry in value.items()}
             elif name == "param_groups":
-                result[name] = [_capture_group(n, group, put) for n, group in enumerate(value)]
+                result[name] = _capture_groups(state, put)
             else:
                 result[name] = tree.capture(value, str(name), put)
         return result
@@ -156,7 +162,9 @@ class OptimizerReader:
             check_storage(key, tensor, file=self._file)
         self._keys = keys
         self._kinds = [_Kind(tensor.dtype, tuple(tensor.shape), tensor.nbytes) for _, tensor in found]
-        self._state_pickle = None
+        self._owned = [not key.startswith(_GROUP) for key in keys]
+        if self._plain is not None:
+            self._plain.pickled = None  # the order of the records has changed
         refs = dict(zip(keys, enumerate(self._kinds), strict=True))
         self._content = ZipContent(self._file, tuple(kind.nbytes for kind in self._kinds), len(_pickle(captured, refs)))
 
@@ -175,19 +183,50 @@ def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:
     return result
 
 
-def _capture_group(number: int, group: dict[str, Any], put: tree.Put) -> dict[str, Any]:
-    return {
-        key: list(value) if key == "params" else tree.capture(value, f"{_GROUP}{number}.{key}", put)
-        for key, value in group.items()
-    }
+def _capture_groups(state: Mapping[str, Any], put: tree.Put) -> list[dict[str, Any]]:
+    return [
+        {
+            key: list(value) if key == "params" else tree.capture(value, f"{_GROUP}{number}.{key}", put)
+            for key, value in group.items()
+        }
+        for number, group in enumerate(state["param_groups"])
+    ]
 
 
-def _has_only_tensors(captured: Mapping[str, Any]) -> bool:
-    """Whether the pickle of the state never changes while names and shapes do not."""
-    state = captured.get("state")
-    return isinstance(state, dict) and all(
-        isinstance(entry, dict) and all(isinstance(value, Ref) for value in entry.values()) for entry in state.values()
-    )
+@dataclass
+class _PlainState:
+    """The state of torch's own optimizers: parameters by number, each with a dict of tensors and nothing else.
+
+    Its captured form and its pickle say only names and shapes, so they are made once and used for every save.
+    """
+
+    structure: list[tuple[Any, ...]]
+    keys: list[str]
+    refs: dict[int, dict[str, Ref]]
+    pickled: bytes | None = None
+
+    @classmethod
+    def of(cls, state: Any, known: _PlainState | None) -> _PlainState | None:
+        """`known` if it still describes `state`, else a new one; None if this state is not of that kind."""
+        if not isinstance(state, dict) or state.keys() != {"state", "param_groups"}:
+            return None
+        entries = state["state"]
+        try:
+            structure = [(index, *entry) for index, entry in entries.items()]
+            if not all(isinstance(v, torch.Tensor) for entry in entries.values() for v in entry.values()):
+                return None
+        except (TypeError, AttributeError):
+            return None
+        if known is not None and known.structure == structure:
+            return known
+        if not all(type(index) is int and all(type(key) is str for key in keys) for index, *keys in structure):
+            return None
+        refs = {index: {key: Ref(direct_key(index, key)) for key in keys} for index, *keys in structure}
+        return cls(structure, [ref.name for entry in refs.values() for ref in entry.values()], refs)
+
+    def tensors(self, state: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The tensors, in the order of `keys`."""
+        return [tensor for entry in state["state"].values() for tensor in entry.values()]
 
 
 # -- the pickle: protocol 2, as torch.serialization writes it for a tensor on the CPU
@@ -212,7 +251,7 @@ class _Tensor:
             strides.append(step)
             step *= max(n, 1)
         count = kind.nbytes // kind.dtype.itemsize
-        place = (0, kind.shape, tuple(strides[::-1]), False, OrderedDict())
+        place: tuple[Any, ...] = (0, kind.shape, tuple(strides[::-1]), False, OrderedDict())
         legacy = _LEGACY_STORAGE.get(kind.dtype)
         if legacy is not None:
             return torch._utils._rebuild_tensor_v2, (_Storage(legacy, self._key, count), *place)
@@ -222,7 +261,7 @@ class _Tensor:
 
 _LEGACY_STORAGE: dict[torch.dtype, Any] = {
     dtype: getattr(torch, name)
-    for dtype, name in torch.storage._dtype_to_storage_type_map().items()  # type: ignore[no-untyped-call]
+    for dtype, name in torch.storage._dtype_to_storage_type_map().items()
     if hasattr(torch, name)
 }
 

@@ -45,7 +45,10 @@ def read_files(directory: str) -> tuple[BytesContent, ...]:
 
 
 def _fingerprint(processor: Any) -> Any:
-    parts = [processor, *(getattr(processor, name, None) for name in ("tokenizer", "image_processor", "feature_extractor"))]
+    parts = [
+        processor,
+        *(getattr(processor, name, None) for name in ("tokenizer", "image_processor", "feature_extractor")),
+    ]
     return [_state(part) for part in parts if part is not None]
 
 

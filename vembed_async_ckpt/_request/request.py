@@ -88,7 +88,7 @@ class RequestReader:
             step=step,
             save_id=uuid.uuid4().hex,
             contents=tuple(contents),
-            tensors=[t for part in (*models.values(), *optimizers.values()) for t in part.tensors],
+            tensors=[*(t for m in models.values() for t in m.tensors), *(t for o in optimizers.values() for t in o.tensors)],
             labels=[*(label for m in models.values() for label in m.labels), *_optimizer_labels(optimizers)],
             owners=[
                 *(owner for m in models.values() for owner in m.owners),
@@ -145,7 +145,9 @@ def _refuse_reserved(contents: list[Content]) -> None:
     reserved = {names.MANIFEST, names.CONFIG, names.TRAINING_STATE, names.TRAINING_TENSORS}
     for content in contents:
         if content.name in reserved:
-            raise PlanError(f"a file of the model or processor is named {content.name!r}, which is a name of ours; rename it")
+            raise PlanError(
+                f"a file of the model or processor is named {content.name!r}, which is a name of ours; rename it"
+            )
 
 
 def _render_config(config: Any) -> bytes:

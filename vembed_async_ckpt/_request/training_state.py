@@ -59,7 +59,8 @@ class TrainingState:
         return {
             "step": self.step,
             "optimizers": {
-                name: {"file": optimizer.content.name, "rest": optimizer.rest()} for name, optimizer in self.optimizers.items()
+                name: {"file": optimizer.content.name, "rest": optimizer.rest()}
+                for name, optimizer in self.optimizers.items()
             },
             "schedulers": {name: tree.encode(state) for name, state in self.schedulers.items()},
             "scaler": tree.encode(self.scaler),
@@ -97,7 +98,9 @@ def capture(
         optimizers=optimizers,
         schedulers=captured,
         scaler=None if scaler is None else tree.capture(_state_dict("scaler", scaler), "scaler", put_copy),
-        dataloader=None if dataloader is None else tree.capture(_state_dict("dataloader", dataloader), "dataloader", put),
+        dataloader=None
+        if dataloader is None
+        else tree.capture(_state_dict("dataloader", dataloader), "dataloader", put),
         extra=tree.capture({} if extra is None else extra, "extra", put),
         rng=random_state.capture(put_copy),
         tensors=tensors,
@@ -122,7 +125,9 @@ def _torch_save(value: Any) -> bytes:
 def rough_size(state: TrainingState, labels: Sequence[bytes]) -> int:
     """An upper bound, in bytes, for what `render` will give and for the known further files `labels`."""
     leaves = sum(_leaves(value) for value in (state.schedulers, state.scaler, state.dataloader, state.extra))
-    groups = sum(_leaves(optimizer.tree.get("param_groups")) + _scalars(optimizer) for optimizer in state.optimizers.values())
+    groups = sum(
+        _leaves(optimizer.tree.get("param_groups")) + _scalars(optimizer) for optimizer in state.optimizers.values()
+    )
     return (512 << 10) + 4 * (leaves + groups) + sum(len(data) + 4096 for data in labels)
 
 
@@ -134,6 +139,8 @@ def _leaves(value: Any) -> int:
     """A rough number of bytes for a captured tree as JSON."""
     if isinstance(value, dict):
         return sum(_leaves(key) + _leaves(item) for key, item in value.items()) + 8
+    if isinstance(value, list) and len(value) > 64 and type(value[0]) is int:
+        return 16 * len(value)  # the numbers of a group's parameters
     if isinstance(value, list | tuple):
         return sum(map(_leaves, value)) + 8
     if isinstance(value, str | bytes):

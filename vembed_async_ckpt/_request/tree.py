@@ -130,7 +130,7 @@ def _to_numpy(tensor: torch.Tensor) -> Any:
     return array[()] if array.ndim == 0 else array
 
 
-def refill(captured: Any, get: Get) -> Any:
+def refill(captured: Any, get: Callable[[str], Any]) -> Any:
     """A captured tree with its tensors put back, for a file that other programs unpickle."""
     if isinstance(captured, Ref):
         return _to_numpy(get(captured.name)) if captured.numpy else get(captured.name)

@@ -130,7 +130,9 @@ def _wait(fd: int, root: str, mode: int, patience: float) -> None:
                     "wait for it to end, stop it, or use another directory"
                 )
         elif waited > patience:
-            raise CheckpointerBusy(f"{root}: the writer of a dead trainer ({holder}) is still at work after {waited:.0f} s")
+            raise CheckpointerBusy(
+                f"{root}: the writer of a dead trainer ({holder}) is still at work after {waited:.0f} s"
+            )
         elif not announced:
             logger.warning("%s: waiting for the writer of a dead trainer (%s) to finish what was staged", root, holder)
             announced = True

@@ -114,7 +114,9 @@ class _Crc:
 
     def __init__(self, checksums: Checksums) -> None:
         start = checksums["central_start"]
-        self._records = [_Record(d, d + size, local, start + central) for d, size, local, central in checksums["records"]]
+        self._records = [
+            _Record(d, d + size, local, start + central) for d, size, local, central in checksums["records"]
+        ]
         self._next = 0
         self._due: list[tuple[int, bytes]] = []  # heap of (position, value), all of them still to come
 

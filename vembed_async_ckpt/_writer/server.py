@@ -95,7 +95,10 @@ class Server:
             os.close(fd)
             self._arenas[command.arena] = _Arena(memoryview(memory), command.first)
             threading.Thread(
-                target=self._populate, args=(command.arena, memory, command.first), name="vembed-ckpt-populate", daemon=True
+                target=self._populate,
+                args=(command.arena, memory, command.first),
+                name="vembed-ckpt-populate",
+                daemon=True,
             ).start()
         elif command.kind is Kind.DROP:
             self._arenas.pop(command.arena, None)
@@ -143,7 +146,9 @@ class Server:
         message = f"{type(error).__name__}: {error}"
         if not isinstance(error, OSError | WriteError | CommitError):
             message += "\n" + traceback.format_exc()
-        self._send(event="failed", serial=pending.serial, kind=kind, message=message, errno=getattr(error, "errno", None))
+        self._send(
+            event="failed", serial=pending.serial, kind=kind, message=message, errno=getattr(error, "errno", None)
+        )
         if self._orphaned:
             with open(os.path.join(names.work_directory(self._root), names.ORPHAN_LOG), "a") as log:
                 log.write(f"{time.strftime('%F %T')} {pending.job['name']} was staged but not saved: {message}\n")

@@ -1,0 +1,29 @@
+"""`vembed-ckpt`: look at checkpoints, check them, and see the library at work.
+
+Exit codes: 0 all is well, 1 nothing or something broken was found, 2 the command line is wrong. Commands that only read load no
+torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from ..errors import CheckpointError
+from . import reading, training
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for command in (training.demo, reading.ls, reading.latest, reading.verify):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line. Errors of the library end in one line and exit code 1."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app()
+    except CheckpointError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)

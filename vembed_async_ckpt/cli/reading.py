@@ -1,0 +1,119 @@
+"""Commands that read checkpoints: no torch, tables for people, `--json` for programs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from .._store import catalog
+from .._store import manifest as manifests
+from ..errors import CorruptCheckpoint
+
+Root = Annotated[Path, typer.Argument(help="Directory that holds the checkpoints.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
+
+
+def ls(root: Root, as_json: AsJson = False) -> None:
+    """List the checkpoints under ROOT, oldest first: step, age, size, metrics, and whether each is complete."""
+    rows = [_row(entry) for entry in catalog.scan(os.fspath(root))]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    elif not rows:
+        print(f"no checkpoints under {root}", file=sys.stderr)
+    else:
+        Console().print(_table(rows))
+    raise typer.Exit(0 if rows and all(row["complete"] for row in rows) else 1)
+
+
+def _row(entry: catalog.Entry) -> dict[str, Any]:
+    error, found = entry.error, entry.manifest
+    if found is not None:
+        try:
+            manifests.check(entry.path, found, "size")
+        except CorruptCheckpoint as broken:
+            error = broken
+    return {
+        "name": os.path.basename(entry.path),
+        "path": entry.path,
+        "complete": error is None,
+        "reason": None if error is None else str(error),
+        "step": found.step if found else None,
+        "sequence": found.sequence if found else None,
+        "time": found.time if found else None,
+        "bytes": sum(record.size for record in found.files.values()) if found else None,
+        "files": len(found.files) if found else None,
+        "metrics": dict(found.metrics) if found else {},
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table()
+    for title in ("checkpoint", "step", "age", "size", "metrics", "state"):
+        table.add_column(title, justify="right" if title in ("step", "age", "size") else "left")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            "" if row["step"] is None else str(row["step"]),
+            "" if row["time"] is None else _age(row["time"]),
+            "" if row["bytes"] is None else decimal(row["bytes"]),
+            " ".join(f"{name}={value:.4g}" for name, value in row["metrics"].items()),
+            "[green]complete[/]" if row["complete"] else f"[red]broken:[/] {row['reason']}",
+        )
+    return table
+
+
+def _age(then: float) -> str:
+    return str(datetime.timedelta(seconds=max(round(time.time() - then), 0)))
+
+
+def latest(
+    root: Root,
+    verify: Annotated[str, typer.Option(help="How closely to look: size, full or none.")] = "size",
+    as_json: AsJson = False,
+) -> None:
+    """Print the path of the newest complete checkpoint under ROOT, alone; exit code 1 if there is none."""
+    if verify not in ("size", "full", "none"):
+        raise typer.BadParameter(f"{verify!r}; use size, full or none", param_hint="--verify")
+    found = catalog.latest(root, verify=verify)  # type: ignore[arg-type]  # checked above
+    if as_json:
+        print(json.dumps(None if found is None else os.fspath(found)))
+    elif found is None:
+        print(f"no checkpoints under {root}", file=sys.stderr)
+    else:
+        print(found)
+    raise typer.Exit(0 if found is not None else 1)
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a directory that holds some.")], as_json: AsJson = False
+) -> None:
+    """Check PATH, or every checkpoint under it: manifests, sizes, and the hash of every file."""
+    entries = [entry.path for entry in catalog.scan(os.fspath(path))]
+    if not entries or os.path.lexists(os.path.join(path, manifests.names.MANIFEST)):
+        entries = [os.fspath(path)]
+    results = [_verified(entry) for entry in entries]
+    if as_json:
+        print(json.dumps(results, indent=2))
+    else:
+        for result in results:
+            print(f"{result['path']}: {'ok' if result['ok'] else 'BROKEN: ' + str(result['reason'])}")
+    raise typer.Exit(0 if all(result["ok"] for result in results) else 1)
+
+
+def _verified(path: str) -> dict[str, Any]:
+    try:
+        found = catalog.verify(path)
+    except CorruptCheckpoint as error:
+        return {"path": path, "ok": False, "reason": str(error)}
+    size = sum(record.size for record in found.files.values())
+    return {"path": path, "ok": True, "reason": None, "files": len(found.files), "bytes": size}
