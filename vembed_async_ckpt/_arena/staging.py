@@ -89,18 +89,14 @@ class Late:
     last_bytes: bytes | None
 
     @classmethod
-    def capture(
-        cls, division: Division, destinations: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
-    ) -> Late:
+    def capture(cls, division: Division, destinations: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Late:
         """Alias the late `tensors` and note version and last bytes of each: two nets, neither a proof.
 
         Version counters are blind to fused optimizers, `.data` and numpy; the last bytes to writes elsewhere in a tensor.
         """
         aliases = [tensor.detach() for tensor in tensors]
         versions = [alias._version for alias in aliases]
-        return cls(
-            division.names, division.sizes, destinations, aliases, versions, last_bytes(aliases, division.sizes)
-        )
+        return cls(division.names, division.sizes, destinations, aliases, versions, last_bytes(aliases, division.sizes))
 
     def check(self) -> str | None:
         """The name of a tensor that was changed between the call and the end of the copy, if one shows it."""

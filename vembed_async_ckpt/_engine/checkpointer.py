@@ -12,7 +12,7 @@ import time
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -184,8 +184,8 @@ class AsyncCheckpointer:
                 self._reporter.emit(Event("backpressure", "failed", request.save_id, step, detail=str(error)))
             except (StageError, WriteError) as error:
                 if self._options.on_error == "raise":
+                    self._counts["failed"] += 1
                     raise
-                self._begin(save.handle)
                 self._save_ended(save.handle, error)
                 save.handle._fail(error)
             save.stalled(time.perf_counter() - begun)
@@ -203,6 +203,9 @@ class AsyncCheckpointer:
                 save.pass_in_waves(arena)
                 return
             save.stage(arena, self._divide(request))
+        except RuntimeError as error:  # torch could not copy
+            self._drop(save.handle)
+            raise StageError(f"step {request.step}: the state could not be copied: {error}") from error
         except BaseException:
             self._drop(save.handle)
             raise
@@ -291,15 +294,13 @@ class AsyncCheckpointer:
 
         Failures are not raised here: they stay on their handles.
         """
-        deadline = time.monotonic() + (3.15e7 if timeout is None else timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             while self._in_flight or self._supervisor.populating:
-                if time.monotonic() > deadline:
+                if deadline is not None and time.monotonic() >= deadline:
                     raise TimeoutError(f"{len(self._in_flight)} saves are still in flight after {timeout} s")
-                if not self._in_flight or not self._changed.wait(0.5):
-                    self._supervisor.check()
-                    if not self._in_flight:
-                        self._changed.wait(0.01)
+                self._changed.wait(0.5 if self._in_flight else 0.01)
+                self._supervisor.check()
 
     def statistics(self) -> dict[str, Any]:
         """Counts of saves (started, committed, failed, skipped), saves in flight, bytes still to be written, arenas free and busy,
@@ -357,13 +358,15 @@ class AsyncCheckpointer:
             self._closed = "closed"
         try:
             self.wait(timeout)
-            self._end(deadline)
-        except TimeoutError:
-            self._end(time.monotonic() + 0.1)
-            raise
+        finally:
+            ended = self._end(deadline)
+        if not ended:
+            raise TimeoutError(
+                f"{self._options.root}: the writer has not ended after {timeout} s; it finishes on its own"
+            )
         self._raise_unread_failure()
 
-    def _end(self, deadline: float) -> None:
+    def _end(self, deadline: float) -> bool:
         self._staging_thread.close(max(deadline - time.monotonic(), 0.1))
         ended = self._supervisor.close(max(deadline - time.monotonic(), 0.1))
         if ended:
@@ -371,8 +374,7 @@ class AsyncCheckpointer:
         self._lock.close()
         self._reporter.close(max(deadline - time.monotonic(), 0.1))
         _LIVING.discard(self)
-        if not ended:
-            raise TimeoutError("the writer has not ended yet; it finishes on its own")
+        return ended
 
     def __enter__(self) -> AsyncCheckpointer:
         return self
@@ -407,7 +409,6 @@ class AsyncCheckpointer:
     def _drop(self, handle: SaveHandle) -> None:
         with self._changed:
             self._in_flight.discard(handle)
-            self._counts["failed"] += 1
             self._changed.notify_all()
 
     def _save_ended(self, handle: SaveHandle, error: CheckpointError | None) -> None:
@@ -459,18 +460,18 @@ class _AfterFirstStep:
     def __init__(self, checkpointer: AsyncCheckpointer, model: Any, optimizer: Any, waiting: Sequence[Any]) -> None:
         self._checkpointer = weakref.ref(checkpointer)
         self._waiting = [weakref.ref(inner) for inner in waiting]
-        self._objects: Callable[[], tuple[Any, Any]] = lambda: (model, optimizer)
+        self._model = model
+        self._optimizer = optimizer
 
     def barrier(self) -> None:
         checkpointer = self._checkpointer()
-        alive = [inner for ref in self._waiting if (inner := ref()) is not None]
-        if checkpointer is not None and not checkpointer._closed and any(not inner.state for inner in alive):
+        over = checkpointer is None or bool(checkpointer._closed)
+        if not over and any(inner is not None and not inner.state for inner in (ref() for ref in self._waiting)):
             return
         GATE.remove(self)
-        if checkpointer is not None and not checkpointer._closed:
-            model, optimizer = self._objects()
+        if checkpointer is not None and not over:
             with checkpointer._saving:
-                checkpointer._reserve(model, optimizer)
+                checkpointer._reserve(self._model, self._optimizer)
 
 
 @atexit.register

@@ -125,23 +125,33 @@ class Save:
     def pass_in_waves(self, arena: Arena) -> None:
         """The arena is smaller than the plan: fill it and have it written, again and again, until all of the state has passed.
 
-        Returns when the last part is in the arena. What fails ends on the handle.
+        Returns when the last part is in the arena, or with the failure on the handle. Raises, with the arena given back, if
+        the first part cannot be placed.
         """
         self.arena = arena
         begun = time.perf_counter()
-        arena.image = None
-        assembly = self._assemble(FixedJson(self._plan, self._request), waves=True)
-        self._waves = Waves(arena, self._plan, self._request, assembly, training_layout(self._request))
-        self._job = self._waves.place_job()
-        self._show_progress(assembly)
-        self._context.supervisor.submit(self)
-        self._waves.run(
-            lambda start, end: self._context.supervisor.send_wave(self, start, end),
-            lambda: self.handle.done(),
-            self._context.supervisor.check,
-        )
+        try:
+            arena.image = None
+            waves = self._place_first(arena)
+        except BaseException:
+            self._context.release(arena)
+            raise
+        supervisor = self._context.supervisor
+        supervisor.submit(self)
+        try:
+            waves.run(lambda start, end: supervisor.send_wave(self, start, end), self.handle.done, supervisor.check)
+        except BaseException:
+            supervisor.send_wave(self, 0, 0)  # the writer gives up, and with that the arena is free again
+            raise
         self._staging = time.perf_counter() - begun
         self._let_go()
+
+    def _place_first(self, arena: Arena) -> Waves:
+        assembly = self._assemble(FixedJson(self._plan, self._request), waves=True)
+        waves = self._waves = Waves(arena, self._plan, self._request, assembly, training_layout(self._request))
+        self._job = waves.place_job()
+        self._show_progress(assembly)
+        return waves
 
     def stalled(self, seconds: float) -> None:
         """Note what the call cost the training thread."""
@@ -234,6 +244,8 @@ class Save:
         info = CheckpointInfo(
             Path(reply["path"]), self._request.step, reply["total_bytes"], MappingProxyType(files), timings
         )
+        if waited:
+            self._emit("barrier", "complete", waited)
         self._emit("write", "complete", timings.write + timings.commit, info.total_bytes)
         self._end(None, info)
 

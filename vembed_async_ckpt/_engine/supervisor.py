@@ -248,8 +248,11 @@ class Supervisor:
         packages = {os.path.dirname(os.path.dirname(os.path.abspath(module.__file__))) for module in _packages()}
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, self._root, str(os.getpid()), str(theirs.fileno())]
-                + sorted(packages),
+                [
+                    *(sys.executable, "-I", "-S", "-c", _BOOTSTRAP),
+                    *(self._root, str(os.getpid()), str(theirs.fileno())),
+                    *sorted(packages),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

@@ -17,7 +17,28 @@ from typing import Any
 from ..errors import CorruptCheckpoint, PlanError
 
 # (bits of one element, rank in the file): safetensors writes tensors by descending rank of their dtype, then by name.
-_DTYPE_ORDER = ["U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL"]
+_DTYPE_ORDER = [
+    "U64",
+    "I64",
+    "F64",
+    "C64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E5M2FNUZ",
+    "F8_E4M3FNUZ",
+    "F8_E8M0",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "F4",
+    "BOOL",
+]
 RANK = {name: rank for rank, name in enumerate(_DTYPE_ORDER)}
 BITS = dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
 BITS |= dict.fromkeys(("F32", "U32", "I32"), 32)

@@ -88,7 +88,10 @@ class RequestReader:
             step=step,
             save_id=uuid.uuid4().hex,
             contents=tuple(contents),
-            tensors=[*(t for m in models.values() for t in m.tensors), *(t for o in optimizers.values() for t in o.tensors)],
+            tensors=[
+                *(t for m in models.values() for t in m.tensors),
+                *(t for o in optimizers.values() for t in o.tensors),
+            ],
             labels=[*(label for m in models.values() for label in m.labels), *_optimizer_labels(optimizers)],
             owners=[
                 *(owner for m in models.values() for owner in m.owners),

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 PAGE = 4096
 PROGRESS = struct.Struct("<Q")  # at byte 0 of an arena: bytes of its job written so far
@@ -26,7 +26,7 @@ class Kind(IntEnum):
     ARENA = 1  # arena, size; one descriptor travels along
     DROP = 2  # arena
     JOB = 3  # arena, serial, offset and length of the job's JSON in the arena
-    WAVE = 4  # arena, serial, start and end of the part of the plan that now lies at DATA_START
+    WAVE = 4  # arena, serial, start and end of the part of the plan that now lies at DATA_START; end 0: there will be no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Job(TypedDict):
     links: list[list[str]]  # [existing file, further name]: one copy of the bytes
     manifest: dict[str, Any]  # world_size, time, versions, metrics, names, tensors
     retention: list[dict[str, Any]] | None
-    waves: NotRequired[bool]  # the arena is smaller than the plan: parts follow as WAVE commands
+    waves: bool  # the arena is smaller than the plan: parts follow as WAVE commands
 
 
 def send_command(sock: socket.socket, command: Command, fds: Sequence[int] = ()) -> None:

@@ -38,7 +38,7 @@ class _Arena:
 
 @dataclass
 class _Pending:
-    """A job as accepted, and the way its waves arrive (None: the trainer is gone, there will be no more)."""
+    """A job as accepted, and the way its waves arrive (None: there will be no more)."""
 
     arena: int
     serial: int
@@ -107,12 +107,13 @@ class Server:
             job = cast(Job, json.loads(bytes(memory_[command.second : command.second + command.third])))
             PROGRESS.pack_into(memory_, 0, 0)
             pending = _Pending(command.arena, command.first, job, time.perf_counter())
-            if job.get("waves"):
+            if job["waves"]:
                 self._waiting_for_waves[command.first] = pending
             self._jobs.put(pending)
             self._send(event="accepted", serial=command.first)
         elif command.kind is Kind.WAVE:
-            self._waiting_for_waves[command.first].waves.put((command.second, command.third))
+            wave = (command.second, command.third) if command.third else None
+            self._waiting_for_waves[command.first].waves.put(wave)
 
     def _populate(self, arena: int, memory: Any, size: int) -> None:
         populate(memory, size)
@@ -163,7 +164,7 @@ class Server:
                 self._fs.sync_directory(self._root)
                 return None, self._reply(path, manifest, pending, pending.accepted, time.perf_counter())
         sequence = 1 + max((manifest.sequence for _, manifest in committed), default=0)
-        tries = 1 if job.get("waves") else TRIES
+        tries = 1 if job["waves"] else TRIES
         for attempt in range(tries):
             work = names.save_directory(self._root, job["save_id"], attempt)
             try:
@@ -230,7 +231,7 @@ class Server:
                 writers.append(FileWriter(self._fs, path, slot, job["checksums"].get(slot["name"])))
             for start, end in self._ranges(pending):
                 write_range(writers, memory, start, end, DATA_START, self._threads, wrote)
-                if job.get("waves"):
+                if job["waves"]:
                     self._send(event="wave", serial=pending.serial)
             sync_all(writers, self._threads)
         finally:
@@ -248,14 +249,14 @@ class Server:
     def _ranges(self, pending: _Pending) -> Any:
         last = pending.job["files"][-1]
         end = -(-(last["start"] + last["size"]) // 4096) * 4096
-        if not pending.job.get("waves"):
+        if not pending.job["waves"]:
             yield DATA_START, end
             return
         covered = DATA_START
         while covered < end:
             wave = pending.waves.get()
             if wave is None:
-                raise WriteError("the trainer died before all of the state had passed through the small arena")
+                raise WriteError("the save ended before all of the state had passed through the small arena")
             yield wave
             covered = wave[1]
 

@@ -22,7 +22,8 @@ def demo(
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in OUT.")] = False,
     crash_at: Annotated[
-        int | None, typer.Option(min=1, help="Kill this process with SIGKILL while the checkpoint of that step is written.")
+        int | None,
+        typer.Option(min=1, help="Kill this process with SIGKILL while the checkpoint of that step is written."),
     ] = None,
 ) -> None:
     """Train a text embedder on the standard library's docstrings, save it in the background, and show what that cost."""
