@@ -23,9 +23,11 @@ import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointerBusy, Event, SaveState, StageError, load
 from vembed_async_ckpt._arena import staging
+from vembed_async_ckpt._arena.barrier import GATE
 from vembed_async_ckpt._engine import checkpointer as engine
 from vembed_async_ckpt._store.fs import LocalFilesystem
 
+GATE.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
 BOUND = 20  # seconds that a wait may take before it is a failure
 
 
@@ -70,8 +72,7 @@ def same(one: Any, other: Any) -> bool:
         return (
             isinstance(other, torch.Tensor)
             and (one.dtype, one.shape) == (other.dtype, other.shape)
-            and bytes(one.detach().contiguous().reshape(-1).view(torch.uint8))
-            == bytes(other.detach().contiguous().reshape(-1).view(torch.uint8))
+            and torch.equal(one.detach().reshape(-1).view(torch.uint8), other.detach().reshape(-1).view(torch.uint8))
         )
     if isinstance(one, dict):
         return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
@@ -113,7 +114,7 @@ def train(model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> None:
 
 
 def of_kind(name: str) -> Callable[..., torch.optim.Optimizer]:
-    options = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.5, "centered": True}, "Adam": {"amsgrad": True}}
+    options = {"LBFGS": {"max_iter": 3}, "SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.5, "centered": True}, "Adam": {"amsgrad": True}}
 
     def make(model: Net, **implementation: bool) -> torch.optim.Optimizer:
         parameters = list(model.parameters())
@@ -360,15 +361,18 @@ class ReplacedStep(Scene):
         train(self.model["other"], self.optimizer["sgd"])
 
 
-class Wrapped(torch.optim.SGD):
-    """functools.wraps copies torch's mark that the hooks are in place, which they are not."""
+def wrapped_sgd(parameters: Any) -> torch.optim.Optimizer:
+    """A subclass whose step has functools.wraps(SGD.step), which copies torch's mark that the hooks are in place."""
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])  # torch puts hooks and mark on SGD.step
 
-    @functools.wraps(torch.optim.SGD.step)
-    def step(self, closure: Any = None) -> None:
-        with torch.no_grad():
+    class Wrapped(torch.optim.SGD):
+        @functools.wraps(torch.optim.SGD.step)
+        def step(self, closure: Any = None) -> None:
             for parameter in self.param_groups[0]["params"]:
                 parameter.data.add_(1.25)
                 self.state[parameter]["seen"] = self.state[parameter].get("seen", torch.zeros(3)).data.add_(1)
+
+    return Wrapped(parameters, lr=0.1)
 
 
 class WrappedStep(ReplacedStep):
@@ -376,8 +380,7 @@ class WrappedStep(ReplacedStep):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])  # torch puts its hooks on SGD.step, and the mark
-        self.optimizer["sgd"] = Wrapped(self.model["other"].parameters())
+        self.optimizer["sgd"] = wrapped_sgd(self.model["other"].parameters())
         self.optimizer["sgd"].step()
 
 

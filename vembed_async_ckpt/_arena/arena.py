@@ -102,19 +102,22 @@ class ArenaPool:
                 fitting = sorted((a for a in self._free if a.size >= capacity), key=lambda a: a.size)
                 if fitting:
                     return self._take(fitting[0])
-                if self._free or len(self._busy) < self._count:
-                    return self._make(capacity, allow_smaller)
+                if (self._free or len(self._busy) < self._count) and (arena := self._make(capacity, allow_smaller)):
+                    return arena
                 if when_busy == "error":
                     raise CheckpointerBusy(f"all {self._count} arenas hold saves that are still being written")
                 if not self._changed.wait(0.5):
                     alive()
 
-    def _make(self, capacity: int, allow_smaller: bool) -> Arena:
+    def _make(self, capacity: int, allow_smaller: bool) -> Arena | None:
+        """A new arena, or None while memory for it is held by a save in flight."""
         size = -(-capacity // _ROUND) * _ROUND
         if self._max_bytes is not None and capacity <= self._max_bytes < size:
             size = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
         allowed = self.limit()
         if size > allowed:
+            if self._busy:
+                return None
             if not allow_smaller:
                 raise MemoryError(f"an arena of {size} bytes is needed, {allowed} bytes are allowed or available")
             size = allowed

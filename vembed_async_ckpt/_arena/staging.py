@@ -138,6 +138,10 @@ def last_bytes(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> bytes |
         os.close(fd)
 
 
+class TornSnapshot(StageError):
+    """Something changed what was being copied: overlap cannot be trusted with this training."""
+
+
 class Snapshot:
     """One overlapped copy: the staging thread runs it, optimizers wait for it.
 
@@ -158,7 +162,7 @@ class Snapshot:
             copy(late.destinations, late.aliases)
             changed = late.check()
             if changed is not None:
-                self.error = StageError(
+                self.error = TornSnapshot(
                     f"{changed!r} was changed while it was being copied, without passing through a torch optimizer's step; "
                     'use staging="blocking", or wait for handle.wait_staged() before changing it. '
                     "Later saves of this checkpointer are blocking"

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .._plan import safetensors, torch_zip
+from .._plan import torch_zip
 from .._plan.plan import PlannedFile, SavePlan, pages
-from .._plan.safetensors import Layout
 from .._request.request import Request
 from .._request.training_state import rough_size
 from .._store import names
@@ -50,16 +49,10 @@ def _layout(file: PlannedFile) -> torch_zip.ZipLayout:
     return file.zip
 
 
-def training_layout(request: Request) -> Layout:
-    """The file of the training state's tensors; it starts where the plan ends."""
-    content = request.state.content()
-    return safetensors.layout(content.tensors, content.metadata, file=content.name)
-
-
 def required_bytes(plan: SavePlan, request: Request) -> int:
     """Bytes that an arena needs for this save: the plan, its slack, and what varies."""
     tables = 300 * len(request.tensors)  # the job names every tensor of optimizer.bin and every record of it
-    varying = pages(training_layout(request).size) + rough_size(request.state, [request.config or b""]) + tables
+    varying = pages(request.state.layout.size) + rough_size(request.state, [request.config or b""]) + tables
     return max(plan.capacity, plan.end + varying)
 
 
@@ -67,7 +60,7 @@ def assemble(
     request: Request, plan: SavePlan, directory: str, retention: Any, fixed: FixedJson, *, waves: bool = False
 ) -> Assembly:
     """Render what is known only now, give it its place, and describe the whole save to the writer."""
-    training = training_layout(request)
+    training = request.state.layout  # it starts where the plan ends
     files: list[FileSlot] = [{"name": names.TRAINING_TENSORS, "start": plan.end, "size": training.size}]
     pieces = [(plan.end, training.prefix)]
     for name, data in _rendered(request):

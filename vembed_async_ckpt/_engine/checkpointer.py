@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import logging
 import os
@@ -12,7 +13,8 @@ import time
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from operator import is_not
 from types import TracebackType
 from typing import Any, Literal
 
@@ -20,8 +22,8 @@ import anyio
 
 from .._arena.arena import Arena, ArenaPool
 from .._arena.barrier import GATE, Division, Earned, all_now
-from .._arena.staging import StagingThread
-from .._plan.plan import SavePlan, plan
+from .._arena.staging import StagingThread, TornSnapshot
+from .._plan.plan import Content, SavePlan, plan
 from .._request.optimizer import unwrap as unwrap_optimizer
 from .._request.request import Request, RequestReader, named
 from .._store.lock import RootLock
@@ -108,6 +110,7 @@ class AsyncCheckpointer:
         )
         self._serials = itertools.count(1)
         self._saving = threading.Lock()  # one save() at a time goes from request to staged copy
+        self._saver = 0  # the thread inside
         self._changed = threading.Condition()
         # guarded by _changed:
         self._closed = ""  # why no more saves are taken
@@ -117,7 +120,7 @@ class AsyncCheckpointer:
         self._last_error: str | None = None
         # touched under _saving only:
         self._plan: SavePlan | None = None
-        self._planned: Any = None
+        self._planned: tuple[Content, ...] = ()
         self._overlap = staging == "overlap"
         self._warned_of_waves = False
         GATE.install()
@@ -160,7 +163,7 @@ class AsyncCheckpointer:
         begun = time.perf_counter()
         self._refuse_if_closed()
         self._raise_unread_failure()
-        with self._saving:
+        with self._alone():
             request = self._reader.read(
                 step,
                 model=model,
@@ -173,9 +176,10 @@ class AsyncCheckpointer:
                 extra=extra,
                 metrics=metrics,
             )
-            save = Save(next(self._serials), request, self._plan_for(request), begun, self._context)
+            save_plan = self._plan_for(request)
+            save = Save(next(self._serials), request, save_plan, begun, self._context)
             try:
-                self._start(save, request)
+                self._start(save, request, save_plan)
             except CheckpointerBusy as error:
                 if self._options.when_busy == "error":
                     raise
@@ -191,8 +195,7 @@ class AsyncCheckpointer:
             save.stalled(time.perf_counter() - begun)
         return save.handle
 
-    def _start(self, save: Save, request: Request) -> None:
-        save_plan = self._plan_for(request)
+    def _start(self, save: Save, request: Request, save_plan: SavePlan) -> None:
         needed = required_bytes(save_plan, request)
         self._supervisor.check()
         arena = self._acquire(request, needed)
@@ -211,17 +214,33 @@ class AsyncCheckpointer:
             raise
         self._staging_thread.submit(save.finish)
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time; a signal handler that interrupts its own thread's `save()` is refused instead of waiting for it."""
+        if self._saver == threading.get_ident():
+            raise CheckpointerBusy(
+                "save() was called while this thread is inside save(), by a signal handler perhaps; "
+                "let the handler set a flag, and save at the next step"
+            )
+        with self._saving:
+            self._saver = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._saver = 0
+
     def _divide(self, request: Request) -> Division:
         if not self._overlap:
             return all_now(len(request.tensors))
-        key = tuple(map(id, request.contents))
+        key = tuple(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
         return self._earned.divide(key, request.tensors, request.labels, request.owners, request.volatile)
 
     def _plan_for(self, request: Request) -> SavePlan:
-        if self._plan is None or request.contents != self._planned:
+        known = self._planned
+        if self._plan is None or len(known) != len(request.contents) or any(map(is_not, known, request.contents)):
             with self._reporter.stage("plan", request.save_id, request.step):
                 self._plan = plan(request.contents)
-                self._planned = request.contents
+                self._planned = request.contents  # held: as long as they are, nothing else has their identity
         return self._plan
 
     def _acquire(self, request: Request, needed: int) -> Arena:
@@ -259,7 +278,7 @@ class AsyncCheckpointer:
         pages are there. Raises what `save()` would raise for these objects.
         """
         self._refuse_if_closed()
-        with self._saving:
+        with self._alone():
             self._reserve(model, optimizer)
         waiting = [
             o for o in map(unwrap_optimizer, named("optimizer", optimizer).values()) if not getattr(o, "state", True)
@@ -420,7 +439,7 @@ class AsyncCheckpointer:
                 if self._options.on_error == "raise":
                     self._unread.append(handle)
             self._changed.notify_all()
-        if isinstance(error, StageError):
+        if isinstance(error, TornSnapshot):
             self._overlap = False
         if error is not None and self._options.on_error == "warn":
             logger.warning("%s; training goes on", error)
@@ -470,7 +489,7 @@ class _AfterFirstStep:
             return
         GATE.remove(self)
         if checkpointer is not None and not over:
-            with checkpointer._saving:
+            with checkpointer._alone():
                 checkpointer._reserve(self._model, self._optimizer)
 
 

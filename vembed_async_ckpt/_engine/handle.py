@@ -24,7 +24,8 @@ class SaveState(enum.Enum):
     """Where a save is.
 
     STAGING -> STAGED -> WRITING -> COMMITTED; any of the first three -> FAILED. WRITING -> STAGED when the writer died and a
-    new one gets the job. STAGING -> COMMITTED when a state passed through a small arena in parts. SKIPPED is where a save refused by `when_busy="skip"` begins and ends.
+    new one gets the job. STAGING -> COMMITTED when a state passed through a small arena in parts. SKIPPED is where a save
+    refused by `when_busy="skip"` begins and ends.
     """
 
     STAGING = "staging"

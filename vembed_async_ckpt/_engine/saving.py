@@ -19,7 +19,7 @@ from .._store import names
 from .._writer.protocol import PROGRESS
 from ..errors import CheckpointError, CommitError, StageError, WriteError
 from ..events import Event, Phase, Reporter, Stage
-from .assembly import Assembly, FixedJson, assemble, training_layout
+from .assembly import Assembly, FixedJson, assemble
 from .handle import CheckpointInfo, SaveHandle, SaveState, Timings
 from .supervisor import LIVES, Supervisor
 from .waves import Waves
@@ -114,12 +114,12 @@ class Save:
         """Nothing of the live state is held any longer than its copy takes."""
         self._request.tensors.clear()
         self._request.owners.clear()
+        self._request.state.tensors.clear()
 
     def _copy_training_tensors(self) -> None:
         state = self._request.state
-        layout = training_layout(self._request)
         tensors = list(state.tensors.values())
-        offsets = [self._plan.end + layout.offsets[name] for name in state.tensors]
+        offsets = [self._plan.end + state.layout.offsets[name] for name in state.tensors]
         copy(Destinations(self.arena, tensors, offsets).tensors, tensors)
 
     def pass_in_waves(self, arena: Arena) -> None:
@@ -148,7 +148,7 @@ class Save:
 
     def _place_first(self, arena: Arena) -> Waves:
         assembly = self._assemble(FixedJson(self._plan, self._request), waves=True)
-        waves = self._waves = Waves(arena, self._plan, self._request, assembly, training_layout(self._request))
+        waves = self._waves = Waves(arena, self._plan, self._request, assembly)
         self._job = waves.place_job()
         self._show_progress(assembly)
         return waves
@@ -247,6 +247,8 @@ class Save:
         if waited:
             self._emit("barrier", "complete", waited)
         self._emit("write", "complete", timings.write + timings.commit, info.total_bytes)
+        if self._waves is not None:
+            self.handle._move(SaveState.STAGED)  # only now: before its last part was written a death could lose it
         self._end(None, info)
 
     def failed(self, error: CheckpointError) -> None:

@@ -13,7 +13,6 @@ import torch
 
 from .._arena.arena import Arena
 from .._plan.plan import START, SavePlan
-from .._plan.safetensors import Layout
 from .._request.request import Request
 from ..errors import StageError
 from .assembly import Assembly
@@ -22,12 +21,13 @@ from .assembly import Assembly
 class Waves:
     """The parts of one save, in order."""
 
-    def __init__(self, arena: Arena, plan: SavePlan, request: Request, assembly: Assembly, training: Layout) -> None:
+    def __init__(self, arena: Arena, plan: SavePlan, request: Request, assembly: Assembly) -> None:
         self._arena = arena
         self._assembly = assembly
         self._pieces: list[tuple[int, Any]] = [*plan.pieces, *assembly.pieces]
         self._pieces += zip(plan.offsets, request.tensors, strict=True)
-        self._pieces += [(plan.end + training.offsets[name], tensor) for name, tensor in request.state.tensors.items()]
+        state = request.state
+        self._pieces += [(plan.end + state.layout.offsets[name], tensor) for name, tensor in state.tensors.items()]
         self._turn = threading.Semaphore(0)
 
     def place_job(self) -> tuple[int, int]:

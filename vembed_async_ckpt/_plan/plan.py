@@ -27,12 +27,9 @@ class TensorContent:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ZipContent:
-    """A torch zip whose storages hold one tensor each; `pickle_bytes` is the size of its `data.pkl` as far as known.
-
-    Equal only to itself: sizes do not tell which tensors they are of.
-    """
+    """A torch zip whose storages hold one tensor each; `pickle_bytes` is the size of its `data.pkl` as far as known."""
 
     name: str
     sizes: tuple[int, ...]

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .._plan.plan import TensorContent
+from .._plan import safetensors
+from .._plan.safetensors import Layout
 from .._store import names
 from ..errors import PlanError
 from . import random_state, tree
@@ -24,7 +25,8 @@ from .optimizer import OptimizerState
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Captured values. `tensors` are those found in them, by name; they are copied before `save()` returns."""
+    """Captured values. `tensors` are those found in them, by name: they are copied before `save()` returns, and then let go.
+    `copies` are copies of those that pickles for accelerate need later. `layout` is the file that holds the tensors."""
 
     step: int | None
     optimizers: Mapping[str, OptimizerState]
@@ -33,18 +35,15 @@ class TrainingState:
     dataloader: Any
     extra: Any
     rng: dict[str, Any]
-    tensors: Mapping[str, torch.Tensor]
-
-    def content(self) -> TensorContent:
-        """The safetensors file that holds the tensors."""
-        specs = tuple(spec(name, tensor, file=names.TRAINING_TENSORS) for name, tensor in self.tensors.items())
-        return TensorContent(names.TRAINING_TENSORS, specs, {"format": "pt"})
+    tensors: dict[str, torch.Tensor]
+    copies: Mapping[str, torch.Tensor]
+    layout: Layout
 
     def render(self, rank: int = 0) -> list[tuple[str, bytes]]:
         """(name, bytes) of every file but the tensors'. Pickles in them are for accelerate; our `load` reads the JSON."""
 
         def get(name: str) -> torch.Tensor:
-            return self.tensors[name]
+            return self.copies[name]
 
         files = [(names.TRAINING_STATE, json.dumps(self._json(), ensure_ascii=False, separators=(",", ":")).encode())]
         for index, state in enumerate(self.schedulers.values()):
@@ -80,6 +79,7 @@ def capture(
 ) -> TrainingState:
     """Everything as it is now. Raises `PlanError` naming the value that cannot be saved."""
     tensors: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
 
     def put(name: str, tensor: torch.Tensor) -> None:
         if name in tensors:
@@ -87,23 +87,29 @@ def capture(
         tensors[name] = tensor.detach()
 
     def put_copy(name: str, tensor: torch.Tensor) -> None:
-        put(name, tensor.detach().cpu().clone())  # also pickled later, when the live one has changed
+        copies[name] = tensor.detach().cpu().clone()
+        put(name, copies[name])
 
     captured = {
         name: tree.capture(_state_dict(f"scheduler {name}".rstrip(), scheduler), f"scheduler.{name}", put_copy)
         for name, scheduler in schedulers.items()
     }
+    saved_scaler = None if scaler is None else tree.capture(_state_dict("scaler", scaler), "scaler", put_copy)
+    position = None if dataloader is None else tree.capture(_state_dict("dataloader", dataloader), "dataloader", put)
+    captured_extra = tree.capture({} if extra is None else extra, "extra", put)
+    rng = random_state.capture(put_copy)
+    specs = [spec(name, tensor, file=names.TRAINING_TENSORS) for name, tensor in tensors.items()]
     return TrainingState(
         step=step,
         optimizers=optimizers,
         schedulers=captured,
-        scaler=None if scaler is None else tree.capture(_state_dict("scaler", scaler), "scaler", put_copy),
-        dataloader=None
-        if dataloader is None
-        else tree.capture(_state_dict("dataloader", dataloader), "dataloader", put),
-        extra=tree.capture({} if extra is None else extra, "extra", put),
-        rng=random_state.capture(put_copy),
+        scaler=saved_scaler,
+        dataloader=position,
+        extra=captured_extra,
+        rng=rng,
         tensors=tensors,
+        copies=copies,
+        layout=safetensors.layout(specs, {"format": "pt"}, file=names.TRAINING_TENSORS),
     )
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from .._store import catalog
+from .._store import catalog, names
 from .._store import manifest as manifests
 from ..errors import CorruptCheckpoint
 
@@ -99,7 +99,7 @@ def verify(
 ) -> None:
     """Check PATH, or every checkpoint under it: manifests, sizes, and the hash of every file."""
     entries = [entry.path for entry in catalog.scan(os.fspath(path))]
-    if not entries or os.path.lexists(os.path.join(path, manifests.names.MANIFEST)):
+    if not entries or os.path.lexists(os.path.join(path, names.MANIFEST)):
         entries = [os.fspath(path)]
     results = [_verified(entry) for entry in entries]
     if as_json:

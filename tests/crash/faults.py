@@ -1,0 +1,223 @@
+"""The faults: SIGKILL at a given system call (strace), and a power cut (a loop-mounted file system shut down)."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .nursery import PATIENCE, Child
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+
+# Every call by which CPython changes what is on a disk.
+CALLS = (
+    "openat,creat,mkdir,mkdirat,mknod,mknodat,write,pwrite64,writev,pwritev,pwritev2,copy_file_range,sendfile,truncate,ftruncate,"
+    "fallocate,fsync,fdatasync,syncfs,sync_file_range,rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,"
+    "rmdir,chmod,fchmod,fchmodat,chown,fchown,fchownat,utimensat,setxattr,fsetxattr"
+)
+_LINE = re.compile(r"(?P<thread>\d+)\s+(?P<call>\w+)\((?P<arguments>.*)\)\s+= (?P<result>-?\d+)")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One system call of a trace: `paths` are the paths among its arguments, those of descriptors too, in order."""
+
+    thread: str
+    name: str
+    arguments: str
+    paths: tuple[str, ...]
+    succeeded: bool
+
+    @property
+    def changes(self) -> bool:
+        return self.name != "openat" or "O_CREAT" in self.arguments
+
+
+def parse_trace(text: str) -> list[Call]:
+    """The calls of a `strace -f -y` log, in the order in which they began."""
+    calls, begun = [], {}
+    for line in text.splitlines():
+        thread = line.split(None, 1)[0]
+        if line.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>").rstrip()
+            continue
+        if resumed := re.search(r"<\.\.\. \w+ resumed>(.*)", line):
+            line = begun.pop(thread, "") + resumed[1]
+        if match := _LINE.match(line):
+            arguments = match["arguments"]
+            paths = re.findall(r'"(/[^"]*)"|\d+<(/[^>]*)>', arguments)
+            calls.append(
+                Call(
+                    match["thread"],
+                    match["call"],
+                    arguments,
+                    tuple(a or b for a, b in paths),
+                    not match["result"].startswith("-"),
+                )
+            )
+    return calls
+
+
+@dataclass(frozen=True)
+class Point:
+    """The moment before the `k`-th call `name` on `path`."""
+
+    name: str
+    path: str
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.name} #{self.k} {self.path}"
+
+
+def points(calls: list[Call], root: str) -> list[Point]:
+    """Every moment at which a call of a traced run was about to change something below `root`, in order.
+
+    strace counts per thread, so that is done here too.
+    """
+    counts: Counter[tuple[str, str, str]] = Counter()
+    found: dict[Point, None] = {}
+    for call in calls:
+        for path in set(call.paths):
+            counts[call.thread, call.name, path] += 1
+        if call.paths and call.changes and (call.paths[0] + "/").startswith(root + "/"):
+            path = call.paths[0]
+            found[Point(call.name, path, counts[call.thread, call.name, path])] = None
+    return list(found)
+
+
+def trace_options(log: str) -> list[str]:
+    return ["-f", "-y", "-s", "64", "-o", log, "-e", f"trace={CALLS}", "-e", "signal=none"]
+
+
+def kill_options(point: Point) -> list[str]:
+    inject = f"{point.name}:signal=KILL:when={point.k}"
+    return ["-f", "-o", "/dev/null", "-P", point.path, "-e", f"trace={point.name}", "-e", f"inject={inject}"]
+
+
+@contextmanager
+def attached(child: Child, options: list[str]) -> Iterator[None]:
+    """strace watches `child`, which waits for a word, from before that word to its end."""
+    strace = subprocess.Popen(["strace", *options, "-p", str(child.pid)], stderr=subprocess.PIPE, text=True)
+    assert strace.stderr is not None
+    try:
+        for line in strace.stderr:
+            if "attached" in line:
+                break
+        else:
+            raise AssertionError("strace did not attach")
+        child.tell("go")
+        yield
+        strace.wait(PATIENCE)
+    finally:
+        strace.kill()
+        strace.wait()
+        strace.stderr.close()
+
+
+def tracer_script(directory: Path, options: list[str]) -> str:
+    """A program that is the interpreter under strace: the process started is the interpreter itself (-D)."""
+    script = directory / "traced-python"
+    command = ["strace", "-D", "-qq", *options, sys.executable]
+    script.write_text("#!/bin/sh\nexec " + " ".join(f"'{word}'" for word in command) + ' "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return str(script)
+
+
+# -- power
+
+_SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN, _IOR('X', 125, __u32)
+POWER_CUTS = {"logflush": 1, "nologflush": 2}  # the journal reaches the disk, the data do not; neither does
+_MKFS = {
+    "ext4": (16, ["mkfs.ext4", "-q", "-F", "-m0", "-E", "lazy_itable_init=0,lazy_journal_init=0"]),
+    "xfs": (64, ["mkfs.xfs", "-q", "-f"]),
+}
+
+
+def missing(kind: str) -> str:
+    """Why file systems of this kind cannot be made and mounted here; empty if they can."""
+    if os.geteuid() != 0:
+        return "mounting needs root"
+    if shutil.which(_MKFS[kind][1][0]) is None:
+        return f"{_MKFS[kind][1][0]} is not installed"
+    return ""
+
+
+class Disk:
+    """A small file system of its own, mounted on `path`, whose power can be cut."""
+
+    def __init__(self, directory: Path, kind: str) -> None:
+        self.path = str(directory / "mounted")
+        self._kind = kind
+        self._image = directory / "image"
+        self._loop = ""
+
+    def __enter__(self) -> Disk:
+        os.mkdir(self.path)
+        megabytes, make = _MKFS[self._kind]
+        with open(self._image, "wb") as image:
+            image.truncate(megabytes << 20)
+        # mkfs.xfs makes one below 300 MB only for the tests of xfs.
+        small = {"TEST_DIR": "1", "TEST_DEV": "1", "QA_CHECK_FS": "1"}
+        _run(*make, str(self._image), env={**os.environ, **small})
+        try:
+            self._loop = _run("losetup", "-f", "--show", str(self._image))
+            self._mount()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if os.path.ismount(self.path):
+            self._unmount()
+        if self._loop:
+            _run("losetup", "-d", self._loop)
+        self._image.unlink()
+
+    def _mount(self) -> None:
+        _run("mount", "-t", self._kind, self._loop, self.path)
+
+    def _unmount(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while (done := subprocess.run(["umount", self.path], capture_output=True, text=True)).returncode:
+            assert time.monotonic() < deadline, done.stderr  # the last descriptor of a killed process closes late
+            time.sleep(0.005)
+
+    def cut_power(self, how: str) -> None:
+        """What was not synced is lost; afterwards it is mounted again, as at the next boot."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, _SHUTDOWN, struct.pack("I", POWER_CUTS[how]))
+        finally:
+            os.close(fd)
+        try:
+            os.mkdir(os.path.join(self.path, "proof"))
+        except OSError as error:
+            assert error.errno == errno.EIO, error
+        else:
+            raise AssertionError("the file system still works: the power was not cut")
+        self._unmount()
+        self._mount()
+
+    def sync(self) -> None:
+        _run("sync", "-f", self.path)
+
+
+def _run(*command: str, **options: dict[str, str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout.strip()

@@ -1,0 +1,156 @@
+"""Saves made with the real supervisor, writer and commit, without torch: small arenas filled by hand.
+
+The functions run in children of a nursery. A save is known by its number `n`, which decides every byte of its files.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import signal
+import struct
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
+
+from vembed_async_ckpt._arena.arena import Arena
+from vembed_async_ckpt._engine.supervisor import Supervisor
+from vembed_async_ckpt._plan.plan import pages
+from vembed_async_ckpt._store.fs import LocalFilesystem
+from vembed_async_ckpt._store.lock import RootLock
+from vembed_async_ckpt._store.retention import KeepLast
+from vembed_async_ckpt._writer.protocol import DATA_START
+from vembed_async_ckpt.events import Reporter
+
+if TYPE_CHECKING:
+    from .nursery import Talk
+
+LINK = ("model.safetensors", "model_state_dict.safetensors")
+_ARENA = 1 << 20
+
+
+def contents(n: int) -> dict[str, bytes]:
+    """The files of save `n`: no two saves share a byte range, sizes differ and are no multiples of a page."""
+    data = struct.pack("<I", n) * (5000 + 10 * n)
+    header = json.dumps({"w": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    header += b" " * (-len(header) % 8)
+    return {
+        "model.safetensors": struct.pack("<Q", len(header)) + header + data,
+        "config.json": json.dumps({"n": n, "pad": "x" * n}).encode(),
+        "inner/tokens.bin": f"tokens of {n}\n".encode() * 400,
+    }
+
+
+class _Save:
+    """A `supervisor.Job`: save `n`, placed in `arena`; its progress is said over the line."""
+
+    def __init__(self, talk: Talk, arena: Arena, n: int, step: int, keep: int) -> None:
+        self.serial, self.arena, self.n = n, arena, n
+        self.ended = threading.Event()
+        self._talk = talk
+        start, slots = 0, []
+        for name, data in contents(n).items():
+            arena.clear(DATA_START + start, DATA_START + start + pages(len(data)))
+            arena.write(DATA_START + start, data)
+            slots.append({"name": name, "start": start, "size": len(data)})
+            start += pages(len(data))
+        job = {
+            "save_id": f"{n:032x}",
+            "step": step,
+            "name": f"checkpoint-{step}",
+            "files": slots,
+            "checksums": {},
+            "links": [list(LINK)],
+            "manifest": {},
+            "retention": KeepLast(keep).spec(),
+        }
+        encoded = json.dumps(job).encode()
+        self._location = (DATA_START + start, len(encoded))
+        arena.write(self._location[0], encoded)
+
+    def location(self) -> tuple[int, int]:
+        return self._location
+
+    def accepted(self) -> None:
+        self._talk.say(f"STAGED {self.n}")
+
+    def writing(self) -> None: ...
+
+    def wave_written(self) -> None: ...
+
+    def writer_died(self, error: Exception) -> bool:
+        return True
+
+    def committed(self, reply: dict[str, Any]) -> None:
+        self._talk.say(f"ACK {self.n}")
+        self.ended.set()
+
+    def failed(self, error: Exception) -> None:
+        self._talk.say(f"ERR {self.n} {error}")
+        self.ended.set()
+
+
+class _Buffered(LocalFilesystem):
+    """A file system without O_DIRECT: what is not synced is in the page cache only."""
+
+    def create(self, path: str, *, direct: bool) -> int:
+        if direct:
+            raise OSError(errno.EINVAL, "no O_DIRECT here", path)
+        return super().create(path, direct=False)
+
+
+class _Supervisor(Supervisor):
+    """Starts its first writer process under `tracer`, a script that takes the interpreter's arguments.
+
+    With `dies_too`, it kills its own process where it would start another one: to the disk, both died at once.
+    """
+
+    tracer: str | None = None
+    dies_too = False
+
+    def _start(self) -> Any:
+        interpreter = sys.executable
+        self._starts = getattr(self, "_starts", itertools.count())
+        if next(self._starts) and self.dies_too:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.tracer:
+            sys.executable, self.tracer = self.tracer, None
+        try:
+            return super()._start()
+        finally:
+            sys.executable = interpreter
+
+
+def save(
+    talk: Talk,
+    root: str,
+    writer: str,
+    keep: int,
+    saves: list[tuple[int, int]],
+    direct: bool = True,
+    wait: bool = False,
+    tracer: str | None = None,
+    dies_too: bool = False,
+) -> None:
+    """Make `saves`, a list of (n, step), one after another; then close. With `wait`, begin when told to."""
+    assert "torch" not in sys.modules
+    if wait:
+        talk.listen()
+    os.makedirs(root, exist_ok=True)
+    lock = RootLock.acquire(root)
+    reporter = Reporter()
+    arena = Arena(1, _ARENA)
+    _Supervisor.tracer, _Supervisor.dies_too = tracer, dies_too
+    filesystem = LocalFilesystem() if direct else _Buffered()
+    supervisor = _Supervisor(root, lock, writer, lambda: [arena], reporter, filesystem)
+    for n, step in saves:
+        job = _Save(talk, arena, n, step, keep)
+        supervisor.submit(job)
+        assert job.ended.wait(30), f"save {n} never ended"
+    assert supervisor.close(30)
+    lock.close()
+    talk.say("CLOSED")
