@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
 
 from vembed_async_ckpt._arena.arena import Arena
-from vembed_async_ckpt._engine.supervisor import Supervisor
+from vembed_async_ckpt._engine.supervisor import LIVES, Supervisor
 from vembed_async_ckpt._plan.plan import pages
 from vembed_async_ckpt._store.fs import LocalFilesystem
 from vembed_async_ckpt._store.lock import RootLock
@@ -52,10 +52,11 @@ class _Save:
         self.serial, self.arena, self.n = n, arena, n
         self.ended = threading.Event()
         self._talk = talk
-        start, slots = 0, []
+        self._deaths = 0
+        start, slots = DATA_START, []
         for name, data in contents(n).items():
-            arena.clear(DATA_START + start, DATA_START + start + pages(len(data)))
-            arena.write(DATA_START + start, data)
+            arena.clear(start, start + pages(len(data)))
+            arena.write(start, data)
             slots.append({"name": name, "start": start, "size": len(data)})
             start += pages(len(data))
         job = {
@@ -67,9 +68,10 @@ class _Save:
             "links": [list(LINK)],
             "manifest": {},
             "retention": KeepLast(keep).spec(),
+            "waves": False,
         }
         encoded = json.dumps(job).encode()
-        self._location = (DATA_START + start, len(encoded))
+        self._location = (start, len(encoded))
         arena.write(self._location[0], encoded)
 
     def location(self) -> tuple[int, int]:
@@ -83,7 +85,11 @@ class _Save:
     def wave_written(self) -> None: ...
 
     def writer_died(self, error: Exception) -> bool:
-        return True
+        self._deaths += 1
+        if self._deaths < LIVES:
+            return True
+        self.failed(error)
+        return False
 
     def committed(self, reply: dict[str, Any]) -> None:
         self._talk.say(f"ACK {self.n}")
@@ -142,7 +148,7 @@ def save(
         talk.listen()
     os.makedirs(root, exist_ok=True)
     lock = RootLock.acquire(root)
-    reporter = Reporter()
+    reporter = Reporter([lambda event: talk.say(f"WRITER {event.phase} {event.detail}")])
     arena = Arena(1, _ARENA)
     _Supervisor.tracer, _Supervisor.dies_too = tracer, dies_too
     filesystem = LocalFilesystem() if direct else _Buffered()
@@ -153,4 +159,5 @@ def save(
         assert job.ended.wait(30), f"save {n} never ended"
     assert supervisor.close(30)
     lock.close()
+    reporter.close(30)
     talk.say("CLOSED")

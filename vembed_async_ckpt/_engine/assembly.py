@@ -52,18 +52,16 @@ def _layout(file: PlannedFile) -> torch_zip.ZipLayout:
 def required_bytes(plan: SavePlan, request: Request) -> int:
     """Bytes that an arena needs for this save: the plan, its slack, and what varies."""
     tables = 300 * len(request.tensors)  # the job names every tensor of optimizer.bin and every record of it
-    varying = pages(request.state.layout.size) + rough_size(request.state, [request.config or b""]) + tables
+    varying = pages(request.state.layout.size) + rough_size(request.state, [data for _, data in request.files]) + tables
     return max(plan.capacity, plan.end + varying)
 
 
-def assemble(
-    request: Request, plan: SavePlan, directory: str, retention: Any, fixed: FixedJson, *, waves: bool = False
-) -> Assembly:
+def assemble(request: Request, plan: SavePlan, retention: Any, fixed: FixedJson, *, waves: bool = False) -> Assembly:
     """Render what is known only now, give it its place, and describe the whole save to the writer."""
     training = request.state.layout  # it starts where the plan ends
     files: list[FileSlot] = [{"name": names.TRAINING_TENSORS, "start": plan.end, "size": training.size}]
     pieces = [(plan.end, training.prefix)]
-    for name, data in _rendered(request):
+    for name, data in [*request.state.render(), *request.files]:
         start = files[-1]["start"] + pages(files[-1]["size"])
         files.append({"name": name, "start": start, "size": len(data)})
         pieces.append((start, data))
@@ -81,20 +79,12 @@ def assemble(
             checksums.append(f'{to_json(file.name)}:{{"central_start":{central},"records":{fixed.records[file.name]}}}')
         planned.append({"name": file.name, "start": file.start, "size": size})
     files = planned + files
-    job = _job(request, directory, files, retention, checksums, fixed, waves)
+    job = _job(request, files, retention, checksums, fixed, waves)
     return Assembly(files, pieces, job, files[-1]["start"] + pages(files[-1]["size"]))
-
-
-def _rendered(request: Request) -> list[tuple[str, bytes]]:
-    files = request.state.render()
-    if request.config is not None:
-        files.append((names.CONFIG, request.config))
-    return files
 
 
 def _job(
     request: Request,
-    directory: str,
     files: Sequence[FileSlot],
     retention: Any,
     checksums: Sequence[str],
@@ -104,9 +94,9 @@ def _job(
     head = {
         "save_id": request.save_id,
         "step": request.step,
-        "name": directory,
+        "name": request.directory,
         "files": files,
-        "links": [],
+        "links": request.links,
         "retention": retention,
         "waves": waves,
     }

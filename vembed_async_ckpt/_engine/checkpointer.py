@@ -25,7 +25,8 @@ from .._arena.barrier import GATE, Division, Earned, all_now
 from .._arena.staging import StagingThread, TornSnapshot
 from .._plan.plan import Content, SavePlan, plan
 from .._request.optimizer import unwrap as unwrap_optimizer
-from .._request.request import Request, RequestReader, named
+from .._request.request import Objects, Request, RequestReader, named
+from .._store import names
 from .._store.lock import RootLock
 from .._store.retention import Policy
 from ..errors import CheckpointerBusy, CheckpointerClosed, CheckpointError, PlanError, StageError, WriteError
@@ -160,22 +161,16 @@ class AsyncCheckpointer:
         `CheckpointerClosed`; and once what an earlier save failed with (see `on_error`): then nothing of this call was saved,
         and the call may be repeated.
         """
+        objects = Objects(model, optimizer, scheduler, dataloader, scaler, processor, config, extra, metrics)
+        return self.save_as(names.checkpoint(step), step, objects)
+
+    def save_as(self, directory: str, step: int | None, objects: Objects) -> SaveHandle:
+        """`save()` under any name: publish `objects` as `root/directory`. What the integrations build on."""
         begun = time.perf_counter()
         self._refuse_if_closed()
         self._raise_unread_failure()
         with self._alone():
-            request = self._reader.read(
-                step,
-                model=model,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                dataloader=dataloader,
-                scaler=scaler,
-                processor=processor,
-                config=config,
-                extra=extra,
-                metrics=metrics,
-            )
+            request = self._reader.read(directory, step, objects)
             save_plan = self._plan_for(request)
             save = Save(next(self._serials), request, save_plan, begun, self._context)
             try:
@@ -288,18 +283,7 @@ class AsyncCheckpointer:
 
     def _reserve(self, model: Any, optimizer: Any) -> None:
         with self._reporter.stage("prewarm"):
-            request = self._reader.read(
-                None,
-                model=model,
-                optimizer=optimizer,
-                scheduler=None,
-                dataloader=None,
-                scaler=None,
-                processor=None,
-                config=None,
-                extra=None,
-                metrics=None,
-            )
+            request = self._reader.read("", None, Objects(model=model, optimizer=optimizer))
             needed = required_bytes(plan(request.contents), request)
             try:
                 self._pool.release(self._pool.acquire(needed, "error", self._supervisor.check, allow_smaller=True))

@@ -15,7 +15,6 @@ from .._arena.barrier import GATE, Division
 from .._arena.staging import Destinations, Late, Snapshot, copy
 from .._plan.plan import SavePlan, pages
 from .._request.request import Request
-from .._store import names
 from .._writer.protocol import PROGRESS
 from ..errors import CheckpointError, CommitError, StageError, WriteError
 from ..events import Event, Phase, Reporter, Stage
@@ -81,8 +80,7 @@ class Save:
         self._deaths = 0
         self._once = threading.Lock()
         self._over = False
-        self._directory = names.checkpoint(request.step or 0)
-        path = Path(context.root) / self._directory
+        path = Path(context.root) / request.directory
         self.handle = SaveHandle(request.step, path, request.save_id, context.reporter)
 
     # -- training thread
@@ -142,6 +140,7 @@ class Save:
             waves.run(lambda start, end: supervisor.send_wave(self, start, end), self.handle.done, supervisor.check)
         except BaseException:
             supervisor.send_wave(self, 0, 0)  # the writer gives up, and with that the arena is free again
+            self.handle._mark_read()  # the call itself raises; nobody gets the handle
             raise
         self._staging = time.perf_counter() - begun
         self._let_go()
@@ -183,7 +182,7 @@ class Save:
             self.failed(failure)
 
     def _assemble(self, fixed: FixedJson, *, waves: bool = False) -> Assembly:
-        return assemble(self._request, self._plan, self._directory, self._context.retention, fixed, waves=waves)
+        return assemble(self._request, self._plan, self._context.retention, fixed, waves=waves)
 
     def _place(self, assembly: Assembly) -> None:
         if assembly.end + len(assembly.job) > self.arena.size:

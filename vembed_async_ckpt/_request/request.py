@@ -6,8 +6,9 @@ import math
 import platform
 import time
 import uuid
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -29,9 +30,11 @@ class Request:
     """`contents` describe the files whose layout is known before any value is; `tensors` and `labels` run in their order.
 
     `owners`: for each tensor the parameter, buffer or optimizer it belongs to (None: computed for this save).
-    `volatile`: ids of owners that change without an optimizer step. `state`: what is small. `config`: bytes or None.
+    `volatile`: ids of owners that change without an optimizer step. `state`: what is small. `files`: (name, bytes) of further
+    files. `links`: [file, further name of it]. `directory`: name of the checkpoint under the root.
     """
 
+    directory: str
     step: int | None
     save_id: str
     contents: tuple[Content, ...]
@@ -41,8 +44,29 @@ class Request:
     volatile: frozenset[int]
     optimizers: tuple[OptimizerState, ...]
     state: TrainingState
-    config: bytes | None
+    files: list[tuple[str, bytes]]
+    links: list[list[str]]
     manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What a caller hands over to be saved, as `AsyncCheckpointer.save` has it.
+
+    `files`: further files by name, as bytes. `weights_name`: a second name for the weights file, if there is just one.
+    """
+
+    model: Any = None
+    optimizer: Any = None
+    scheduler: Any = None
+    dataloader: Any = None
+    scaler: Any = None
+    processor: Any = None
+    config: Any = None
+    extra: Any = None
+    metrics: Any = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    weights_name: str | None = None
 
 
 class RequestReader:
@@ -55,36 +79,28 @@ class RequestReader:
         self._optimizers: dict[str, OptimizerReader] = {}
         self._processor = ProcessorFiles()
 
-    def read(
-        self,
-        step: int | None,
-        *,
-        model: Any,
-        optimizer: Any,
-        scheduler: Any,
-        dataloader: Any,
-        scaler: Any,
-        processor: Any,
-        config: Any,
-        extra: Any,
-        metrics: Any,
-    ) -> Request:
-        """The request as of now. Raises `PlanError` in the caller's stack for what cannot be saved; touches no disk of the
-        checkpoint's."""
+    def read(self, directory: str, step: int | None, objects: Objects) -> Request:
+        """The request as of now, to be published as `directory`. Raises `PlanError` in the caller's stack for what cannot be
+        saved; touches nothing on the disk of the checkpoints."""
         if step is not None and (type(step) is not int or step < 0):
             raise PlanError(f"step is {step!r}; use a whole number of at least 0")
-        models = {name: self._read_model(name, value) for name, value in named("model", model).items()}
+        models = {name: self._read_model(name, value) for name, value in named("model", objects.model).items()}
         optimizers = {
             name: self._read_optimizer(name, index, value)
-            for index, (name, value) in enumerate(named("optimizer", optimizer).items())
+            for index, (name, value) in enumerate(named("optimizer", objects.optimizer).items())
         }
-        state = training_state.capture(step, optimizers, named("scheduler", scheduler), scaler, dataloader, extra)
+        schedulers = named("scheduler", objects.scheduler)
+        state = training_state.capture(step, optimizers, schedulers, objects.scaler, objects.dataloader, objects.extra)
         contents: list[Content] = [content for m in models.values() for content in m.contents]
         contents += [optimizer.content for optimizer in optimizers.values()]
-        if processor is not None:
-            contents += self._processor.contents(processor)
+        if objects.processor is not None:
+            contents += self._processor.contents(objects.processor)
+        files = list(objects.files.items())
+        if objects.config is not None:
+            files.append((names.CONFIG, _render_config(objects.config)))
         _refuse_reserved(contents)
         return Request(
+            directory=directory,
             step=step,
             save_id=uuid.uuid4().hex,
             contents=tuple(contents),
@@ -100,12 +116,13 @@ class RequestReader:
             volatile=frozenset().union(*(m.volatile for m in models.values())),
             optimizers=tuple(optimizers.values()),
             state=state,
-            config=None if config is None else _render_config(config),
+            files=files,
+            links=_links(models, objects.weights_name),
             manifest={
                 "world_size": 1,
                 "time": time.time(),
                 "versions": VERSIONS,
-                "metrics": _metrics(metrics),
+                "metrics": _metrics(objects.metrics),
                 "names": {name: m.names for name, m in models.items()},
             },
         )
@@ -138,6 +155,16 @@ def named(what: str, value: Any) -> dict[str, Any]:
         if type(name) is not str or not name or "/" in name or name.startswith((".", "_")):
             raise PlanError(f"{what}: the name {name!r} cannot be a directory; use letters, digits, `-` and `_`")
     return dict(value)
+
+
+def _links(models: Mapping[str, ModelState], further_name: str | None) -> list[list[str]]:
+    if further_name is None:
+        return []
+    weights = [file for model in models.values() for file in model.names["files"]]
+    if len(weights) != 1 or "/" in weights[0]:
+        warnings.warn(f"{further_name} was left out: the weights are not one file at the top ({weights})", stacklevel=2)
+        return []
+    return [[weights[0], further_name]]
 
 
 def _optimizer_labels(optimizers: Mapping[str, OptimizerState]) -> list[str]:

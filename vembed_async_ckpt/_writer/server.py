@@ -171,10 +171,10 @@ class Server:
                 return self._attempt(pending, work, sequence)
             except CommitError:
                 raise
-            except OSError:
+            except (OSError, WriteError) as error:
                 if os.path.isdir(work):
                     commits.remove_work(self._fs, work)
-                if attempt + 1 == tries:
+                if attempt + 1 == tries or isinstance(error, WriteError):
                     raise
         raise AssertionError("unreachable")
 

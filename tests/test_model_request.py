@@ -1,0 +1,498 @@
+"""Models on disk are what `save_pretrained` writes, as they were at the call, again and again, whatever was changed in between."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers as hf
+
+from vembed_async_ckpt import AsyncCheckpointer, PlanError, load
+from vembed_async_ckpt._store import names
+
+BOUND = 30
+OURS = {names.MANIFEST, names.TRAINING_STATE, names.TRAINING_TENSORS, names.random_states(0)}
+
+TEXT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+VISION = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+GROUPED = {**TEXT, "num_key_value_heads": 1}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+
+
+def whisper() -> Any:
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8, "vocab_size": 60}
+    positions = {"max_source_positions": 16, "max_target_positions": 16}
+    return hf.WhisperForConditionalGeneration(hf.WhisperConfig(**layers, **tokens, **sizes, **positions))
+
+
+def qwen2_vl() -> Any:
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
+    text = {**GROUPED, "rope_parameters": ROPE}
+    return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=text, vision_config=vision))
+
+
+def qwen3_vl() -> Any:
+    vision = {
+        "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "patch_size": 8, "out_hidden_size": 16,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = hf.Qwen3VLConfig(text_config={**GROUPED, "head_dim": 8}, vision_config=vision)
+    return hf.Qwen3VLForConditionalGeneration(config)
+
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "Bert": lambda: hf.BertModel(hf.BertConfig(**TEXT)),
+    "BertForMaskedLM, tied": lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)),
+    "DistilBert": lambda: hf.DistilBertModel(
+        hf.DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=24)
+    ),
+    "CLIP": lambda: hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)),
+    "SigLIP": lambda: hf.SiglipModel(hf.SiglipConfig(text_config=TEXT, vision_config=VISION)),
+    "GPT2, tied": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)),
+    "T5, tied": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    ),
+    "Qwen3, tied": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=8, tie_word_embeddings=True)),
+    "Qwen2-VL": qwen2_vl,
+    "Qwen3-VL": qwen3_vl,
+    "Mixtral, computed": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4)),
+    "LLaVA, renamed": lambda: hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**VISION))
+    ),
+    "ViT": lambda: hf.ViTModel(hf.ViTConfig(**VISION)),
+    "Dinov2": lambda: hf.Dinov2Model(
+        hf.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    ),
+    "Whisper": whisper,
+    "Mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)),
+    "Two towers": lambda: hf.VisionTextDualEncoderModel(
+        hf.VisionTextDualEncoderConfig.from_vision_text_configs(hf.ViTConfig(**VISION), hf.BertConfig(**TEXT))
+    ),
+}
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(11)
+    return ARCHITECTURES[name]().eval()
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """What `save_pretrained` would have written of a checkpoint."""
+    found = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {name: data for name, data in found.items() if name not in OURS}
+
+
+def stock(model: Any, directory: Path, **options: Any) -> dict[str, bytes]:
+    """What `save_pretrained` writes."""
+    model.save_pretrained(directory, **options)
+    return files(directory)
+
+
+def change(module: torch.nn.Module) -> None:
+    """Every parameter and buffer, in place, unseen by any version counter."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.add_(0.5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_directory_is_what_save_pretrained_writes(root: Path, tmp_path: Path, name: str):
+    """The same files with the same bytes, learned and replayed, though all live weights changed right after save()."""
+    model = build(name)
+    with AsyncCheckpointer(root, writer="thread", staging="blocking") as checkpointer:
+        for step in (1, 2):
+            expected = stock(model, tmp_path / str(step))
+            handle = checkpointer.save(step, model=model)
+            change(model)
+            assert files(handle.result(BOUND).path) == expected, step
+    assert expected != stock(model, tmp_path / "changed")
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Mixtral, computed", "LLaVA, renamed", "Dinov2"])
+def test_without_the_original_format_too(root: Path, tmp_path: Path, name: str):
+    """`save_original_format=False` means what it means to save_pretrained."""
+    model = build(name)
+    expected = stock(model, tmp_path / "stock", save_original_format=False)
+    with AsyncCheckpointer(root, writer="thread", save_original_format=False) as checkpointer:
+        assert files(checkpointer.save(1, model=model).result(BOUND).path) == expected
+
+
+@pytest.mark.parametrize("name", ["Bert", "GPT2, tied", "Mixtral, computed"])
+def test_shards_and_their_index(root: Path, tmp_path: Path, name: str):
+    """Beyond max_shard_size there are the shards and the index that save_pretrained writes."""
+    model = build(name)
+    with AsyncCheckpointer(root, writer="thread", max_shard_size="10KB") as checkpointer:
+        for step in (1, 2):
+            expected = stock(model, tmp_path / str(step), max_shard_size="10KB")
+            assert "model.safetensors.index.json" in expected
+            assert len([name for name in expected if name.endswith(".safetensors")]) > 1
+            assert files(checkpointer.save(step, model=model).result(BOUND).path) == expected
+            change(model)
+
+
+def test_from_pretrained_opens_it(root: Path):
+    """The directory is a model of transformers: same class, same weights."""
+    model = build("GPT2, tied")
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        path = checkpointer.save(1, model=model).result(BOUND).path
+    loaded = hf.AutoModelForCausalLM.from_pretrained(path)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_peft_saves_its_adapter(root: Path, tmp_path: Path):
+    """Of a PEFT model the adapter alone is written, as its own save_pretrained does it; learned and replayed."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("Bert"), peft.LoraConfig(r=2, target_modules=["query", "value"]))
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        for step in (1, 2):
+            expected = stock(model, tmp_path / str(step))
+            assert {"adapter_config.json", "adapter_model.safetensors"} <= set(expected)
+            assert "model.safetensors" not in expected
+            path = checkpointer.save(step, model=model).result(BOUND).path
+            assert files(path) == expected
+            saved = {name: tensor.clone() for name, tensor in model.named_parameters()}
+            change(model)
+    load(path, model=model)
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, saved[name]) == ("lora_" in name), name
+
+
+def test_saving_leaves_the_model_and_safetensors_as_they_were(root: Path, tmp_path: Path):
+    """The reading replaces safetensors' writer for its own thread and moment only; the model's state is not touched."""
+    model = build("GPT2, tied")
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        checkpointer.save(1, model=model).result(BOUND)
+    for name, tensor in model.state_dict().items():
+        assert (tensor.data_ptr(), True) == (before[name][0], torch.equal(tensor, before[name][1]))
+    safetensors.torch.save_file({"a": torch.arange(3)}, tmp_path / "a.safetensors")
+    assert safetensors.torch.load_file(tmp_path / "a.safetensors")["a"].tolist() == [0, 1, 2]
+
+
+# -- modules that are no model of transformers
+
+
+class Plain(torch.nn.Module):
+    """A tie, a view, strides of every kind, and buffers that are kept and that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(12)
+        self.first = torch.nn.Linear(6, 6)
+        self.tied = torch.nn.Linear(6, 6)
+        self.tied.weight = self.first.weight
+        self.convolution = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.transposed = torch.nn.Parameter(torch.randn(5, 3).t())
+        self.half = torch.nn.Parameter(torch.randn(3).bfloat16())
+        self.scalar = torch.nn.Parameter(torch.tensor(3.0))
+        self.nothing = torch.nn.Parameter(torch.empty(0, 4))
+        self.register_buffer("view", self.first.weight.data[2:4])
+        self.register_buffer("expanded", torch.ones(1).expand(4))
+        self.register_buffer("numbers", torch.arange(5))
+        self.register_buffer("wave", torch.randn(3, dtype=torch.complex64).conj())
+        self.register_buffer("scratch", torch.randn(7), persistent=False)
+        self.register_parameter("absent", None)
+
+
+def plain_image(module: torch.nn.Module) -> bytes:
+    """The weights file of a plain module: its state_dict as safetensors writes it, of a tie the first name."""
+    kept: dict[str, torch.Tensor] = {}
+    seen = set()
+    for name, tensor in module.state_dict().items():
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        kept[name] = tensor.resolve_conj().clone(memory_format=torch.contiguous_format)
+    return safetensors.torch.save(kept, {"format": "pt"})
+
+
+@pytest.mark.parametrize("staging", ["overlap", "blocking"])
+def test_a_plain_module_is_one_safetensors_file_of_its_state_dict(root: Path, staging: Any):
+    """Ties once, strides made contiguous, conjugates resolved, non-persistent buffers left out; and load gives it back."""
+    module = Plain()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer.step()
+    with AsyncCheckpointer(root, writer="thread", staging=staging) as checkpointer:
+        for step in (1, 2):
+            expected, state = plain_image(module), copy.deepcopy(module.state_dict())
+            path = checkpointer.save(step, model=module, optimizer=optimizer).result(BOUND).path
+            assert (path / "model.safetensors").read_bytes() == expected
+            assert {"first.weight", "view"} <= set(safetensors.torch.load(expected))
+            assert not {"tied.weight", "scratch"} & set(safetensors.torch.load(expected))
+            module.half.data.mul_(2)
+            module.transposed.data.add_(1)
+    module.half.data.zero_()
+    load(path, model=module)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.nn.DataParallel, torch.compile, lambda m: torch.compile(torch.nn.DataParallel(m))],
+    ids=["DataParallel", "compile", "both"],
+)  # fmt: skip
+def test_wrappers_are_seen_through(root: Path, wrap: Callable[[Any], Any]):
+    """Names on disk are those of the module inside, whoever wraps it."""
+    module = torch.nn.Linear(3, 3)
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        path = checkpointer.save(1, model=wrap(module)).result(BOUND).path
+    assert (path / "model.safetensors").read_bytes() == plain_image(module)
+
+
+class WithState(torch.nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def with_parameter(tensor: torch.Tensor) -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.odd = torch.nn.Parameter(tensor, requires_grad=False)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: WithState(2, 2), "_extra_state.*extra="),
+        (lambda: torch.nn.Linear(2, 2, device="meta"), "weight.*meta device"),
+        (lambda: with_parameter(torch.eye(3).to_sparse()), "odd.*sparse"),
+        (lambda: with_parameter(torch.eye(3, dtype=torch.complex128)), "odd.*complex128"),
+        (lambda: with_parameter(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)), "odd"),
+        (lambda: [torch.nn.Linear(2, 2)], "list.*not a torch.nn.Module"),
+        (lambda: {"../up": torch.nn.Linear(2, 2)}, r"\.\./up"),
+        (lambda: {"a/b": torch.nn.Linear(2, 2)}, "a/b"),
+        (lambda: {"_vembed_async_ckpt": torch.nn.Linear(2, 2)}, "_vembed"),
+        (lambda: {3: torch.nn.Linear(2, 2)}, "3"),
+    ],
+    ids=["extra_state", "meta", "sparse", "complex128", "quantized", "list", "up", "slash", "work", "number"],
+)
+def test_what_cannot_be_saved_is_refused_before_anything_is_touched(root: Path, model: Callable[[], Any], reason: str):
+    """A PlanError naming the tensor, from save() itself; the next save works."""
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        with pytest.raises(PlanError, match=reason):
+            checkpointer.save(1, model=model())
+        assert checkpointer.statistics()["started"] == 0
+        checkpointer.save(1, model=torch.nn.Linear(2, 2)).result(BOUND)
+
+
+def test_a_meta_tensor_after_a_good_save_is_refused_too(root: Path):
+    """The known plan of a model is not enough: where its tensors live now is looked at."""
+    module = torch.nn.Linear(2, 2)
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        checkpointer.save(1, model=module).result(BOUND)
+        module.to("meta")
+        with pytest.raises(PlanError, match="meta"):
+            checkpointer.save(2, model=module)
+
+
+# -- a known plan, and what makes it wrong
+
+
+def replaced_child(model: Any) -> None:
+    model.encoder.layer[1] = copy.deepcopy(model.encoder.layer[1])
+    change(model.encoder.layer[1])
+
+
+def removed_child(model: Any) -> None:
+    del model.encoder.layer[1]
+
+
+def replaced_parameter(model: Any) -> None:
+    model.encoder.layer[0].output.dense.weight = torch.nn.Parameter(torch.ones(16, 24))
+
+
+def resized_embeddings(model: Any) -> None:
+    model.resize_token_embeddings(44)
+
+
+def to_bfloat16(model: Any) -> None:
+    model.to(torch.bfloat16)
+
+
+def new_data(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data = torch.full_like(parameter, 2.0)
+
+
+def new_strides(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.t().contiguous().t()
+
+
+def swapped_data(model: Any) -> None:
+    one, other = model.encoder.layer[0].output.dense.weight, model.encoder.layer[1].output.dense.weight
+    one.data, other.data = other.data, one.data
+
+
+def new_buffer(model: Any) -> None:
+    model.encoder.register_buffer("counts", torch.arange(9))
+
+
+def edited_config(model: Any) -> None:
+    model.config.hidden_dropout_prob = 0.25
+
+
+def edited_nested_config(model: Any) -> None:
+    model.config.id2label = {0: "yes", 1: "no"}
+
+
+HF_CHANGES = [
+    replaced_child, removed_child, replaced_parameter, resized_embeddings, to_bfloat16, new_data, new_strides, swapped_data,
+    new_buffer, edited_config, edited_nested_config,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", HF_CHANGES, ids=lambda edit: edit.__name__)
+def test_the_save_after_a_change_is_right(root: Path, tmp_path: Path, edit: Callable[[Any], None]):
+    """Structure, identity, storage, dtype, config: the second save equals save_pretrained of the changed model."""
+    model = build("Bert")
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        first = files(checkpointer.save(1, model=model).result(BOUND).path)
+        edit(model)
+        expected = stock(model, tmp_path / "stock")
+        if edit is not new_strides:
+            assert expected != first, "the edit shows"
+        assert files(checkpointer.save(2, model=model).result(BOUND).path) == expected
+        change(model)
+        assert files(checkpointer.save(3, model=model).result(BOUND).path) == stock(model, tmp_path / "again")
+
+
+def untied(module: Any) -> None:
+    module.tied.weight = torch.nn.Parameter(module.first.weight.detach() + 1)
+
+
+def tied_again(module: Any) -> None:
+    module.convolution.bias = torch.nn.Parameter(torch.randn(4))
+
+
+def buffer_gone(module: Any) -> None:
+    del module.numbers
+
+
+def none_becomes_parameter(module: Any) -> None:
+    module.absent = torch.nn.Parameter(torch.ones(2))
+
+
+def parameter_becomes_none(module: Any) -> None:
+    module.transposed = None
+
+
+def buffer_becomes_persistent(module: Any) -> None:
+    module._non_persistent_buffers_set.discard("scratch")
+
+
+def buffer_rebound(module: Any) -> None:
+    module.numbers = torch.arange(5) * 2
+
+
+PLAIN_CHANGES = [
+    untied, tied_again, buffer_gone, none_becomes_parameter, parameter_becomes_none, buffer_becomes_persistent,
+    buffer_rebound, to_bfloat16, new_data,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", PLAIN_CHANGES, ids=lambda edit: edit.__name__)
+def test_the_save_after_a_change_of_a_plain_module_is_right(root: Path, edit: Callable[[Any], None]):
+    """Names that come, go, are tied or part: the second save is the state_dict as it is then."""
+    module = Plain()
+    del module.wave  # .to(bfloat16) would drop its imaginary part
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        first = checkpointer.save(1, model=module).result(BOUND).path / "model.safetensors"
+        edit(module)
+        expected = plain_image(module)
+        assert first.read_bytes() != expected, "the edit shows"
+        second = checkpointer.save(2, model=module).result(BOUND).path / "model.safetensors"
+        assert second.read_bytes() == expected
+
+
+class TwoNames(torch.nn.Module):
+    """Two parameters that share memory without being one object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.arange(6.0))
+        self.b = torch.nn.Parameter(self.a.data)
+
+
+def test_a_tie_broken_through_data_is_noticed(root: Path):
+    """The objects stay the same, their memory parts: both are stored, and both come back."""
+    module = TwoNames()
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        first = checkpointer.save(1, model=module).result(BOUND).path
+        assert set(safetensors.torch.load_file(first / "model.safetensors")) == {"a"}
+        module.b.data = torch.full((6,), 9.0)
+        second = checkpointer.save(2, model=module).result(BOUND).path
+    assert {name: t[0].item() for name, t in safetensors.torch.load_file(second / "model.safetensors").items()} == {
+        "a": 0.0,
+        "b": 9.0,
+    }
+    fresh = TwoNames()
+    load(first, model=fresh)
+    assert torch.equal(fresh.b, torch.arange(6.0))
+
+
+class Fused(torch.nn.Module):
+    """Its state_dict shows the parts of one fused parameter, as some models' hooks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Parameter(torch.randn(6, 4))
+        self.register_state_dict_post_hook(self.split)
+
+    @staticmethod
+    def split(module: Any, state: dict[str, torch.Tensor], prefix: str, local_metadata: Any) -> None:
+        state[prefix + "q"], state[prefix + "kv"] = state.pop(prefix + "qkv").split([2, 4])
+
+
+def test_parts_of_a_parameter_follow_its_strides(root: Path):
+    """A part is found by strides and offset; when `.data` brings other strides it is found anew."""
+    module = Fused()
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        for step, edit in enumerate((change, new_data, new_strides, change)):
+            expected = plain_image(module)
+            path = checkpointer.save(step, model=module).result(BOUND).path
+            assert (path / "model.safetensors").read_bytes() == expected, step
+            edit(module)
+            module.qkv.data.copy_(torch.randn(6, 4))
+        state = module.qkv.detach().clone()
+        path = checkpointer.save(9, model=module).result(BOUND).path
+    change(module)
+    load(path, model=module)
+    assert torch.equal(module.qkv, state)
+
+
+def test_another_model_under_the_same_name_is_read_anew(root: Path):
+    """A checkpointer is not married to the first model it saw."""
+    one, other = Plain(), Plain()
+    change(other)
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        for step, module in enumerate((one, other, one)):
+            path = checkpointer.save(step, model=module).result(BOUND).path
+            assert (path / "model.safetensors").read_bytes() == plain_image(module)
+
+
+def test_a_module_that_gives_up_a_tie_s_alias_is_described_anew(root: Path):
+    """The file keeps its bytes, the manifest does not keep the alias: a model with that name is told what is missing."""
+    module = TwoNames()
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        checkpointer.save(1, model=module).result(BOUND)
+        del module.b
+        path = checkpointer.save(2, model=module).result(BOUND).path
+    assert json.loads((path / names.MANIFEST).read_bytes())["names"][""]["ties"] == {}
