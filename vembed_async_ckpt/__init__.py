@@ -27,10 +27,12 @@ if TYPE_CHECKING:
         WriteError,
     )
     from .events import Event
+    from .integrations.vembed import save_checkpoint
     from .restore import Restored, load
 
 __all__ = [
     # saving
+    "save_checkpoint",
     "AsyncCheckpointer",
     "SaveHandle",
     "SaveState",
@@ -68,6 +70,7 @@ _HOMES = {
     ),
     ".events": ("Event",),
     ".restore": ("load", "Restored"),
+    ".integrations.vembed": ("save_checkpoint",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -131,9 +131,9 @@ def attached(child: Child, options: list[str]) -> Iterator[None]:
 
 
 def tracer_script(directory: Path, options: list[str]) -> str:
-    """A program that is the interpreter under strace: the process started is the interpreter itself (-D)."""
+    """A program that runs the interpreter under strace, and ends as the interpreter ended."""
     script = directory / "traced-python"
-    command = ["strace", "-D", "-qq", *options, sys.executable]
+    command = ["strace", "-qq", *options, sys.executable]
     script.write_text("#!/bin/sh\nexec " + " ".join(f"'{word}'" for word in command) + ' "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return str(script)

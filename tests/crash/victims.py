@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import os
 import signal
 import struct
@@ -109,6 +110,17 @@ class _Buffered(LocalFilesystem):
         return super().create(path, direct=False)
 
 
+class _Spoken(logging.Handler):
+    """What is logged is said over the line."""
+
+    def __init__(self, talk: Talk) -> None:
+        super().__init__()
+        self._talk = talk
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._talk.say(f"LOG {record.getMessage()}")
+
+
 class _Supervisor(Supervisor):
     """Starts its first writer process under `tracer`, a script that takes the interpreter's arguments.
 
@@ -146,9 +158,10 @@ def save(
     assert "torch" not in sys.modules
     if wait:
         talk.listen()
+    logging.getLogger("vembed_async_ckpt").addHandler(_Spoken(talk))
     os.makedirs(root, exist_ok=True)
     lock = RootLock.acquire(root)
-    reporter = Reporter([lambda event: talk.say(f"WRITER {event.phase} {event.detail}")])
+    reporter = Reporter([lambda event: talk.say(f"EVENT {event.stage} {event.phase} {event.detail}")])
     arena = Arena(1, _ARENA)
     _Supervisor.tracer, _Supervisor.dies_too = tracer, dies_too
     filesystem = LocalFilesystem() if direct else _Buffered()

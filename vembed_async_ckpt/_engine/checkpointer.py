@@ -15,6 +15,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from operator import is_not
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -130,6 +131,16 @@ class AsyncCheckpointer:
     def __repr__(self) -> str:
         state = self._closed or f"{len(self._in_flight)} in flight"
         return f"<AsyncCheckpointer {self._options.root!r}: {state}>"
+
+    @property
+    def root(self) -> Path:
+        """Where the checkpoints are, as an absolute path."""
+        return Path(self._options.root)
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more saves are taken."""
+        return bool(self._closed)
 
     # -- saving
 

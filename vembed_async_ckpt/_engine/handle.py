@@ -10,14 +10,11 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 
 from ..errors import CheckpointError
-
-if TYPE_CHECKING:
-    from ..events import Reporter
 
 
 class SaveState(enum.Enum):
@@ -79,11 +76,11 @@ class CheckpointInfo:
 class SaveHandle:
     """One save. Thread-safe; may be awaited on any anyio backend."""
 
-    def __init__(self, step: int | None, path: Path, save_id: str, reporter: Reporter) -> None:
+    def __init__(self, step: int | None, path: Path, call: Callable[[Callable[[], None]], None]) -> None:
+        """`call` runs a callback, on a thread of its own choice."""
         self.step = step
         self.path = path
-        self._save_id = save_id
-        self._reporter = reporter
+        self._call = call
         self._changed = threading.Condition()
         # guarded by _changed:
         self._state = SaveState.STAGING
@@ -140,7 +137,7 @@ class SaveHandle:
             if not self.done():
                 self._callbacks.append(callback)
                 return
-        self._reporter.call(lambda: callback(self))
+        self._call(lambda: callback(self))
 
     def __await__(self) -> Generator[Any, Any, CheckpointInfo]:
         """Wait for `result()` without a thread; cancelling the wait does not touch the save."""
@@ -190,7 +187,7 @@ class SaveHandle:
                     os.eventfd_write(waker, 1)
             self._changed.notify_all()
         for callback in callbacks:
-            self._reporter.call(lambda callback=callback: callback(self))  # type: ignore[misc]
+            self._call(lambda callback=callback: callback(self))  # type: ignore[misc]
 
     def _skip(self, error: CheckpointError) -> None:
         with self._changed:

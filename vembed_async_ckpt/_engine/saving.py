@@ -81,7 +81,7 @@ class Save:
         self._once = threading.Lock()
         self._over = False
         path = Path(context.root) / request.directory
-        self.handle = SaveHandle(request.step, path, request.save_id, context.reporter)
+        self.handle = SaveHandle(request.step, path, context.reporter.call)
 
     # -- training thread
 

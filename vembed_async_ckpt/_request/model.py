@@ -13,7 +13,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ class _Source:
     key: str
     shape: torch.Size
     dtype: torch.dtype
+    stride: tuple[int, ...]
     part: _Part | None  # size, stride, offset in elements from the owner's first
 
 
@@ -79,9 +80,12 @@ class _Learned:
     names: dict[str, Any]
     volatile: frozenset[int]
     structure: list[tuple[dict[str, Any], str, Any]]
-    sizes: list[tuple[dict[str, Any], int]]
+    sizes: list[tuple[Sized, int]]
     ties: list[tuple[torch.Tensor, torch.Tensor]]
     configuration: Any
+    lasting: (
+        bool  # holds for later saves too; otherwise values of this very call are in `computed` or in the files' bytes
+    )
     computed: dict[int, torch.Tensor]  # by place among all tensors; values of this very call
     empty: dict[int, torch.Tensor]
 
@@ -110,8 +114,8 @@ class ModelReader:
         for index, tensor in sorted((learned.computed | learned.empty).items()):
             tensors.insert(index, tensor)
             owners.insert(index, None)
-        if learned.computed:
-            self._learned = None  # the values in it are those of this call
+        if not learned.lasting:
+            self._learned = None
         return ModelState(learned.contents, tensors, learned.labels, owners, learned.volatile, learned.names)
 
     def _learn(self, module: torch.nn.Module) -> _Learned:
@@ -142,6 +146,8 @@ def _still_true(learned: _Learned, module: torch.nn.Module) -> bool:
         assert tensor is not None
         if tensor.shape != source.shape or tensor.dtype is not source.dtype:
             return False
+        if source.part is not None and tensor.stride() != source.stride:
+            return False
     for one, other in learned.ties:
         if one.data_ptr() != other.data_ptr():
             return False
@@ -150,11 +156,18 @@ def _still_true(learned: _Learned, module: torch.nn.Module) -> bool:
 
 def _configuration(module: torch.nn.Module) -> Any:
     configs = (getattr(module, "config", None), getattr(module, "generation_config", None))
-    return [
-        {key: value for key, value in vars(config).items() if isinstance(value, str | int | float | bool | None)}
-        for config in configs
-        if config is not None and hasattr(config, "__dict__")
-    ]
+    return [_settings(config) for config in configs]
+
+
+def _settings(value: Any) -> Any:
+    """A copy of the containers of a config and of the configs in it, for comparing; other objects stand for themselves."""
+    if isinstance(value, dict):
+        return {key: _settings(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_settings(item) for item in value]
+    if callable(getattr(value, "to_dict", None)) and hasattr(value, "__dict__"):
+        return _settings(vars(value))
+    return value
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,9 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any]) -> 
                 computed[len(labels) - 1] = tensor
                 continue
             item, part = found
-            sources.append(_Source(item.holder, item.key, item.tensor.shape, item.tensor.dtype, part))
+            sources.append(
+                _Source(item.holder, item.key, item.tensor.shape, item.tensor.dtype, item.tensor.stride(), part)
+            )
             stored.add(item.name)
             if part is not None or item.name != name:
                 renamed[name] = [item.name, None if part is None else [list(part[0]), list(part[1]), part[2]]]
@@ -211,10 +226,15 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any]) -> 
         },
         volatile=frozenset(id(item.tensor) for item in live if _changed_by_forward(item, module)),
         structure=[(m._modules, key, child) for m in module.modules() for key, child in m._modules.items()]
-        + [(item.holder, item.key, item.tensor) for item in live],
-        sizes=[(d, len(d)) for m in module.modules() for d in (m._modules, m._parameters, m._buffers)],
+        + [(d, key, tensor) for m in module.modules() for d in (m._parameters, m._buffers) for key, tensor in d.items()],
+        sizes=[
+            (holder, len(holder))
+            for m in module.modules()
+            for holder in (m._modules, m._parameters, m._buffers, m._non_persistent_buffers_set)
+        ],
         ties=ties,
         configuration=_configuration(module),
+        lasting=not computed and not any(_holds_values(content) for content in side_files),
         computed=computed,
         empty=empty,
     )
@@ -285,9 +305,13 @@ _Files = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
 
 
 def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[_Files, tuple[BytesContent, ...]]:
-    """The safetensors files of a model as (tensors, metadata), and the other files as bytes."""
+    """The safetensors files of a model as (tensors, metadata), and the other files as bytes.
+
+    A `save_pretrained` that is not transformers' or PEFT's may write what it likes, in its own pickles too: it runs on this
+    thread, and all it writes but safetensors is taken as it is.
+    """
     save_pretrained = getattr(module, "save_pretrained", None)
-    if save_pretrained is None or not _is_hugging_face(module):
+    if not callable(save_pretrained):
         return {names.WEIGHTS: (_plain_state(module), {"format": "pt"})}, ()
     accepted = inspect.signature(save_pretrained).parameters
     chosen = {key: value for key, value in options.items() if key in accepted or "kwargs" in accepted}
@@ -299,9 +323,9 @@ def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[_Fil
     except RuntimeError:
         # A conversion needed the contiguous copy that was withheld: let it compute, at the price of doing so for every save.
         files, side_files = _captured(save_pretrained, chosen, in_place=False)
-    if not files:
+    if not files and not any(_holds_values(content) for content in side_files):
         raise PlanError(
-            f"model: {type(module).__qualname__}.save_pretrained wrote no safetensors file; "
+            f"model: {type(module).__qualname__}.save_pretrained wrote no weights; "
             "this version of safetensors or transformers is not supported"
         )
     return files, side_files
@@ -317,11 +341,9 @@ def _captured(
         return {os.path.relpath(path, directory): file for path, file in files.items()}, read_files(directory)
 
 
-def _is_hugging_face(module: torch.nn.Module) -> bool:
-    return any(
-        cls.__module__.partition(".")[0] in ("transformers", "peft") and "save_pretrained" in vars(cls)
-        for cls in type(module).__mro__
-    )
+def _holds_values(content: BytesContent) -> bool:
+    """Whether a file that `save_pretrained` wrote itself holds weights as they were at the call."""
+    return content.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz", ".npy", ".h5", ".msgpack"))
 
 
 def _plain_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from typing import Any
 
@@ -15,19 +16,22 @@ class ProcessorFiles:
 
     def __init__(self) -> None:
         self._seen: Any = None
-        self._fingerprint: Any = None
+        self._known: Any = None
         self._files: tuple[BytesContent, ...] = ()
 
-    def contents(self, processor: Any) -> tuple[BytesContent, ...]:
+    def contents(self, processor: Any, *, older_readers: bool = False) -> tuple[BytesContent, ...]:
         """Its files; rendered again only when the object, its length, chat template, padding or truncation changed.
 
-        Raises `PlanError` if it has no `save_pretrained`.
+        With `older_readers` also what transformers 4 wrote beside them. Raises `PlanError` if it has no `save_pretrained`.
         """
-        fingerprint = _fingerprint(processor)
-        if processor is not self._seen or fingerprint != self._fingerprint:
+        fingerprint = (older_readers, _fingerprint(processor))
+        if processor is not self._seen or fingerprint != self._known:
             self._files = _render(processor)
+            if older_readers:
+                present = {content.name for content in self._files}
+                self._files += tuple(c for c in _for_older_readers(processor) if c.name not in present)
             self._seen = processor
-            self._fingerprint = _fingerprint(processor)
+            self._known = (older_readers, _fingerprint(processor))
         return self._files
 
 
@@ -37,6 +41,22 @@ def _render(processor: Any) -> tuple[BytesContent, ...]:
     with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
         processor.save_pretrained(directory)
         return read_files(directory)
+
+
+def _for_older_readers(processor: Any) -> tuple[BytesContent, ...]:
+    """preprocessor_config.json and special_tokens_map.json, of the parts that have them."""
+    files: list[BytesContent] = []
+    image_processor = getattr(processor, "image_processor", None)
+    if callable(getattr(image_processor, "save_pretrained", None)):
+        files += [content for content in _render(image_processor) if content.name == "preprocessor_config.json"]
+    tokens = getattr(getattr(processor, "tokenizer", processor), "special_tokens_map", None)
+    if isinstance(tokens, dict):
+        body = {
+            name: [str(t) for t in token] if isinstance(token, list) else str(token) for name, token in tokens.items()
+        }
+        text = json.dumps(body, indent=2, ensure_ascii=False) + "\n"
+        files.append(BytesContent("special_tokens_map.json", text.encode()))
+    return tuple(files)
 
 
 def read_files(directory: str) -> tuple[BytesContent, ...]:

@@ -54,6 +54,7 @@ class Objects:
     """What a caller hands over to be saved, as `AsyncCheckpointer.save` has it.
 
     `files`: further files by name, as bytes. `weights_name`: a second name for the weights file, if there is just one.
+    `older_readers`: also write the processor files that transformers 4 wrote and older readers open.
     """
 
     model: Any = None
@@ -67,6 +68,7 @@ class Objects:
     metrics: Any = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     weights_name: str | None = None
+    older_readers: bool = False
 
 
 class RequestReader:
@@ -94,11 +96,11 @@ class RequestReader:
         contents: list[Content] = [content for m in models.values() for content in m.contents]
         contents += [optimizer.content for optimizer in optimizers.values()]
         if objects.processor is not None:
-            contents += self._processor.contents(objects.processor)
+            contents += self._processor.contents(objects.processor, older_readers=objects.older_readers)
         files = list(objects.files.items())
         if objects.config is not None:
             files.append((names.CONFIG, _render_config(objects.config)))
-        _refuse_reserved(contents)
+        _refuse_clashes(contents, state, files)
         return Request(
             directory=directory,
             step=step,
@@ -171,12 +173,12 @@ def _optimizer_labels(optimizers: Mapping[str, OptimizerState]) -> list[str]:
     return [f"{o.content.name}: {key}" for o in optimizers.values() for key in o.keys]
 
 
-def _refuse_reserved(contents: list[Content]) -> None:
-    reserved = {names.MANIFEST, names.CONFIG, names.TRAINING_STATE, names.TRAINING_TENSORS}
+def _refuse_clashes(contents: list[Content], state: TrainingState, files: list[tuple[str, bytes]]) -> None:
+    taken = {names.MANIFEST, names.CONFIG, *state.file_names(), *(name for name, _ in files)}
     for content in contents:
-        if content.name in reserved:
+        if content.name in taken:
             raise PlanError(
-                f"a file of the model or processor is named {content.name!r}, which is a name of ours; rename it"
+                f"a file of the model or processor is named {content.name!r}, which this save needs; rename it"
             )
 
 

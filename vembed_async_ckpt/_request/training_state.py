@@ -39,6 +39,12 @@ class TrainingState:
     copies: Mapping[str, torch.Tensor]
     layout: Layout
 
+    def file_names(self) -> list[str]:
+        """Names of all files that hold the training state."""
+        schedulers = [names.scheduler(index) for index in range(len(self.schedulers))]
+        scaler = [] if self.scaler is None else [names.SCALER]
+        return [names.TRAINING_TENSORS, names.TRAINING_STATE, *schedulers, *scaler, names.random_states(0)]
+
     def render(self, rank: int = 0) -> list[tuple[str, bytes]]:
         """(name, bytes) of every file but the tensors'. Pickles in them are for accelerate; our `load` reads the JSON."""
 

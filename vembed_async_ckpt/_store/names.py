@@ -121,6 +121,23 @@ def scheduler(index: int) -> str:
     return f"scheduler_{index}.bin" if index else "scheduler.bin"
 
 
+def sampler(index: int) -> str:
+    return f"sampler_{index}.bin" if index else "sampler.bin"
+
+
+def dataloader_state(index: int) -> str:
+    return f"dl_state_dict_{index}.bin" if index else "dl_state_dict.bin"
+
+
+def custom_checkpoint(index: int) -> str:
+    return f"custom_checkpoint_{index}.pkl"
+
+
+def state_dict(prefix: str) -> str:
+    """The second name that `save_checkpoint` gives the weights file."""
+    return f"{prefix or 'model'}_state_dict.safetensors"
+
+
 def random_states(rank: int) -> str:
     return f"random_states_{rank}.pkl"
 

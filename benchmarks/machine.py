@@ -1,0 +1,205 @@
+"""What the machine is, what it can do at best, and what a process tree takes of it."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import mmap
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+CHUNK, IN_FLIGHT = 16 << 20, 4  # the raw write: this many bytes each, this many at once
+PACKAGES = ("vembed-async-ckpt", "torch", "safetensors", "torch-checkpointing", "transformers", "xxhash")
+
+
+def facts(directory: str) -> dict[str, object]:
+    """Machine, file system and versions, for the result file."""
+    kind, device = _file_system(directory)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _field("/proc/cpuinfo", "model name"),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "kernel": platform.release(),
+        "file_system": kind,
+        "device": device,
+        "load": os.getloadavg()[0],
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _field(path: str, name: str) -> str:
+    with open(path) as file:
+        return next((line.split(":", 1)[1].strip() for line in file if line.startswith(name)), "")
+
+
+def _file_system(directory: str) -> tuple[str, str]:
+    """Type and device of the mount that holds `directory`."""
+    best, found = "", ("", "")
+    with open("/proc/self/mounts") as file:
+        for line in file:
+            device, point, kind = line.split()[:3]
+            inside = os.path.realpath(directory) + "/"
+            if inside.startswith(point.rstrip("/") + "/") and len(point) >= len(best):
+                best, found = point, (kind, device)
+    return found
+
+
+class Ceilings:
+    """The best this machine can do with the same bytes: copy them to warm memory, write them to one new file."""
+
+    def __init__(self, directory: str, tensors: Sequence[torch.Tensor]) -> None:
+        self._path = os.path.join(directory, "raw.bin")
+        self._sources = list(tensors)
+        self._warm = [torch.zeros_like(tensor) for tensor in tensors]
+        self._size = -(-sum(tensor.nbytes for tensor in tensors) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._fd = os.memfd_create("raw")
+        os.ftruncate(self._fd, self._size)
+        self._memory = mmap.mmap(self._fd, self._size)
+        block = os.urandom(1 << 20)
+        for start in range(0, self._size, len(block)):
+            self._memory[start : start + len(block)] = block[: self._size - start]
+
+    def foreach_copy(self) -> float:
+        """Seconds of one `_foreach_copy_` with torch's threads."""
+        with torch.no_grad():
+            begun = time.perf_counter()
+            torch._foreach_copy_(self._warm, self._sources)
+            return time.perf_counter() - begun
+
+    def memcpy(self, threads: int = 2) -> float:
+        """Seconds of memcpy in a few threads, each with its share of the tensors."""
+        pairs = [(to.data_ptr(), of.data_ptr(), of.nbytes) for to, of in zip(self._warm, self._sources, strict=True)]
+
+        def copy(share: int) -> None:
+            for pair in pairs[share::threads]:
+                ctypes.memmove(*pair)
+
+        return _together(copy, threads)
+
+    def write(self) -> float:
+        """Seconds of O_DIRECT writes, several in flight, to a new file, with fsync. Raises OSError where there is no O_DIRECT."""
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
+        starts = iter(range(0, self._size, CHUNK))
+        lock, view = threading.Lock(), memoryview(self._memory)
+
+        def work(_: int) -> None:
+            while True:
+                with lock:
+                    start = next(starts, None)
+                if start is None:
+                    return
+                end = min(start + CHUNK, self._size)
+                if os.pwrite(fd, view[start:end], start) != end - start:
+                    raise OSError("short write")
+
+        try:
+            begun = time.perf_counter()
+            _together(work, IN_FLIGHT)
+            os.fsync(fd)
+            return time.perf_counter() - begun
+        finally:
+            os.close(fd)
+            os.unlink(self._path)
+
+
+def _together(work: Callable[[int], None], threads: int) -> float:
+    """Seconds that `work(0)`, `work(1)`, ... take side by side."""
+    others = [threading.Thread(target=work, args=(n,)) for n in range(1, threads)]
+    begun = time.perf_counter()
+    for thread in others:
+        thread.start()
+    work(0)
+    for thread in others:
+        thread.join()
+    return time.perf_counter() - begun
+
+
+def sync_tree(path: str) -> None:
+    """fsync every file and directory of `path`, and the directory that holds it: what an engine without fsync leaves out."""
+    paths = [os.path.join(base, name) for base, _, files in os.walk(path) for name in files]
+    for each in [*paths, *(base for base, _, _ in os.walk(path)), os.path.dirname(path)]:
+        fd = os.open(each, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+# -- what processes take
+
+
+def process_tree(pid: int) -> Iterator[int]:
+    """`pid` and every process below it."""
+    yield pid
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except FileNotFoundError:
+        return
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                children = file.read().split()
+        except OSError:
+            continue
+        for child in children:
+            yield from process_tree(int(child))
+
+
+def proportional_memory(pid: int) -> int:
+    """Bytes of memory of the tree, a page shared by several counted once (Pss)."""
+    return sum(_kilobytes(f"/proc/{each}/smaps_rollup", "Pss:") for each in process_tree(pid))
+
+
+def peak_resident(pid: int) -> int:
+    """Sum of the peaks of each process (VmHWM): a page shared by two counts twice."""
+    return sum(_kilobytes(f"/proc/{each}/status", "VmHWM:") for each in process_tree(pid))
+
+
+def reset_peaks(pid: int) -> None:
+    for each in process_tree(pid):
+        with open(f"/proc/{each}/clear_refs", "w") as file:
+            file.write("5")
+
+
+def _kilobytes(path: str, name: str) -> int:
+    try:
+        with open(path) as file:
+            return next((int(line.split()[1]) << 10 for line in file if line.startswith(name)), 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # it ended meanwhile
+
+
+class Others:
+    """How much of the machine other people's processes used."""
+
+    def __init__(self) -> None:
+        self._begun = self._read()
+
+    def share(self) -> float:
+        """Since the construction: CPU time not ours, of all CPU time."""
+        total, busy, own = (now - then for now, then in zip(self._read(), self._begun, strict=True))
+        return max(busy - own, 0) / max(total, 1)
+
+    def _read(self) -> tuple[int, int, int]:
+        with open("/proc/stat") as file:
+            ticks = [int(field) for field in file.readline().split()[1:9]]
+        own = 0
+        for pid in process_tree(os.getpid()):
+            try:
+                with open(f"/proc/{pid}/stat") as file:
+                    own += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))
+            except FileNotFoundError:
+                continue
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own

@@ -1,0 +1,158 @@
+"""From samples to ratios, and from ratios to tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+NAMES = {
+    "none": "(no save: floor)",
+    "ours": "vembed-async-ckpt, overlap",
+    "ours-blocking": "vembed-async-ckpt, blocking",
+    "torch_checkpointing": "torch_checkpointing",
+    "dcp": "torch DCP async_save",
+    "dcp-cached": "torch DCP, cached stager",
+    "dcp-overlap": "torch DCP, overlapping stager",
+    "dcp-process": "torch DCP, overlapping, process",
+    "safetensors": "safetensors.save_file",
+}
+SYNCS = {"none": "", "ours": "all", "ours-blocking": "all", "torch_checkpointing": "nothing", "safetensors": "nothing"}
+
+
+def p99(values: Sequence[float]) -> float:
+    """The 99th percentile; with fewer than a hundred values, close to their maximum."""
+    return statistics.quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
+
+
+def claims(result: dict[str, Any]) -> dict[str, Any]:
+    """The ratios that the project promises or is measured by; what was not run is left out."""
+    rounds = result["rounds"]
+    found: dict[str, Any] = {"blocked": {}, "copy": {}, "write": {}, "memory": {}, "steps": {}}
+    for name, samples in rounds.items():
+        if "blocked" in samples[0]:
+            blocked = [s["blocked"] for s in samples]
+            found["blocked"][name] = {"median": statistics.median(blocked), "p99": p99(blocked)}
+    for entry in found["blocked"].values():
+        if "ours" in found["blocked"]:
+            entry["times_ours"] = entry["median"] / found["blocked"]["ours"]["median"]
+    copies = [min(s["foreach"], s["memcpy"]) for s in rounds["copy ceiling"]]
+    writes = [s["write"] for s in rounds["write ceiling"]]
+    found["copy"]["ceiling"] = statistics.median(copies)
+    found["write"]["ceiling"] = statistics.median(writes)
+    for name in ("ours", "ours-blocking"):
+        for key in (name, f"{name}, alone"):
+            if key in rounds:
+                wrote = [s["our_write"] + s["our_commit"] for s in rounds[key]]
+                found["write"][key] = statistics.median(c / w for c, w in zip(writes, wrote, strict=True))
+    if "ours-blocking, alone" in rounds:
+        samples = rounds["ours-blocking, alone"]
+        for part in ("our_staging", "save"):
+            ratios = [c / s[part] for c, s in zip(copies, samples, strict=True)]
+            found["copy"][part] = statistics.median(ratios)
+    for run in result["alone"]:
+        key = f"{run['engine']}, {run['threads']} threads"
+        added = {kind: run[kind]["saving"] - run[kind]["training"] for kind in ("proportional", "resident")}
+        found["memory"][key] = added | {"limit": 1.05 * run["bytes"] + (64 << 20)}
+        found["steps"][key] = {
+            "median": statistics.median(run["beside"]) / statistics.median(run["quiet"]),
+            "p99": p99(run["beside"]) / p99(run["quiet"]),
+            "idle": statistics.median(run["quiet"]) / statistics.median(run["bare"]),
+            "quiet_median": statistics.median(run["quiet"]),
+            "quiet_p99": p99(run["quiet"]),
+            "count": len(run["beside"]),
+        }
+    return found
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the tables."""
+    console = Console()
+    machine, options, found = result["machine"], result["options"], result["claims"]
+    others = statistics.median(s["others"] for samples in result["rounds"].values() for s in samples)
+    console.print(
+        f"{machine['date']}  {machine['cpus']} x {machine['cpu']}, Linux {machine['kernel']}, {machine['file_system']}; "
+        f"load {machine['load']:.2f} at the start, {others:.0%} of the CPUs used by others (median); "
+        f"state: {options['state']}, {options['megabytes']} MiB, {options['rounds']} rounds\n"
+        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    )
+    console.print(_engines(result))
+    console.print(_ceilings(result))
+    if found["memory"]:
+        console.print(_alone(found))
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f}" if seconds < 0.1 else f"{seconds * 1e3:,.0f}"
+
+
+def _engines(result: dict[str, Any]) -> Table:
+    table = _table(
+        "What a save takes from the training loop, ms (medians), and when the checkpoint is there, s",
+        "engine", "save()", "step", "blocked", "p99", "x ours", "work +", "written", "durable", "fsyncs",
+    )  # fmt: skip
+    rounds, blocked = result["rounds"], result["claims"]["blocked"]
+    floor = statistics.median(s["work"] for s in rounds["none"]) if "none" in rounds else None
+    for name, entry in blocked.items():
+        median = {key: statistics.median(s[key] for s in rounds[name]) for key in rounds[name][0]}
+        table.add_row(
+            NAMES[name],
+            _milliseconds(median["save"]),
+            _milliseconds(median["step"]),
+            _milliseconds(entry["median"]),
+            _milliseconds(entry["p99"]),
+            f"{entry['times_ours']:,.2f}" if "times_ours" in entry else "",
+            "" if floor is None else f"{(median['work'] - floor) * 1e3:+,.0f}",
+            "" if name == "none" else f"{median['written']:.2f}",
+            "" if name == "none" else f"{median['durable']:.2f}",
+            SYNCS.get(name, "files"),
+        )
+    table.caption = "work +: how much longer forward and backward took. durable: with the fsyncs that an engine leaves out"
+    return table
+
+
+def _ceilings(result: dict[str, Any]) -> Table:
+    copy, write = result["claims"]["copy"], result["claims"]["write"]
+    size = result["rounds"]["write ceiling"] and result["options"]["megabytes"] * 2**20 / 1e9
+    table = _table("Against what the machine can do in the same rounds", "", "GB/s", "of the ceiling")
+    table.add_row("copy ceiling: 2 threads, warm memory", f"{size / copy['ceiling']:.1f}", "100 %")
+    for part, text in (("our_staging", "blocking: the copy"), ("save", "blocking: all of save()")):
+        if part in copy:
+            table.add_row(text, f"{size / copy['ceiling'] * copy[part]:.1f}", f"{copy[part]:.0%}")
+    table.add_row("write ceiling: O_DIRECT, 4 x 16 MiB, fsync", f"{size / write['ceiling']:.1f}", "100 %")
+    for key, ratio in write.items():
+        if key != "ceiling":
+            table.add_row(f"write and commit, {key}", f"{size / write['ceiling'] * ratio:.1f}", f"{ratio:.0%}")
+    return table
+
+
+def _alone(found: dict[str, Any]) -> Table:
+    table = _table(
+        "By itself in a process: host memory beyond training's, MiB; small steps beside a save against steps without",
+        "engine", "Pss", "RSS", "limit", "median", "p99", "quiet ms", "steps", "idle",
+    )  # fmt: skip
+    for key, memory in found["memory"].items():
+        steps = found["steps"][key]
+        name, _, threads = key.partition(",")
+        table.add_row(
+            NAMES[name] + "," + threads,
+            *(f"{memory[kind] / 2**20:,.0f}" for kind in ("proportional", "resident", "limit")),
+            f"{steps['median']:.2f}",
+            f"{steps['p99']:.2f}",
+            _milliseconds(steps["quiet_median"]),
+            str(steps["count"]),
+            f"{steps['idle']:.2f}",
+        )
+    table.caption = "RSS counts a page shared by two processes twice. idle: steps without a save against steps before the engine existed"
+    return table

@@ -1,0 +1,193 @@
+"""`save_checkpoint` replaces vembed's, argument for argument: same files, same readers, and resuming works."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tokenizers import Tokenizer, models
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+
+from vembed_async_ckpt import PlanError, load, save_checkpoint, verify
+from vembed_async_ckpt.integrations.vembed import close_shared
+
+
+@pytest.fixture
+def root(root: Path) -> Iterator[Path]:
+    """The shared checkpointers are closed before the root is looked at."""
+    yield root
+    close_shared(60)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[PAD]": 3, "hello": 4}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")), unk_token="[UNK]", pad_token="[PAD]"
+    )
+
+
+def prepared() -> tuple[Accelerator, Any, Any, Any]:
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    model = BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    return accelerator, *accelerator.prepare(model, optimizer, scheduler)
+
+
+def train(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any) -> None:
+    optimizer.zero_grad()
+    accelerator.backward(model(torch.randint(0, 50, (2, 8))).last_hidden_state.pow(2).mean())
+    optimizer.step()
+    scheduler.step()
+
+
+CONFIG = {
+    "model_name": "bert",
+    "topk_tokens": None,
+    "pooling_method": "mean",
+    "training": {"lr": 1e-3, "dtype": torch.bfloat16, "out": Path("runs")},
+    "processor": object(),
+    "hub_token": "hf_secret",
+}
+
+
+@pytest.mark.filterwarnings("ignore:left out of the saved config")
+def test_the_directory_holds_what_every_reader_expects(root: Path) -> None:
+    """Weights under two names but one copy, config, tokenizer, training state; from_pretrained opens it."""
+    state = prepared()
+    train(*state)
+    handle = save_checkpoint(root / "checkpoint-step-3", state[1], state[0], tokenizer(), CONFIG)
+    info = handle.result(60)
+    assert (info.step, info.path) == (3, root / "checkpoint-step-3")
+    assert {
+        "config.json", "model.safetensors", "model_state_dict.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "special_tokens_map.json", "vembed_config.json", "optimizer.bin", "scheduler.bin", "random_states_0.pkl",
+        "vembed_manifest.json", "vembed_training_state.json", "vembed_training_state.safetensors",
+    } == set(os.listdir(info.path))  # fmt: skip
+    assert os.path.samefile(info.path / "model.safetensors", info.path / "model_state_dict.safetensors")
+    weights = info.files["model.safetensors"]
+    assert info.total_bytes == sum(info.files.values()) - weights, "one copy of the bytes counts once"
+    verify(info.path)
+    reloaded = AutoModel.from_pretrained(info.path)
+    expected = state[0].unwrap_model(state[1]).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in reloaded.state_dict().items())
+    assert AutoTokenizer.from_pretrained(info.path).convert_tokens_to_ids("hello") == 4
+
+
+def test_the_config_is_all_that_is_data_with_the_keys_readers_expect(root: Path) -> None:
+    """The ten keys of vembed's inference are there with its defaults; live objects and secrets are not, and are named."""
+    accelerator, model, _, _ = prepared()
+    with pytest.warns(UserWarning, match=r"processor, hub_token"):
+        handle = save_checkpoint(str(root / "one"), model, accelerator, config=CONFIG, training_state=False)
+    config = json.loads((handle.result(60).path / "vembed_config.json").read_text())
+    assert config["topk_tokens"] == 0
+    assert (config["pooling_method"], config["retrieval_mode"], config["encoder_mode"]) == ("mean", "t2i", "auto")
+    assert config["training"] == {"lr": 1e-3, "dtype": "bfloat16", "out": "runs"}
+    assert "processor" not in config
+    assert "hub_token" not in config
+
+
+@pytest.mark.parametrize("reader", ["accelerate", "ours"])
+def test_training_goes_on_from_it_bit_for_bit(root: Path, reader: str) -> None:
+    """Three more steps after resuming equal three more steps of the run that saved (where the original cannot resume)."""
+    state = prepared()
+    train(*state)
+    handle = save_checkpoint(root / "checkpoint-step-1", state[1], state[0])
+    for _ in range(3):
+        train(*state)
+    path = handle.result(60).path
+    resumed = prepared()
+    train(*resumed)
+    if reader == "accelerate":
+        resumed[0].load_state(str(path))
+    else:
+        load(path, accelerator=resumed[0])
+    for _ in range(3):
+        train(*resumed)
+    for one, other in zip(state[1].parameters(), resumed[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_foreign_files_in_the_target_stay(root: Path) -> None:
+    """Overwriting a directory keeps the user's notes in it, and drops what would be read as part of the new checkpoint."""
+    target = root / "final"
+    target.mkdir(parents=True)
+    (target / "notes.txt").write_text("mine")
+    accelerator, model, _, _ = prepared()
+    for prefix in ("", "best"):
+        save_checkpoint(target, model, accelerator, None, None, prefix, training_state=False).result(60)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert (target / "best_state_dict.safetensors").exists()
+    assert not (target / "model_state_dict.safetensors").exists()
+
+
+def test_end_training_drains(root: Path) -> None:
+    """`accelerator.end_training()` returns when the pending save is durable."""
+    accelerator, model, _, _ = prepared()
+    handle = save_checkpoint(root / "checkpoint-step-1", model, accelerator)
+    accelerator.end_training()
+    assert handle.done()
+    verify(root / "checkpoint-step-1")
+
+
+def test_a_stand_in_accelerator_gets_the_original_calls(tmp_path: Path) -> None:
+    """A mock in somebody's test sees save_state with the exact path, and save_pretrained of the unwrapped model."""
+    accelerator, model = MagicMock(), MagicMock()
+    accelerator.unwrap_model.return_value = model
+    target = tmp_path / "there already"
+    target.mkdir()
+    handle = save_checkpoint(str(target), model, accelerator)
+    accelerator.save_state.assert_called_with(str(target))
+    model.save_pretrained.assert_called_with(str(target))
+    assert handle.done()
+    assert handle.result().path == target
+
+
+def test_a_path_that_cannot_be_a_checkpoint_is_refused(root: Path) -> None:
+    """The work directory's own name is refused before anything is touched."""
+    accelerator, model, _, _ = prepared()
+    with pytest.raises(PlanError, match="name another one"):
+        save_checkpoint(root / "_vembed_async_ckpt", model, accelerator)
+    assert not root.exists()
+
+
+class Wrapped(torch.nn.Module):
+    """As vembed's retrieval model: a module whose save_pretrained takes no state_dict and pickles its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = BertModel(
+            BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+        )
+        self.head = torch.nn.Linear(16, 4)
+
+    def save_pretrained(self, directory: str) -> None:
+        self.backbone.save_pretrained(directory)
+        torch.save(self.head.state_dict(), os.path.join(directory, "projection_head.pt"))
+
+
+def test_a_foreign_save_pretrained_is_taken_as_it_is(root: Path) -> None:
+    """Backbone from the snapshot, head as it was at each call: changed weights right after the call change neither."""
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(Wrapped())
+    for step in (1, 2):
+        expected = {key: value.clone() for key, value in model.state_dict().items()}
+        handle = save_checkpoint(root / f"checkpoint-step-{step}", model, accelerator, training_state=False)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        path = handle.result(60).path
+        head = torch.load(path / "projection_head.pt")
+        assert torch.equal(head["weight"], expected["head.weight"])
+        backbone = AutoModel.from_pretrained(path).state_dict()
+        assert all(torch.equal(backbone[key], expected[f"backbone.{key}"]) for key in backbone)

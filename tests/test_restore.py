@@ -1,0 +1,523 @@
+"""load() puts back what was saved, exactly and in place; what does not fit or is broken is refused before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, load, verify
+from vembed_async_ckpt._store import names
+
+BOUND = 30
+
+
+class Loader:
+    """A dataloader that knows where it is."""
+
+    def __init__(self, position: int) -> None:
+        self.state = {"position": position, "order": torch.arange(position), "epoch": (1, None), "seed": 2**70}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class Training:
+    """A model, an optimizer with state, a scheduler, a scaler and a dataloader."""
+
+    def __init__(self, seed: int = 0, width: int = 5) -> None:
+        torch.manual_seed(seed)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, 2))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 + seed))
+        self.dataloader = Loader(seed)
+        for _ in range(seed + 1):
+            self.optimizer.zero_grad()
+            self.model(torch.randn(6, 4)).sum().backward()
+            self.optimizer.step()
+            self.scheduler.step()
+
+    def state(self) -> dict[str, Any]:
+        return copy.deepcopy({name: part.state_dict() for name, part in vars(self).items()})
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal in every bit, dtype and type."""
+    if isinstance(one, torch.Tensor):
+        return (
+            isinstance(other, torch.Tensor)
+            and (one.dtype, one.shape) == (other.dtype, other.shape)
+            and torch.equal(one.detach().reshape(-1).view(torch.uint8), other.detach().reshape(-1).view(torch.uint8))
+        )
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+def save(root: Path, **what: Any) -> Path:
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        return checkpointer.save(7, **what).result(BOUND).path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint of everything, which no test changes, and the state in it."""
+    training = Training(3)
+    extra = {"list": [1, 2.5, None, float("inf")], "t": torch.arange(3), "tuple": (b"x", {1: "one"}), "$odd": True}
+    path = save(
+        tmp_path_factory.mktemp("saved"), **vars(training), extra=extra, config={"lr": 0.1}, metrics={"loss": 0.25}
+    )
+    return path, training.state()
+
+
+def test_everything_comes_back_in_place(saved: tuple[Path, dict[str, Any]]):
+    """Each part in all its bits, in the same tensors; step, config, extra and metrics beside it."""
+    path, expected = saved
+    training = Training(1)
+    places = [tensor.data_ptr() for tensor in training.model.state_dict().values()]
+    restored = load(path, **vars(training), verify="full")
+    assert same(training.state(), expected)
+    assert [tensor.data_ptr() for tensor in training.model.state_dict().values()] == places
+    assert (restored.step, restored.config, restored.metrics) == (7, {"lr": 0.1}, {"loss": 0.25})
+    extra = restored.extra
+    assert extra.pop("t").tolist() == [0, 1, 2]
+    assert extra == {"list": [1, 2.5, None, float("inf")], "tuple": (b"x", {1: "one"}), "$odd": True}
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "scheduler", "scaler", "dataloader"])
+def test_one_part_alone_leaves_the_others_as_they_are(saved: tuple[Path, dict[str, Any]], part: str):
+    """Only what is given is changed; the generators are set with everything but a model alone."""
+    path, expected = saved
+    training = Training(1)
+    before = training.state()
+    torch.manual_seed(99)
+    random.seed(99)
+    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    load(path, **{part: getattr(training, part)})
+    assert same(training.state(), {**before, part: expected[part]})
+    now = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(now[0], generators[0]) == (part == "model")
+    assert (now[1] == generators[1]) == (part == "model")
+
+
+def test_what_is_loaded_does_not_hang_on_the_file(root: Path):
+    """No file stays open or mapped, and what came back may be changed without changing the checkpoint."""
+    training = Training(2)
+    path = save(root, **vars(training), extra={"t": torch.ones(3)})
+    before = sorted(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        restored = load(path, **vars(training))
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    restored.extra["t"].fill_(7)
+    for entry in training.optimizer.state.values():
+        entry["exp_avg"].fill_(7)
+    verify(path)
+
+
+def test_several_models_and_optimizers_by_name(root: Path):
+    """Each named model has a directory of its name; each comes back to the object of that name, in any order."""
+    one, other = Training(1), Training(2)
+    path = save(
+        root,
+        model={"query": one.model, "key": other.model},
+        optimizer={"a": one.optimizer, "b": other.optimizer},
+        scheduler={"a": one.scheduler, "b": other.scheduler},
+    )
+    assert (path / "query" / "model.safetensors").exists()
+    assert (path / "optimizer_1.bin").exists()
+    expected = [one.state(), other.state()]
+    first, second = Training(3), Training(4)
+    load(
+        path,
+        model={"key": second.model, "query": first.model},
+        optimizer={"b": second.optimizer, "a": first.optimizer},
+        scheduler={"b": second.scheduler, "a": first.scheduler},
+    )
+    for training, state in zip((first, second), expected, strict=True):
+        for part in ("model", "optimizer", "scheduler"):
+            assert same(training.state()[part], state[part])
+
+
+def wider() -> dict[str, Any]:
+    return {"model": Training(1, width=6).model}
+
+
+def more_layers() -> dict[str, Any]:
+    return {"model": torch.nn.Sequential(*Training(1).model, torch.nn.Linear(2, 2))}
+
+
+def fewer_layers() -> dict[str, Any]:
+    return {"model": Training(1).model[:2]}
+
+
+def another_name() -> dict[str, Any]:
+    return {"model": {"student": Training(1).model}}
+
+
+def other_groups() -> dict[str, Any]:
+    model = Training(1).model
+    return {"optimizer": torch.optim.AdamW([{"params": model[0].parameters()}, {"params": model[2].parameters()}])}
+
+
+def another_optimizer() -> dict[str, Any]:
+    return {"optimizer": {"second": Training(1).optimizer}}
+
+
+MISFITS: dict[Callable[[], dict[str, Any]], str] = {
+    wider: r"0\.weight has shape \(6, 4\), saved was \(5, 4\)",
+    more_layers: r"3\.weight was not saved",
+    fewer_layers: r"2\.weight is not in the model",
+    another_name: "no model 'student'",
+    other_groups: r"groups of \[2, 2\] parameters, saved were \[6\]",
+    another_optimizer: "no optimizer 'second'",
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS, ids=lambda misfit: misfit.__name__)
+def test_objects_that_do_not_fit_are_refused_before_anything_is_changed(
+    saved: tuple[Path, dict[str, Any]], misfit: Callable[[], dict[str, Any]]
+):
+    """The error names what does not fit; the parts that would have fit are untouched."""
+    path, _ = saved
+    training, wrong = Training(1), misfit()
+    before = training.state()
+    generators = torch.get_rng_state()
+    models = [value for value in wrong.values() if isinstance(value, torch.nn.Module)]
+    frozen = [copy.deepcopy(model.state_dict()) for model in models]
+    with pytest.raises(CheckpointError, match=MISFITS[misfit]):
+        load(path, **{**vars(training), **wrong})
+    assert same(training.state(), before)
+    assert all(same(model.state_dict(), state) for model, state in zip(models, frozen, strict=True))
+    assert torch.equal(torch.get_rng_state(), generators)
+
+
+@pytest.mark.parametrize("part", ["optimizer", "scheduler", "scaler", "dataloader"])
+def test_a_part_that_was_not_saved_is_refused(root: Path, part: str):
+    """The message says that it is not there; the model is untouched."""
+    training = Training(1)
+    path = save(root, model=training.model)
+    model = Training(2).model
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=part):
+        load(path, model=model, **{part: getattr(training, part)})
+    assert same(model.state_dict(), before)
+
+
+def test_an_unknown_way_to_verify_is_refused(saved: tuple[Path, dict[str, Any]]):
+    """A typing error is no reason not to verify."""
+    with pytest.raises(ValueError, match="'fast'"):
+        load(saved[0], verify="fast")  # type: ignore[arg-type]
+
+
+FILES = [
+    "model.safetensors", "optimizer.bin", "scheduler.bin", "scaler.pt", names.random_states(0), names.CONFIG,
+    names.TRAINING_STATE, names.TRAINING_TENSORS,
+]  # fmt: skip
+
+
+def test_the_list_of_files_is_complete(saved: tuple[Path, dict[str, Any]]):
+    """The tests below break every file there is."""
+    assert sorted(path.name for path in saved[0].iterdir()) == sorted([*FILES, names.MANIFEST])
+
+
+@pytest.fixture
+def broken(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A copy that may be broken."""
+    return Path(shutil.copytree(saved[0], tmp_path / "checkpoint-7"))
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int((len(data) - 1) * where)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("where", [0, 0.5, 1])
+@pytest.mark.parametrize("name", [*FILES, names.MANIFEST])
+def test_full_verification_finds_one_flipped_bit(broken: Path, name: str, where: float):
+    """In every file, at its start, in its middle and at its end; nothing is changed."""
+    flip(broken / name, where)
+    training = Training(1)
+    before = training.state()
+    with pytest.raises(CorruptCheckpoint, match=name):
+        load(broken, **vars(training), verify="full")
+    with pytest.raises(CorruptCheckpoint, match=name):
+        verify(broken)
+    assert same(training.state(), before)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("name", [*FILES, names.MANIFEST])
+def test_size_verification_finds_a_file_of_another_size(broken: Path, name: str, change: int):
+    """Truncated or grown, in every file; the default of load()."""
+    data = (broken / name).read_bytes()
+    (broken / name).write_bytes(data[:-1] if change < 0 else data + b"\0")
+    training = Training(1)
+    before = training.state()
+    with pytest.raises(CorruptCheckpoint, match=name):
+        load(broken, **vars(training))
+    assert same(training.state(), before)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_corrupt(broken: Path, name: str):
+    """It is named, and said to be missing."""
+    (broken / name).unlink()
+    with pytest.raises(CorruptCheckpoint, match=rf"{name}.*missing"):
+        load(broken, **vars(Training(1)))
+
+
+@pytest.mark.parametrize("name", [names.CONFIG, names.TRAINING_STATE, "model.safetensors"])
+@pytest.mark.parametrize("how", ["size", "none"])
+def test_what_the_size_does_not_tell_is_still_found_before_anything_is_changed(broken: Path, name: str, how: Any):
+    """A file of the right size whose content makes no sense: CorruptCheckpoint, and nothing was changed."""
+    (broken / name).write_bytes(b"\0" * (broken / name).stat().st_size)
+    training = Training(1)
+    before = training.state()
+    with pytest.raises(CorruptCheckpoint, match=name):
+        load(broken, **vars(training), verify=how)
+    assert same(training.state(), before)
+
+
+def test_a_directory_that_is_no_checkpoint(tmp_path: Path):
+    """An empty directory and one that is not there are incomplete checkpoints."""
+    for directory in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(CorruptCheckpoint, match=r"vembed_manifest\.json"):
+            load(directory)
+
+
+# -- models whose files are not their state_dict
+
+TEXT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+MODELS: dict[str, Callable[[], Any]] = {
+    "tied": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)),
+    "tied thrice": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    ),
+    "bert": lambda: hf.BertModel(hf.BertConfig(**TEXT)),
+    "computed": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=4)),
+    "renamed": lambda: hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(
+            text_config=hf.LlamaConfig(**TEXT),
+            vision_config=hf.CLIPVisionConfig(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+            ),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("shards", ["50GB", "10KB"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers_come_back(root: Path, name: str, shards: str):
+    """Tied, sharded, renamed or computed: every parameter and buffer is what it was, ties stay ties, optimizer included."""
+    torch.manual_seed(1)
+    model = MODELS[name]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    with AsyncCheckpointer(root, writer="thread", max_shard_size=shards) as checkpointer:
+        path = checkpointer.save(1, model={"m": model}, optimizer=optimizer).result(BOUND).path
+    torch.manual_seed(2)
+    fresh = MODELS[name]()
+    fresh_optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1, momentum=0.9)
+    places = {key: tensor.data_ptr() for key, tensor in fresh.state_dict().items()}
+    load(path, model={"m": fresh}, optimizer=fresh_optimizer)
+    assert same(dict(fresh.state_dict()), dict(model.state_dict()))
+    assert same(fresh_optimizer.state_dict(), optimizer.state_dict())
+    assert {key: tensor.data_ptr() for key, tensor in fresh.state_dict().items()} == places
+
+
+def test_a_computed_model_of_another_shape_is_refused(root: Path):
+    """Also where the files hold computed values nothing is changed when the model does not fit."""
+    model = MODELS["computed"]()
+    path = save(root, model=model)
+    other = hf.MixtralForCausalLM(hf.MixtralConfig(**{**TEXT, "vocab_size": 41}, num_key_value_heads=1, num_local_experts=4))
+    training = Training(1)
+    before = copy.deepcopy(other.state_dict()), training.state()
+    with pytest.raises(CheckpointError):
+        load(path, model=other)
+    assert same((other.state_dict(), training.state()), before)
+
+
+def test_extra_state_of_a_module_comes_back(root: Path):
+    """`get_extra_state` may give a tensor: it is stored, and handed to set_extra_state."""
+
+    class Counting(torch.nn.Linear):
+        calls = 3
+
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.tensor([self.calls])
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.calls = int(state)
+
+    module = Counting(2, 2)
+    path = save(root, model=module)
+    fresh = Counting(2, 2)
+    fresh.calls = 0
+    load(path, model=fresh)
+    assert fresh.calls == 3
+    assert same(dict(fresh.state_dict()), dict(module.state_dict()))
+
+
+def test_state_of_another_dtype_than_its_parameter_comes_back_exactly(root: Path):
+    """torch would cast it to the parameter's dtype; here float32 and int state of bfloat16 parameters stay what they were."""
+    model = torch.nn.Linear(3, 2).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3).bfloat16()).sum().backward()
+    optimizer.step()
+    for entry in optimizer.state.values():
+        entry["exp_avg"] = torch.randn(entry["exp_avg"].shape) / 3
+        entry["exp_avg_sq"] = entry["exp_avg_sq"].double() / 3
+        entry["indices"] = torch.arange(3)
+    expected = copy.deepcopy(optimizer.state_dict())
+    path = save(root, model=model, optimizer=optimizer)
+    fresh = torch.nn.Linear(3, 2).bfloat16()
+    fresh_optimizer = torch.optim.AdamW(fresh.parameters())
+    load(path, model=fresh, optimizer=fresh_optimizer)
+    assert same(fresh_optimizer.state_dict(), expected)
+    assert same(fresh.weight, model.weight)
+
+
+def test_a_tensor_lr_comes_back_as_one(root: Path):
+    """What stands in param_groups is restored with its type, tensors and tuples included."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.125), foreach=False)
+    expected = copy.deepcopy(optimizer.state_dict())
+    path = save(root, optimizer=optimizer)
+    optimizer.param_groups[0]["lr"].fill_(1)
+    load(path, optimizer=optimizer)
+    assert same(optimizer.state_dict(), expected)
+
+
+def decay(step: int) -> float:
+    return 0.9**step
+
+
+L = torch.optim.lr_scheduler
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "LambdaLR": functools.partial(L.LambdaLR, lr_lambda=decay),
+    "MultiplicativeLR": functools.partial(L.MultiplicativeLR, lr_lambda=lambda step: 0.9),
+    "StepLR": functools.partial(L.StepLR, step_size=2),
+    "MultiStepLR": functools.partial(L.MultiStepLR, milestones=[2, 4, 4, 6]),
+    "ConstantLR": L.ConstantLR,
+    "LinearLR": L.LinearLR,
+    "ExponentialLR": functools.partial(L.ExponentialLR, gamma=0.9),
+    "PolynomialLR": L.PolynomialLR,
+    "CosineAnnealingLR": functools.partial(L.CosineAnnealingLR, T_max=10),
+    "CosineAnnealingWarmRestarts": functools.partial(L.CosineAnnealingWarmRestarts, T_0=3),
+    "CyclicLR": functools.partial(L.CyclicLR, base_lr=0.01, max_lr=0.1, cycle_momentum=False),
+    "OneCycleLR": functools.partial(L.OneCycleLR, max_lr=0.1, total_steps=20),
+    "SequentialLR": lambda o: L.SequentialLR(o, [L.LinearLR(o), L.MultiStepLR(o, [2, 3])], milestones=[2]),
+    "ChainedScheduler": lambda o: L.ChainedScheduler([L.ConstantLR(o), L.ExponentialLR(o, 0.9)]),
+    "ReduceLROnPlateau": functools.partial(L.ReduceLROnPlateau, patience=1),
+    "SWALR": functools.partial(torch.optim.swa_utils.SWALR, swa_lr=0.05),
+    "transformers cosine": lambda o: hf.get_cosine_schedule_with_warmup(o, 2, 10),
+    "transformers linear": lambda o: hf.get_linear_schedule_with_warmup(o, 2, 10),
+}
+
+
+def run(scheduler: Any, optimizer: Any, steps: int) -> list[float]:
+    rates = []
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step(*([1.0] if isinstance(scheduler, L.ReduceLROnPlateau) else []))
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_goes_on_where_it_was(root: Path, name: str):
+    """Learning rates after a restore equal those of the run that was not interrupted; accelerate's file holds the same."""
+
+    def make() -> tuple[Any, Any]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SequentialLR steps its schedulers when it is made
+            return optimizer, SCHEDULERS[name](optimizer)
+
+    optimizer, scheduler = make()
+    run(scheduler, optimizer, 3)
+    path = save(root, optimizer=optimizer, scheduler=scheduler)
+    state = copy.deepcopy(scheduler.state_dict())
+    fresh_optimizer, fresh = make()
+    load(path, optimizer=fresh_optimizer, scheduler=fresh)
+    assert run(fresh, fresh_optimizer, 6) == run(scheduler, optimizer, 6)
+    theirs = torch.load(path / "scheduler.bin", weights_only=False)
+    assert theirs.keys() == state.keys()
+    assert same(theirs, {key: dict(value) if isinstance(value, dict) else value for key, value in state.items()})
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+import vembed_async_ckpt
+from vembed_async_ckpt import load
+sys.path.insert(0, sys.argv[1])
+found = []
+model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 2))
+optimizer = torch.optim.AdamW(model.parameters())
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+class Loader:
+    def load_state_dict(self, state): pass
+load(sys.argv[2])  # imports what it needs
+sys.addaudithook(lambda event, arguments: found.append((event, arguments)) if event.startswith(("pickle.", "marshal.")) else None)
+load(sys.argv[2], model=model, optimizer=optimizer, scheduler=scheduler, dataloader=Loader(), scaler=torch.amp.GradScaler("cpu"))
+print(len(found), found[:3])
+torch.load(Path(sys.argv[2]) / "optimizer.bin", weights_only=False)
+assert found, "the hook would have seen it"
+"""
+
+
+def test_nothing_is_unpickled(saved: tuple[Path, dict[str, Any]], tmp_path: Path):
+    """No audit event of pickle while everything is restored; torch.load of the same directory raises many."""
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), str(saved[0])], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("0 "), result.stdout
+
+
+def test_a_saved_value_that_we_never_write_is_corrupt(broken: Path):
+    """A tag nobody knows, or a tensor that is not there, in a training state whose hash is right."""
+    import xxhash
+
+    for tag in ({"$pickle": "gASVCAAAAAAAAABdlEsBSwJlLg=="}, {"$tensor": "nowhere"}, {"$bytes": "?"}, {"$tuple": 3}):
+        state = json.loads((broken / names.TRAINING_STATE).read_bytes())
+        state["extra"] = tag
+        content = json.dumps(state).encode()
+        (broken / names.TRAINING_STATE).write_bytes(content)
+        manifest = json.loads((broken / names.MANIFEST).read_bytes())
+        manifest["files"][names.TRAINING_STATE] = {"size": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+        manifest.pop("self")
+        body = json.dumps(manifest).encode()[:-1] + b","
+        (broken / names.MANIFEST).write_bytes(body + b'"self":"%s"}' % xxhash.xxh3_128_hexdigest(body).encode())
+        model = Training(1).model
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(CorruptCheckpoint, match="training_state|cannot be read"):
+            load(broken, model=model, verify="full")
+        assert same(model.state_dict(), before)

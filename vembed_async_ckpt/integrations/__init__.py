@@ -1,0 +1,1 @@
+"""Drop-ins for the training loops people already have."""

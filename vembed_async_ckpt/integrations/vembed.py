@@ -1,0 +1,170 @@
+"""`save_checkpoint`, argument for argument that of the vembed training loop, in the background."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer
+from .._engine.handle import CheckpointInfo, SaveHandle, SaveState, Timings
+from .._request import config as configs
+from .._request.request import Objects
+from .._store import names
+from .._store.fs import walk_files
+from ..errors import PlanError
+from . import accelerate as accelerates
+
+# What vembed's inference reads at the top level of vembed_config.json, and what it expects where a key is missing.
+CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "pooling_method": None,
+        "projection_dim": None,
+        "topk_tokens": 0,
+        "retrieval_mode": "t2i",
+        "loss_type": "infonce",
+        "use_mrl": False,
+        "mrl_dims": None,
+        "encoder_mode": "auto",
+        "text_model_name": None,
+        "image_model_name": None,
+    }
+)
+
+_SHARED: dict[str, AsyncCheckpointer] = {}  # one for each parent directory
+_LOCK = threading.Lock()
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: Any,
+    accelerator: Any,
+    processor: Any = None,
+    config: Mapping[str, Any] | None = None,
+    prefix: str = "",
+    *,
+    step: int | None = None,
+    training_state: bool = True,
+    checkpointer: AsyncCheckpointer | None = None,
+) -> SaveHandle:
+    """Save model, processor, config and training state to the directory `path`, without stopping the training.
+
+    After the commit the directory holds what `save_pretrained` of model and processor write, `vembed_config.json`, and (with
+    `training_state`) optimizers, schedulers, samplers, scaler, registered objects and random states of `accelerator`, so that
+    `accelerator.load_state(path)` and `vembed_async_ckpt.load(path, ...)` go on from it. The weights file has a second name,
+    `{prefix or "model"}_state_dict.safetensors`. `step` None means the last integer in the name of `path`, if any.
+
+    An existing directory is replaced at once by the new one; files in it that are not ours stay with it. The saves of one parent
+    directory share one checkpointer, which is drained by `accelerator.end_training()` and at interpreter exit; `checkpointer`
+    names another one, whose root must be that parent.
+
+    An `accelerator` that is not accelerate's (a stand-in in somebody's test) gets the calls of the original, at once, and the
+    handle returned is done. Raises what `AsyncCheckpointer.save` raises.
+    """
+    root, directory = os.path.split(os.path.realpath(os.fspath(path)))
+    if not directory or directory == names.WORK:
+        raise PlanError(f"path is {os.fspath(path)!r}, which cannot be the directory of a checkpoint; name another one")
+    if step is None:
+        step = names.trailing_number(directory)
+    if not _is_accelerator(accelerator):
+        return _save_at_once(os.fspath(path), model, accelerator, processor, config, step)
+    accelerates.refuse_what_is_sharded(accelerator)
+    if checkpointer is None:
+        checkpointer = _shared(root)
+        _drain_at_end_of_training(accelerator)
+    elif checkpointer.root != Path(root):
+        raise PlanError(
+            f"{os.fspath(path)!r} does not lie directly in the root of the checkpointer, {checkpointer.root}"
+        )
+    objects = Objects(
+        model=model,
+        optimizer=accelerates.in_order(accelerator._optimizers) if training_state else None,
+        scheduler=accelerates.in_order(accelerator._schedulers) if training_state else None,
+        scaler=accelerator.scaler if training_state else None,
+        processor=processor or None,
+        config=_complete(config) if config else None,
+        files=accelerates.registered_files(accelerator) if training_state else {},
+        weights_name=names.state_dict(prefix),
+        older_readers=True,
+    )
+    return checkpointer.save_as(directory, step, objects)
+
+
+def _is_accelerator(accelerator: Any) -> bool:
+    from accelerate import Accelerator
+
+    return isinstance(accelerator, Accelerator)
+
+
+def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All of the config, with the keys that readers expect at the top level."""
+    complete = {**CONFIG_DEFAULTS, **config}
+    complete["topk_tokens"] = int(complete["topk_tokens"] or 0)
+    return complete
+
+
+def _shared(root: str) -> AsyncCheckpointer:
+    with _LOCK:
+        known = _SHARED.get(root)
+        if known is None or known.closed:
+            known = _SHARED[root] = AsyncCheckpointer(root)
+        return known
+
+
+def _drain_at_end_of_training(accelerator: Any) -> None:
+    """Once per accelerator: `end_training()` first waits for the pending saves, and raises what failed."""
+    if getattr(accelerator, "_vembed_async_ckpt_drains", False):
+        return
+    end_training = accelerator.end_training
+
+    def drain_and_end_training() -> None:
+        try:
+            close_shared()
+        finally:
+            end_training()
+
+    accelerator.end_training = drain_and_end_training
+    accelerator._vembed_async_ckpt_drains = True
+
+
+def close_shared(timeout: float = EXIT_DEADLINE) -> None:
+    """Drain and close the checkpointers that `save_checkpoint` made. Raises what failed, after all are closed."""
+    with _LOCK:
+        checkpointers = list(_SHARED.values())
+        _SHARED.clear()
+    failures: list[Exception] = []
+    for checkpointer in checkpointers:
+        try:
+            checkpointer.close(timeout)
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _save_at_once(
+    path: str, model: Any, accelerator: Any, processor: Any, config: Mapping[str, Any] | None, step: int | None
+) -> SaveHandle:
+    """The original's sequence, for what only looks like an accelerator."""
+    begun = time.perf_counter()
+    handle = SaveHandle(step, Path(path), lambda callback: callback())
+    if accelerator.is_main_process:
+        accelerator.save_state(path)
+        accelerator.unwrap_model(model).save_pretrained(path)
+        if processor:
+            processor.save_pretrained(path)
+        if config:
+            os.makedirs(path, exist_ok=True)
+            with open(os.path.join(path, names.CONFIG), "wb") as file:
+                file.write(configs.render(_complete(config)))
+    took = time.perf_counter() - begun
+    found = walk_files(path) if os.path.isdir(path) else ()
+    files = {name: entry.stat(follow_symlinks=False).st_size for name, entry in found}
+    timings = Timings(stall=took, staging=0.0, queued=0.0, write=took, commit=0.0, durable=took)
+    info = CheckpointInfo(Path(path), step, sum(files.values()), MappingProxyType(files), timings)
+    handle._move(SaveState.COMMITTED, info)
+    return handle
