@@ -97,11 +97,12 @@ def _restore(
             steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
     extra = tree.decode(saved["extra"], source.training_tensor)
     rng = tree.decode(saved["rng"], source.training_tensor)
+    config = source.config()
     for step in steps:
         step()
     if any(part is not None for part in (optimizer, scheduler, dataloader, scaler, accelerator)):
         random_state.restore(rng)
-    return Restored(source.manifest.step, source.config(), extra, source.manifest.metrics)
+    return Restored(source.manifest.step, config, extra, source.manifest.metrics)
 
 
 def _in_order(values: Sequence[Any], saved: Mapping[str, Any]) -> Any:

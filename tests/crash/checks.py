@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterator
 
 from vembed_async_ckpt import CheckpointError, latest, verify
@@ -51,15 +50,13 @@ def after_fault(root: str, acknowledged: int) -> Iterator[str]:
             yield f"I1: {error}"
     if newest < acknowledged:
         yield f"I2: save {acknowledged} was acknowledged, the newest that is there is {newest}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            found = latest(root)
-        except (CheckpointError, Warning) as error:
-            yield f"I4: {error}"
-        else:
-            if str(found) != (entries[-1].path if entries else "None"):
-                yield f"I4: latest is {found}"
+    try:
+        found = latest(root)  # that it passes over something, it says as a warning, which is an error in these tests
+    except (CheckpointError, Warning) as error:
+        yield f"I4: {error}"
+    else:
+        if str(found) != (entries[-1].path if entries else "None"):
+            yield f"I4: latest is {found}"
 
 
 def _number(path: str, manifest: Manifest) -> int:

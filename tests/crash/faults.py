@@ -75,7 +75,7 @@ def parse_trace(text: str) -> list[Call]:
 
 @dataclass(frozen=True)
 class Point:
-    """The moment before the `k`-th call `name` on `path`."""
+    """The moment before the `k`-th call `name` on `path`, which is relative to the root."""
 
     name: str
     path: str
@@ -97,7 +97,7 @@ def points(calls: list[Call], root: str) -> list[Point]:
             counts[call.thread, call.name, path] += 1
         if call.paths and call.changes and (call.paths[0] + "/").startswith(root + "/"):
             path = call.paths[0]
-            found[Point(call.name, path, counts[call.thread, call.name, path])] = None
+            found[Point(call.name, os.path.relpath(path, root), counts[call.thread, call.name, path])] = None
     return list(found)
 
 
@@ -105,9 +105,9 @@ def trace_options(log: str) -> list[str]:
     return ["-f", "-y", "-s", "64", "-o", log, "-e", f"trace={CALLS}", "-e", "signal=none"]
 
 
-def kill_options(point: Point) -> list[str]:
+def kill_options(point: Point, root: str) -> list[str]:
     inject = f"{point.name}:signal=KILL:when={point.k}"
-    return ["-f", "-o", "/dev/null", "-P", point.path, "-e", f"trace={point.name}", "-e", f"inject={inject}"]
+    return ["-f", "-o", "/dev/null", "-P", os.path.normpath(os.path.join(root, point.path)), "-e", f"trace={point.name}", "-e", f"inject={inject}"]
 
 
 @contextmanager

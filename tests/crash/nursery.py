@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +133,7 @@ class Nursery:
             env={**os.environ, **one, "PYTHONPATH": package},
         )
         theirs.close()
+        self._asking = threading.Lock()  # tests run several children at once, each from a thread
         self._statuses: dict[int, int] = {}
         self._receive("ready")
 
@@ -141,9 +143,10 @@ class Nursery:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stderr = tempfile.TemporaryFile()
         request = json.dumps({"function": function, "arguments": arguments}).encode()
-        socket.send_fds(self._sock, [request], [theirs.fileno(), stderr.fileno()])
-        theirs.close()
-        child = Child(self, self._receive("pid"), ours, stderr)
+        with self._asking:
+            socket.send_fds(self._sock, [request], [theirs.fileno(), stderr.fileno()])
+            theirs.close()
+            child = Child(self, self._receive("pid"), ours, stderr)
         try:
             yield child
         finally:
@@ -161,10 +164,11 @@ class Nursery:
             self._statuses[message["ended"]] = message["status"]
 
     def status(self, pid: int) -> int:
-        while pid not in self._statuses:
-            self._sock.send(b'{"reap": true}')
-            self._receive("reaped")
-        return self._statuses[pid]
+        with self._asking:
+            while pid not in self._statuses:
+                self._sock.send(b'{"reap": true}')
+                self._receive("reaped")
+            return self._statuses[pid]
 
     def descendants(self) -> list[str]:
         """Every process below the nursery, zombies too, after it has reaped what has ended."""

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .faults import Call, Point, attached, kill_options, parse_trace, points, trace_options, tracer_script
+from .conftest import Tally
+from .faults import Call, Disk, Point, attached, kill_options, parse_trace, points, trace_options, tracer_script
 from .nursery import Child, Nursery
+
+AT_ONCE = 3  # victims: they wait for disks and for each other more than they compute
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What the victims of a sweep do, beginning with the root as it is after `before` (saves as (n, step)).
+    """What a victim does, beginning with the root as it is after `before` (saves as (n, step)) and with `foreign` files.
 
     `killed`: "trainer" with a writer in a thread, "writer" (a process; the trainer goes on), or "both".
     """
@@ -33,20 +38,36 @@ class Scenario:
         return "thread" if self.killed == "trainer" else "process"
 
 
-def scenarios(keep: int) -> dict[str, Any]:
-    """Two saves, of which at least one lets an older checkpoint go."""
-    return {1: {"saves": [(1, 1), (2, 2)]}, 3: {"saves": [(3, 3), (4, 4)], "before": [(1, 1), (2, 2)]}}[keep]
+# By how many are kept: saves of which the last lets an older checkpoint go.
+PRUNING: dict[int, dict[str, Any]] = {
+    1: {"saves": [(1, 1), (2, 2)]},
+    3: {"saves": [(4, 4)], "before": [(1, 1), (2, 2), (3, 3)]},
+}
+
+
+class Bench:
+    """A place for one victim at a time: `root` is where it saves, on `disk` if there is one whose power is cut."""
+
+    def __init__(self, directory: Path, disk: Disk | None = None) -> None:
+        directory.mkdir(exist_ok=True)
+        self.directory = Path(os.path.realpath(directory))
+        self.disk = disk
+        self.root = os.path.join(disk.path if disk else self.directory, "root")
+
+
+Judge = Callable[[Child, Bench], list[str]]
 
 
 class Sweep:
-    """Runs the victims of one scenario, each on a fresh `root` made like the first."""
+    """All victims of one scenario, each on a root laid out like the first one's."""
 
-    def __init__(self, nursery: Nursery, scenario: Scenario, root: str, scratch: Path) -> None:
+    def __init__(self, nursery: Nursery, scenario: Scenario, benches: Sequence[Bench]) -> None:
         self._nursery = nursery
         self._scenario = scenario
-        self._scratch = scratch
-        self._template = str(scratch / "template")
-        self.root = os.path.realpath(root)
+        self._benches: queue.SimpleQueue[Bench] = queue.SimpleQueue()
+        for bench in benches:
+            self._benches.put(bench)
+        self._template = str(benches[0].directory / "template")
         if scenario.before:
             arguments = {"writer": "thread", "keep": 99, "saves": scenario.before}
             with nursery.child("save", root=self._template, **arguments) as child:
@@ -56,46 +77,62 @@ class Sweep:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
 
-    def lay_out(self) -> None:
-        """The root as it was before the first save."""
-        shutil.rmtree(self.root, ignore_errors=True)
-        if os.path.exists(self._template):
-            shutil.copytree(self._template, self.root)
-
-    def trace(self) -> list[Call]:
-        """The calls of a run in which nothing goes wrong."""
-        log = self._scratch / "trace"
-        self.lay_out()
-        with self._victim(trace_options(str(log))) as child:
+    def trace(self) -> tuple[list[Call], str]:
+        """The calls of a run in which nothing goes wrong, and its root."""
+        bench = self._benches.get()
+        self._lay_out(bench)
+        log = bench.directory / "trace"
+        with self._victim(bench, trace_options(str(log))) as child:
             assert child.wait() == 0, child
             assert child.last("ACK") == self._scenario.saves[-1][0]
-        return parse_trace(log.read_text())
+        self._benches.put(bench)
+        return parse_trace(log.read_text()), bench.root
 
-    def killed_at_each(self, prepare: Callable[[], None]) -> Iterator[tuple[Point, Child]]:
-        """For every point, a victim that was killed there and has ended; the root lies as it left it."""
-        for point in points(self.trace(), self.root):
-            prepare()
-            with self._victim(kill_options(point)) as child:
-                status = child.wait()
-                if self._scenario.killed == "trainer":
-                    assert status == -9, f"{point} never came: {child}"
-                else:
-                    # Alone killed, the writer is replaced and the trainer goes on; both, there is nobody to go on, except
-                    # where the trainer wanted nothing more of the writer.
-                    assert status == 0 or self._scenario.killed == "both", child
-                    died = any("killed by signal 9" in message for message in child.messages)
-                    assert died or status == -9, f"{point} never came: {child}"
-                yield point, child
+    def run(self, tally: Tally, judge: Judge) -> None:
+        """For every point, have a victim killed there, and let `judge` say what is wrong afterwards."""
+
+        def strike(point: Point) -> list[str]:
+            bench = self._benches.get()
+            try:
+                self._lay_out(bench)
+                with self._victim(bench, kill_options(point, bench.root)) as child:
+                    self._assert_killed(point, child)
+                    return judge(child, bench)
+            finally:
+                self._benches.put(bench)
+
+        found = points(*self.trace())
+        with ThreadPoolExecutor(self._benches.qsize()) as pool:
+            for point, problems in zip(found, pool.map(strike, found), strict=True):
+                tally.fault(point, problems)
+
+    def _lay_out(self, bench: Bench) -> None:
+        shutil.rmtree(bench.root, ignore_errors=True)
+        if os.path.exists(self._template):
+            shutil.copytree(self._template, bench.root)
+        if bench.disk:
+            bench.disk.sync()
+
+    def _assert_killed(self, point: Point, child: Child) -> None:
+        status = child.wait()
+        if self._scenario.killed == "trainer":
+            assert status == -9, f"{point} never came: {child}"
+        else:
+            # Alone killed, the writer is replaced and the trainer goes on; both, there is nobody to go on, except where the
+            # trainer wanted nothing more of the writer.
+            assert status == 0 or self._scenario.killed == "both", child
+            died = any("killed by signal 9" in message for message in child.messages)
+            assert died or status == -9, f"{point} never came: {child}"
 
     @contextmanager
-    def _victim(self, options: list[str]) -> Iterator[Child]:
+    def _victim(self, bench: Bench, options: list[str]) -> Iterator[Child]:
         scenario = self._scenario
-        arguments = {"root": self.root, "writer": scenario.writer, "keep": scenario.keep, "saves": scenario.saves}
+        arguments = {"root": bench.root, "writer": scenario.writer, "keep": scenario.keep, "saves": scenario.saves}
         arguments["direct"] = scenario.direct
         if scenario.killed == "trainer":
             with self._nursery.child("save", **arguments, wait=True) as child, attached(child, options):
                 yield child
         else:
-            script = tracer_script(self._scratch, options)
+            script = tracer_script(bench.directory, options)
             with self._nursery.child("save", **arguments, tracer=script, dies_too=scenario.killed == "both") as child:
                 yield child

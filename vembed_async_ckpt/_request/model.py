@@ -226,7 +226,9 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any]) -> 
         },
         volatile=frozenset(id(item.tensor) for item in live if _changed_by_forward(item, module)),
         structure=[(m._modules, key, child) for m in module.modules() for key, child in m._modules.items()]
-        + [(d, key, tensor) for m in module.modules() for d in (m._parameters, m._buffers) for key, tensor in d.items()],
+        + [
+            (d, key, tensor) for m in module.modules() for d in (m._parameters, m._buffers) for key, tensor in d.items()
+        ],
         sizes=[
             (holder, len(holder))
             for m in module.modules()

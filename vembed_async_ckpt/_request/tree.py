@@ -2,7 +2,7 @@
 
 `capture` copies the containers at the call and refuses what cannot be saved; `encode` makes JSON of the copy later, off the
 training thread. JSON has no tuples, bytes, NaN, and no keys but strings; what it lacks is written as an object with one key that
-starts with `$`: {"$tuple": [...]}, {"$dict": [[key, value], ...]}, {"$bytes": base64}, {"$float": "nan"}, {"$tensor": name},
+starts with `$`: {"$tuple": [...]}, {"$dict": [[key, value], ...]}, {"$counter": [[key, count], ...]}, {"$bytes": base64}, {"$float": "nan"}, {"$tensor": name},
 {"$numpy": name}. Tensors are handed to the caller, who stores them under that name.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +49,9 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
         raise PlanError(f"{where}: nested deeper than {_MAX_DEPTH} levels, or contains itself")
     if kind is tuple or kind is list:
         return kind(capture(item, f"{where}.{n}", put, depth + 1) for n, item in enumerate(value))
-    if kind in (dict, OrderedDict, defaultdict):
-        return {_key(key, where): capture(item, f"{where}.{key}", put, depth + 1) for key, item in value.items()}
+    if kind in (dict, OrderedDict, defaultdict, Counter):
+        items = {_key(key, where): capture(item, f"{where}.{key}", put, depth + 1) for key, item in value.items()}
+        return Counter(items) if kind is Counter else items  # MultiStepLR asks a Counter for its elements
     if isinstance(value, torch.Tensor):
         put(where, value)
         return Ref(where)
@@ -90,6 +91,8 @@ def encode(captured: Any) -> Any:
         return {"$tuple": [encode(item) for item in captured]}
     if isinstance(captured, list):
         return [encode(item) for item in captured]
+    if isinstance(captured, Counter):
+        return {"$counter": [[encode(key), encode(item)] for key, item in captured.items()]}
     if isinstance(captured, dict):
         if all(type(key) is str and not key.startswith("$") for key in captured):
             return {key: encode(item) for key, item in captured.items()}
@@ -118,6 +121,7 @@ def decode(value: Any, get: Get) -> Any:
 _DECODERS: dict[str, Callable[[Any, Get], Any]] = {
     "$tuple": lambda content, get: tuple(decode(item, get) for item in content),
     "$dict": lambda content, get: {decode(key, get): decode(item, get) for key, item in content},
+    "$counter": lambda content, get: Counter({decode(key, get): decode(item, get) for key, item in content}),
     "$bytes": lambda content, get: base64.b64decode(content, validate=True),
     "$float": lambda content, get: float(content),
     "$tensor": lambda content, get: get(content),
@@ -137,5 +141,6 @@ def refill(captured: Any, get: Callable[[str], Any]) -> Any:
     if isinstance(captured, tuple | list):
         return type(captured)(refill(item, get) for item in captured)
     if isinstance(captured, dict):
-        return {key: refill(item, get) for key, item in captured.items()}
+        items = {key: refill(item, get) for key, item in captured.items()}
+        return Counter(items) if isinstance(captured, Counter) else items
     return captured

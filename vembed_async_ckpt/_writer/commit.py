@@ -207,13 +207,10 @@ def prune(fs: Filesystem, root: str, policy: Policy, committed: Collection[tuple
     `committed` are (path, manifest), the newest among them durable. The newest is never deleted, nor one whose manifest a
     reader has locked, nor a directory whose name is not one of ours.
     """
-    newest_first = sorted(committed, key=lambda item: item[1].order, reverse=True)
-    keep = policy.keep([manifest for _, manifest in newest_first])
+    manifests_of = dict(committed)
     gone = []
-    for path, manifest in newest_first[1:]:
-        name = os.path.basename(path)
-        if manifest.save_id in keep or names.parse_checkpoint(name) is None or in_use(path):
-            continue
+    for path in expendable(policy, committed):
+        name, manifest = os.path.basename(path), manifests_of[path]
         trash = names.trash_directory(root, manifest.save_id)
         # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
         fs.rename(path, trash, "plain")
@@ -222,6 +219,19 @@ def prune(fs: Filesystem, root: str, policy: Policy, committed: Collection[tuple
         dispose(fs, root, trash, name, manifest.save_id)
         gone.append(name)
     return gone
+
+
+def expendable(policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
+    """The checkpoints that `prune` would delete, newest first."""
+    newest_first = sorted(committed, key=lambda item: item[1].order, reverse=True)
+    keep = policy.keep([manifest for _, manifest in newest_first])
+    return [
+        path
+        for path, manifest in newest_first[1:]
+        if manifest.save_id not in keep
+        and names.parse_checkpoint(os.path.basename(path)) is not None
+        and not in_use(path)
+    ]
 
 
 def in_use(directory: str) -> bool:

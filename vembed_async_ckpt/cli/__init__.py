@@ -12,10 +12,13 @@ import warnings
 import typer
 
 from ..errors import CheckpointError
-from . import reading, training
+from . import cleaning, inspecting, reading, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (training.demo, reading.ls, reading.latest, reading.verify):
+for command in (
+    *(training.demo, reading.ls, reading.latest, reading.verify),
+    *(inspecting.inspect, inspecting.diff, cleaning.prune, cleaning.sweep),
+):
     app.command()(command)
 
 

@@ -1,0 +1,76 @@
+"""Commands that delete. Both take the root's lock, so that they never meet a training that saves there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .._store import catalog, names
+from .._store.fs import LocalFilesystem
+from .._store.lock import RootLock
+from .._store.retention import AnyOf, KeepBest, KeepEvery, KeepLast, Policy
+from .._writer import commit as commits
+
+Root = Annotated[Path, typer.Argument(help="Directory that holds the checkpoints.")]
+
+
+def prune(
+    root: Root,
+    keep_last: Annotated[int | None, typer.Option(min=1, help="Keep the newest N.")] = None,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="Keep those whose step is a multiple of N.")] = None,
+    keep_best: Annotated[str | None, typer.Option(help="Keep the best by this metric: NAME, or max:NAME.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Delete the checkpoints that no --keep option keeps. The newest always stays, and so does one that is being read."""
+    policy = _policy(keep_last, keep_every, keep_best)
+    committed = [(entry.path, entry.manifest) for entry in catalog.scan(os.fspath(root)) if entry.manifest]
+    if dry_run:
+        for path in commits.expendable(policy, committed):
+            print(f"would delete {path}")
+        return
+    lock = RootLock.acquire(os.path.realpath(root))
+    try:
+        filesystem = LocalFilesystem()
+        for name in commits.prune(filesystem, os.path.realpath(root), policy, committed):
+            print(f"deleted {name}")
+    finally:
+        lock.close()
+
+
+def _policy(keep_last: int | None, keep_every: int | None, keep_best: str | None) -> Policy:
+    policies: list[Policy] = []
+    if keep_last is not None:
+        policies.append(KeepLast(keep_last))
+    if keep_every is not None:
+        policies.append(KeepEvery(keep_every))
+    if keep_best is not None:
+        mode, _, metric = keep_best.rpartition(":")
+        policies.append(KeepBest(metric, mode="max" if mode == "max" else "min"))
+    if not policies:
+        raise typer.BadParameter("say what to keep: --keep-last, --keep-every or --keep-best")
+    return AnyOf(tuple(policies))
+
+
+def sweep(
+    root: Root,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without, only show what is there.")] = False,
+) -> None:
+    """Show what crashes left behind, and with --yes remove what is ours. What is not ours is only ever shown."""
+    path = os.path.realpath(root)
+    work = names.work_directory(path)
+    for entry in sorted(os.listdir(work)) if os.path.isdir(work) else ():
+        if names.parse_work_entry(entry) is not None:
+            print(f"leftover: {entry}")
+    kept = names.replaced_directory(path)
+    for entry in sorted(os.listdir(kept)) if os.path.isdir(kept) else ():
+        print(f"kept, not ours to delete: {os.path.join(kept, entry)}")
+    if yes and os.path.isdir(work):
+        lock = RootLock.acquire(path)
+        try:
+            for line in commits.sweep(LocalFilesystem(), path):
+                print(line)
+        finally:
+            lock.close()
