@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from operator import is_not
 from pathlib import Path
@@ -33,7 +33,8 @@ from .._store.retention import Policy
 from ..errors import CheckpointerBusy, CheckpointerClosed, CheckpointError, PlanError, StageError, WriteError
 from ..events import Event, Reporter, Sink
 from .assembly import required_bytes
-from .handle import SaveHandle
+from .handle import SaveHandle, SaveState
+from .ledger import Ledger
 from .options import MIN_HOST_BYTES, OnError, Options, Staging, WhenBusy, WriterKind, root_path
 from .saving import Context, Save
 from .supervisor import Supervisor
@@ -97,6 +98,7 @@ class AsyncCheckpointer:
         os.makedirs(options.root, exist_ok=True)
         self._lock = RootLock.acquire(options.root)
         self._reporter = Reporter(options.sinks)
+        self._ledger = Ledger(on_error)
         self._reader = RequestReader(max_shard_size, save_original_format)
         self._earned = Earned()
         self._staging_thread = StagingThread()
@@ -113,13 +115,7 @@ class AsyncCheckpointer:
         self._serials = itertools.count(1)
         self._saving = threading.Lock()  # one save() at a time goes from request to staged copy
         self._saver = 0  # the thread inside
-        self._changed = threading.Condition()
-        # guarded by _changed:
         self._closed = ""  # why no more saves are taken
-        self._in_flight: set[SaveHandle] = set()
-        self._unread: deque[SaveHandle] = deque(maxlen=100)
-        self._counts: Counter[str] = Counter()
-        self._last_error: str | None = None
         # touched under _saving only:
         self._plan: SavePlan | None = None
         self._planned: tuple[Content, ...] = ()
@@ -129,7 +125,7 @@ class AsyncCheckpointer:
         _LIVING.add(self)
 
     def __repr__(self) -> str:
-        state = self._closed or f"{len(self._in_flight)} in flight"
+        state = self._closed or f"{len(self._ledger)} in flight"
         return f"<AsyncCheckpointer {self._options.root!r}: {state}>"
 
     @property
@@ -179,25 +175,29 @@ class AsyncCheckpointer:
         """`save()` under any name: publish `objects` as `root/directory`. What the integrations build on."""
         begun = time.perf_counter()
         self._refuse_if_closed()
-        self._raise_unread_failure()
+        self._ledger.raise_unread()
         with self._alone():
             request = self._reader.read(directory, step, objects)
             save_plan = self._plan_for(request)
             save = Save(next(self._serials), request, save_plan, begun, self._context)
+            self._ledger.begun(save.handle)
             try:
                 self._start(save, request, save_plan)
             except CheckpointerBusy as error:
+                self._ledger.skipped(save.handle)
                 if self._options.when_busy == "error":
                     raise
                 save.handle._skip(error)
-                self._counts["skipped"] += 1
                 self._reporter.emit(Event("backpressure", "failed", request.save_id, step, detail=str(error)))
             except (StageError, WriteError) as error:
                 if self._options.on_error == "raise":
-                    self._counts["failed"] += 1
+                    self._ledger.withdrawn(save.handle)
                     raise
                 self._save_ended(save.handle, error)
-                save.handle._fail(error)
+                save.handle._move(SaveState.FAILED, error=error)
+            except BaseException:
+                self._ledger.withdrawn(save.handle)
+                raise
             save.stalled(time.perf_counter() - begun)
         return save.handle
 
@@ -205,19 +205,14 @@ class AsyncCheckpointer:
         needed = required_bytes(save_plan, request)
         self._supervisor.check()
         arena = self._acquire(request, needed)
-        self._begin(save.handle)
+        if arena.size < needed:
+            self._warn_of_waves(arena.size, needed)
+            save.pass_in_waves(arena)
+            return
         try:
-            if arena.size < needed:
-                self._warn_of_waves(arena.size, needed)
-                save.pass_in_waves(arena)
-                return
             save.stage(arena, self._divide(request))
         except RuntimeError as error:  # torch could not copy
-            self._drop(save.handle)
             raise StageError(f"step {request.step}: the state could not be copied: {error}") from error
-        except BaseException:
-            self._drop(save.handle)
-            raise
         self._staging_thread.submit(save.finish)
 
     @contextlib.contextmanager
@@ -308,30 +303,16 @@ class AsyncCheckpointer:
 
         Failures are not raised here: they stay on their handles.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
-            while self._in_flight or self._supervisor.populating:
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise TimeoutError(f"{len(self._in_flight)} saves are still in flight after {timeout} s")
-                self._changed.wait(0.5 if self._in_flight else 0.01)
-                self._supervisor.check()
+        self._ledger.wait(timeout, lambda: self._supervisor.populating, self._supervisor.check)
 
     def statistics(self) -> dict[str, Any]:
         """Counts of saves (started, committed, failed, skipped), saves in flight, bytes still to be written, arenas free and busy,
         host bytes held, whether overlap is on, and the last failure."""
-        with self._changed:
-            handles = list(self._in_flight)
-            counts = {name: self._counts[name] for name in ("started", "committed", "failed", "skipped")}
-            error = self._last_error
-        progress = [handle.progress for handle in handles]
         return {
-            **counts,
-            "in_flight": len(handles),
-            "bytes_pending": sum(total - written for written, total in progress),
+            **self._ledger.statistics(),
             **self._pool.statistics(),
             "overlap": self._overlap,
             "writer_pid": self._supervisor.writer_pid,
-            "last_error": error,
         }
 
     async def events(self) -> AsyncIterator[Event]:
@@ -366,10 +347,9 @@ class AsyncCheckpointer:
         what a save failed with that nobody has read.
         """
         deadline = time.monotonic() + timeout
-        with self._changed:
-            if self._closed:
-                return
-            self._closed = "closed"
+        if self._closed:
+            return
+        self._closed = "closed"
         try:
             self.wait(timeout)
         finally:
@@ -378,7 +358,7 @@ class AsyncCheckpointer:
             raise TimeoutError(
                 f"{self._options.root}: the writer has not ended after {timeout} s; it finishes on its own"
             )
-        self._raise_unread_failure()
+        self._ledger.raise_unread()
 
     def _end(self, deadline: float) -> bool:
         self._staging_thread.close(max(deadline - time.monotonic(), 0.1))
@@ -415,39 +395,10 @@ class AsyncCheckpointer:
 
     # -- bookkeeping
 
-    def _begin(self, handle: SaveHandle) -> None:
-        with self._changed:
-            self._in_flight.add(handle)
-            self._counts["started"] += 1
-
-    def _drop(self, handle: SaveHandle) -> None:
-        with self._changed:
-            self._in_flight.discard(handle)
-            self._changed.notify_all()
-
     def _save_ended(self, handle: SaveHandle, error: CheckpointError | None) -> None:
-        with self._changed:
-            self._in_flight.discard(handle)
-            self._counts["failed" if error else "committed"] += 1
-            if error is not None:
-                self._last_error = str(error)
-                if self._options.on_error == "raise":
-                    self._unread.append(handle)
-            self._changed.notify_all()
         if isinstance(error, TornSnapshot):
             self._overlap = False
-        if error is not None and self._options.on_error == "warn":
-            logger.warning("%s; training goes on", error)
-
-    def _raise_unread_failure(self) -> None:
-        with self._changed:
-            handles = list(self._unread)
-            self._unread.clear()
-        for handle in handles:
-            error = handle._unread_failure
-            if error is not None:
-                handle._mark_read()
-                raise error
+        self._ledger.ended(handle, error)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

@@ -193,13 +193,11 @@ class SaveHandle:
         with self._changed:
             self._state, self._error, self._read = SaveState.SKIPPED, error, True
 
-    def _fail(self, error: CheckpointError) -> None:
-        self._move(SaveState.FAILED, error=error)
-
-    @property
-    def _unread_failure(self) -> CheckpointError | None:
+    def _take_failure(self) -> CheckpointError | None:
+        """What failed, if nobody has read it yet; afterwards it is read."""
         with self._changed:
-            return None if self._read else self._error
+            read, self._read = self._read, True
+            return None if read else self._error
 
     def _mark_read(self) -> None:
         with self._changed:

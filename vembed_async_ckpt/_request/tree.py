@@ -2,8 +2,8 @@
 
 `capture` copies the containers at the call and refuses what cannot be saved; `encode` makes JSON of the copy later, off the
 training thread. JSON has no tuples, bytes, NaN, and no keys but strings; what it lacks is written as an object with one key that
-starts with `$`: {"$tuple": [...]}, {"$dict": [[key, value], ...]}, {"$counter": [[key, count], ...]}, {"$bytes": base64}, {"$float": "nan"}, {"$tensor": name},
-{"$numpy": name}. Tensors are handed to the caller, who stores them under that name.
+starts with `$`: {"$tuple": [...]}, {"$dict": [[key, value], ...]}, {"$counter": [[key, count], ...]}, {"$bytes": base64},
+{"$float": "nan"}, {"$tensor": name}, {"$numpy": name}. Tensors are handed to the caller, who stores them under that name.
 """
 
 from __future__ import annotations

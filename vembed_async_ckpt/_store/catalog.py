@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, CorruptCheckpoint
@@ -105,3 +105,31 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
     found = manifests.read(directory)
     manifests.check(directory, found, "full")
     return found
+
+
+class Committed:
+    """The manifests under a root, read once each: the tensor tables are dropped, they may be large."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._known: dict[str, tuple[tuple[int, ...], Manifest]] = {}
+
+    def refresh(self) -> list[tuple[str, Manifest]]:
+        """(path, manifest) of every checkpoint that has a usable manifest now."""
+        found: dict[str, tuple[tuple[int, ...], Manifest]] = {}
+        with os.scandir(self._root) as entries:
+            paths = [e.path for e in entries if e.name != names.WORK and e.is_dir(follow_symlinks=False)]
+        for path in paths:
+            try:
+                status = os.lstat(os.path.join(path, names.MANIFEST))
+                key = (status.st_ino, status.st_size, status.st_mtime_ns)
+                known = self._known.get(path)
+                found[path] = known if known and known[0] == key else (key, _slim(manifests.read(path)))
+            except (OSError, CorruptCheckpoint):
+                continue  # not a checkpoint, or a broken one: neither counted nor deleted
+        self._known = found
+        return [(path, manifest) for path, (_, manifest) in found.items()]
+
+
+def _slim(manifest: Manifest) -> Manifest:
+    return replace(manifest, names={}, tensors={})

@@ -155,6 +155,26 @@ def open_regular(path: str) -> int:
     return fd
 
 
+def make_directories_durable(path: str) -> None:
+    """Create a directory and its parents where they are missing; afterwards their names survive a power cut.
+
+    Without it a checkpoint could be durable in a directory that is not.
+    """
+    parent = os.path.dirname(path)
+    if not os.path.isdir(path):
+        if parent != path:
+            make_directories_durable(parent)
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+    try:
+        LocalFilesystem().sync_directory(parent)
+    except PermissionError:
+        pass  # somebody else's directory, where we cannot have made this one
+
+
 def walk_files(directory: str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Every entry below `directory` that is not a directory, as (relative name, entry). Links are not followed."""
     with os.scandir(directory) as entries:

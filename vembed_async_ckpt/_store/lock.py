@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ..errors import CheckpointerBusy
 from ..events import logger
 from . import names
+from .fs import make_directories_durable
 
 ORPHAN_PATIENCE = 60.0  # seconds to wait for a writer whose trainer is dead
 _GRACE = 2.0  # seconds a living holder gets: a reader that probes the lock has it for an instant
@@ -67,7 +68,8 @@ class RootLock:
         Waits up to `patience` seconds for the writer of a dead trainer to finish its jobs, and says so.
         Raises `CheckpointerBusy` naming the holder.
         """
-        os.makedirs(names.work_directory(root), exist_ok=True)
+        make_directories_durable(root)
+        make_directories_durable(names.work_directory(root))
         path = names.lock_file(root)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:

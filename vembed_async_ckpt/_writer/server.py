@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from .._store import names
+from .._store.catalog import Committed
 from .._store.fs import Filesystem
 from .._store.manifest import FileRecord, Manifest
 from .._store.retention import from_spec
 from ..errors import CommitError, WriteError
 from . import commit as commits
+from . import removal
 from .direct_io import FileWriter, IOThreads, sync_all, write_range
 from .memory import map_arena, populate
 from .protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply
@@ -62,7 +64,7 @@ class Server:
         self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._waiting_for_waves: dict[int, _Pending] = {}
         self._threads = IOThreads()
-        self._committed = commits.Committed(root)
+        self._committed = Committed(root)
 
     def serve(self) -> None:
         """Returns when the trainer closed the socket or died and the last accepted job has ended."""
@@ -121,7 +123,7 @@ class Server:
 
     def _work(self) -> None:
         try:
-            swept = commits.sweep(self._fs, self._root)
+            swept = removal.sweep(self._fs, self._root)
             self._send(event="ready", swept=swept, free=self._fs.free_bytes(self._root))
         except OSError as error:
             self._send(event="ready", swept=[], free=None, error=f"leftovers could not be swept: {error}")
@@ -173,7 +175,7 @@ class Server:
                 raise
             except (OSError, WriteError) as error:
                 if os.path.isdir(work):
-                    commits.remove_work(self._fs, work)
+                    removal.remove_work(self._fs, work)
                 if attempt + 1 == tries or isinstance(error, WriteError):
                     raise
         raise AssertionError("unreachable")
@@ -265,11 +267,11 @@ class Server:
         job = pending.job
         if replaced is not None:
             target = os.path.join(self._root, job["name"])
-            commits.dispose(self._fs, self._root, replaced, job["name"], job["save_id"], carried_to=target)
+            removal.dispose(self._fs, self._root, replaced, job["name"], job["save_id"], carried_to=target)
         pruned: list[str] = []
         if job["retention"] is not None:
             policy = from_spec(job["retention"])
-            pruned = commits.prune(self._fs, self._root, policy, self._committed.refresh())
+            pruned = removal.prune(self._fs, self._root, policy, self._committed.refresh())
         self._send(event="tidy", serial=pending.serial, pruned=pruned, free=self._fs.free_bytes(self._root))
 
     def _send(self, **reply: Any) -> None:

@@ -12,7 +12,7 @@ from .._store import catalog, names
 from .._store.fs import LocalFilesystem
 from .._store.lock import RootLock
 from .._store.retention import AnyOf, KeepBest, KeepEvery, KeepLast, Policy
-from .._writer import commit as commits
+from .._writer import removal
 
 Root = Annotated[Path, typer.Argument(help="Directory that holds the checkpoints.")]
 
@@ -28,13 +28,13 @@ def prune(
     policy = _policy(keep_last, keep_every, keep_best)
     committed = [(entry.path, entry.manifest) for entry in catalog.scan(os.fspath(root)) if entry.manifest]
     if dry_run:
-        for path in commits.expendable(policy, committed):
+        for path in removal.expendable(policy, committed):
             print(f"would delete {path}")
         return
     lock = RootLock.acquire(os.path.realpath(root))
     try:
         filesystem = LocalFilesystem()
-        for name in commits.prune(filesystem, os.path.realpath(root), policy, committed):
+        for name in removal.prune(filesystem, os.path.realpath(root), policy, committed):
             print(f"deleted {name}")
     finally:
         lock.close()
@@ -70,7 +70,7 @@ def sweep(
     if yes and os.path.isdir(work):
         lock = RootLock.acquire(path)
         try:
-            for line in commits.sweep(LocalFilesystem(), path):
+            for line in removal.sweep(LocalFilesystem(), path):
                 print(line)
         finally:
             lock.close()

@@ -1,0 +1,92 @@
+"""What became of the saves: which are in flight, how many ended how, and the failures that nobody has read."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import CheckpointError
+from ..events import logger
+from .handle import SaveHandle
+from .options import OnError
+
+
+class Ledger:
+    """Thread-safe. A failure stays on its handle; unless it is read there it is raised once, by `raise_unread`, or with
+    `on_error="warn"` logged when it happens."""
+
+    def __init__(self, on_error: OnError) -> None:
+        self._on_error = on_error
+        self._changed = threading.Condition()
+        # guarded by _changed:
+        self._in_flight: set[SaveHandle] = set()
+        self._unread: deque[SaveHandle] = deque(maxlen=100)
+        self._counts: Counter[str] = Counter()
+        self._last_error: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    def begun(self, handle: SaveHandle) -> None:
+        with self._changed:
+            self._in_flight.add(handle)
+            self._counts["started"] += 1
+
+    def withdrawn(self, handle: SaveHandle) -> None:
+        """`save()` itself raises: nobody gets the handle."""
+        with self._changed:
+            self._in_flight.discard(handle)
+            self._counts["failed"] += 1
+            self._changed.notify_all()
+
+    def skipped(self, handle: SaveHandle) -> None:
+        with self._changed:
+            self._in_flight.discard(handle)
+            self._counts["started"] -= 1
+            self._counts["skipped"] += 1
+            self._changed.notify_all()
+
+    def ended(self, handle: SaveHandle, error: CheckpointError | None) -> None:
+        with self._changed:
+            self._in_flight.discard(handle)
+            self._counts["failed" if error else "committed"] += 1
+            if error is not None:
+                self._last_error = str(error)
+                if self._on_error == "raise":
+                    self._unread.append(handle)
+            self._changed.notify_all()
+        if error is not None and self._on_error == "warn":
+            logger.warning("%s; training goes on", error)
+
+    def raise_unread(self) -> None:
+        """Raise the oldest failure that nobody has read from its handle, once."""
+        while True:
+            with self._changed:
+                if not self._unread:
+                    return
+                handle = self._unread.popleft()
+            error = handle._take_failure()
+            if error is not None:
+                raise error
+
+    def wait(self, timeout: float | None, busy: Callable[[], bool], alive: Callable[[], None]) -> None:
+        """Return when nothing is in flight and `busy` says no. Raises TimeoutError, and what `alive` raises, which is asked
+        twice a second."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while self._in_flight or busy():
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise TimeoutError(f"{len(self._in_flight)} saves are still in flight after {timeout} s")
+                self._changed.wait(0.5 if self._in_flight else 0.01)
+                alive()
+
+    def statistics(self) -> dict[str, Any]:
+        with self._changed:
+            handles = list(self._in_flight)
+            counts = {name: self._counts[name] for name in ("started", "committed", "failed", "skipped")}
+            error = self._last_error
+        pending = sum(total - written for written, total in (handle.progress for handle in handles))
+        return {**counts, "in_flight": len(handles), "bytes_pending": pending, "last_error": error}

@@ -1,0 +1,190 @@
+"""The ways in which a directory leaves: replaced, no longer kept, or left behind by a crash.
+
+Nothing is deleted that we did not write: what a manifest does not name stays, in `replaced/` if its directory goes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Collection, Iterable
+
+from .._store import fs as files
+from .._store import manifest as manifests
+from .._store import names
+from .._store.catalog import scan
+from .._store.fs import Filesystem
+from .._store.manifest import Manifest
+from .._store.retention import Policy
+from ..errors import CorruptCheckpoint
+
+
+def foreign_files(directory: str) -> Iterable[tuple[str, str]]:
+    """(relative name, path) of the files in a checkpoint directory that its manifest does not name."""
+    if not os.path.isdir(directory):
+        return
+    ours = _own_files(directory)
+    for relative, entry in files.walk_files(directory):
+        if relative not in ours:
+            yield relative, entry.path
+
+
+def _own_files(directory: str) -> Collection[str]:
+    try:
+        return {*manifests.read(directory).files, names.MANIFEST}
+    except CorruptCheckpoint:
+        return ()  # nothing proves that we wrote any of it
+
+
+def make_directories(fs: Filesystem, path: str) -> None:
+    if not os.path.isdir(path):
+        fs.make_directory(path)
+        fs.sync_directory(os.path.dirname(path))
+
+
+def dispose(fs: Filesystem, root: str, directory: str, name: str, save_id: str, carried_to: str | None = None) -> None:
+    """Delete what we wrote of a directory that is no checkpoint any more; keep what remains in `replaced/`.
+
+    Deletes the files its own manifest names, the manifest last, so that a crash on the way is taken up again. Files that were
+    carried over to the directory `carried_to` live on there and go here.
+    """
+    ours = [relative for relative in _own_files(directory) if relative != names.MANIFEST]
+    for relative in ours:
+        _unlink_if_there(fs, os.path.join(directory, *relative.split("/")))
+    if carried_to is not None:
+        for relative, path in foreign_files(directory):
+            other = os.path.join(carried_to, *relative.split("/"))
+            if not names.is_plan_name(relative) and _same_content(path, other):
+                _unlink_if_there(fs, path)
+    if _own_files(directory):
+        _unlink_if_there(fs, os.path.join(directory, names.MANIFEST))
+    for inner in list(files.walk_directories(directory)):
+        try:
+            fs.remove_directory(inner)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    if os.path.lexists(directory):
+        kept = names.kept_directory(root, save_id, name)
+        make_directories(fs, os.path.dirname(kept))
+        fs.rename(directory, kept, "plain")
+
+
+def _same_content(path: str, other: str) -> bool:
+    try:
+        if os.path.samestat(os.lstat(path), os.lstat(other)):
+            return True
+        return files.read_regular(path) == files.read_regular(other)
+    except OSError:
+        return False
+
+
+def _unlink_if_there(fs: Filesystem, path: str) -> None:
+    try:
+        fs.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def remove_work(fs: Filesystem, directory: str) -> None:
+    """Delete a work directory that was never published, all of it: every name in it was made by us."""
+    for _, entry in list(files.walk_files(directory)):
+        fs.unlink(entry.path)
+    for inner in list(files.walk_directories(directory)):
+        fs.remove_directory(inner)
+
+
+def prune(fs: Filesystem, root: str, policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
+    """Move the checkpoints that `policy` does not keep to the trash, then delete them; returns their names.
+
+    `committed` are (path, manifest), the newest among them durable. The newest is never deleted, nor one whose manifest a
+    reader has locked, nor a directory whose name is not one of ours.
+    """
+    manifests_of = dict(committed)
+    gone = []
+    for path in expendable(policy, committed):
+        name, manifest = os.path.basename(path), manifests_of[path]
+        trash = names.trash_directory(root, manifest.save_id)
+        # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
+        fs.rename(path, trash, "plain")
+        # Else a power cut could bring the name back with files missing.
+        fs.sync_directory(root)
+        dispose(fs, root, trash, name, manifest.save_id)
+        gone.append(name)
+    return gone
+
+
+def expendable(policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
+    """The checkpoints that `prune` would delete, newest first."""
+    newest_first = sorted(committed, key=lambda item: item[1].order, reverse=True)
+    keep = policy.keep([manifest for _, manifest in newest_first])
+    return [
+        path
+        for path, manifest in newest_first[1:]
+        if manifest.save_id not in keep
+        and names.parse_checkpoint(os.path.basename(path)) is not None
+        and not in_use(path)
+    ]
+
+
+def in_use(directory: str) -> bool:
+    """Whether a reader holds the checkpoint (a shared lock on its manifest)."""
+    try:
+        fd = files.open_regular(os.path.join(directory, names.MANIFEST))
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def sweep(fs: Filesystem, root: str) -> list[str]:
+    """Finish what a crash left in the work directory: drop unpublished saves, empty the trash, heal a missing target.
+
+    Only the holder of the root's lock may call this. Entries whose names are not ours stay. Returns what was done.
+    """
+    work_root = names.work_directory(root)
+    done = []
+    # What is decided below rests on what is visible now; make that durable first.
+    fs.sync_directory(root)
+    fs.sync_directory(work_root)
+    done += _heal_swaps(fs, root)
+    committed = {entry.manifest.save_id: entry.path for entry in scan(root) if entry.manifest}
+    for entry in sorted(os.listdir(work_root)):
+        path = os.path.join(work_root, entry)
+        parsed = names.parse_work_entry(entry)
+        if parsed is None or os.path.islink(path):
+            continue
+        if parsed.kind == "work" and parsed.save_id not in committed:
+            remove_work(fs, path)
+            done.append(f"dropped the unfinished save {entry}")
+        else:
+            home = committed.get(parsed.save_id) if parsed.kind == "work" else None
+            name = os.path.basename(home) if home else "checkpoint"
+            dispose(fs, root, path, name, parsed.save_id, carried_to=home)
+            done.append(f"finished deleting {entry}")
+    return done
+
+
+def _heal_swaps(fs: Filesystem, root: str) -> list[str]:
+    replaced = names.replaced_directory(root)
+    done = []
+    for entry in sorted(os.listdir(replaced)) if os.path.isdir(replaced) else ():
+        parsed = names.parse_swap(entry)
+        if parsed is None:
+            continue
+        save_id, name = parsed
+        target, swap = os.path.join(root, name), os.path.join(replaced, entry)
+        if not os.path.lexists(target):
+            fs.rename(swap, target, "plain")
+            fs.sync_directory(root)
+            done.append(f"brought {name} back, whose replacement was never published")
+        else:
+            dispose(fs, root, swap, name, save_id, carried_to=target)
+            done.append(f"finished replacing {name}")
+    return done
