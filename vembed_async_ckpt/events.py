@@ -47,18 +47,24 @@ class Reporter:
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = list(sinks)
-        self.closed = False
+        self.closed = False  # and everything delivered
+        self._ending = threading.Lock()
+        self._ended = False
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="vembed-ckpt-reporter", daemon=True)
         self._thread.start()
 
     def emit(self, event: Event) -> None:
         """Queue `event`; returns at once."""
-        self._queue.put(lambda: self._deliver(event))
+        self.call(lambda: self._deliver(event))
 
     def call(self, callback: Callable[[], None]) -> None:
-        """Queue a callback behind the events already queued; what it raises is logged."""
-        self._queue.put(callback)
+        """Queue a callback behind the events already queued; after `close` it runs at once. What it raises is logged."""
+        with self._ending:
+            if not self._ended:
+                self._queue.put(callback)
+                return
+        _run_logged(callback)
 
     def add_sink(self, sink: Sink) -> None:
         self._sinks.append(sink)
@@ -82,16 +88,15 @@ class Reporter:
 
     def close(self, timeout: float) -> None:
         """Deliver what is queued, for at most `timeout` seconds, and end the thread."""
-        self._queue.put(None)
+        with self._ending:
+            self._ended = True
+            self._queue.put(None)
         self._thread.join(timeout)
         self.closed = True
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
-            try:
-                job()
-            except Exception:
-                logger.exception("a callback of a checkpoint failed; the save is not affected")
+            _run_logged(job)
 
     def _deliver(self, event: Event) -> None:
         level = logging.WARNING if event.phase == "failed" else logging.DEBUG
@@ -101,3 +106,10 @@ class Reporter:
                 sink(event)
             except Exception:
                 logger.exception("an event sink failed; the save is not affected")
+
+
+def _run_logged(callback: Callable[[], None]) -> None:
+    try:
+        callback()
+    except Exception:
+        logger.exception("a callback of a checkpoint failed; the save is not affected")

@@ -60,8 +60,6 @@ def load(
     Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` when the objects do not fit what was saved; both
     before any object is changed.
     """
-    if verify not in ("size", "full", "none"):
-        raise ValueError(f"verify is {verify!r}; use 'size', 'full' or 'none'")
     directory = os.fspath(path)
     with _held(directory):
         manifest = manifests.read(directory)

@@ -55,6 +55,9 @@ class Arena:
             self.fd = -1
 
 
+_FORGOTTEN: list[mmap.mmap] = []
+
+
 class ArenaPool:
     """At most `count` arenas, together at most `max_bytes` (None: what the machine and its cgroup have left).
 
@@ -78,55 +81,49 @@ class ArenaPool:
         with self._changed:
             held = sum(arena.size for arena in self._free)
             busy = sum(arena.size for arena in self._busy)
-        room = available_memory() + held
+        room = (available_memory() + held) * 9 // 10  # training goes on allocating: not all that is left is ours
         if self._max_bytes is not None:
             room = min(room, self._max_bytes - busy)
         return max(room, 0) // mmap.PAGESIZE * mmap.PAGESIZE
 
-    def acquire(
-        self,
-        capacity: int,
-        when_busy: Literal["wait", "error"],
-        alive: Callable[[], None],
-        *,
-        allow_smaller: bool = False,
-    ) -> Arena:
-        """A free arena of at least `capacity` bytes; the caller gives it back with `release`.
+    def acquire(self, capacity: int, when_busy: Literal["wait", "error"], alive: Callable[[], None]) -> Arena:
+        """A free arena of at least `capacity` bytes, or the largest one allowed if that much memory cannot be had. The caller
+        gives it back with `release`.
 
         Waits while all are busy, calling `alive` twice a second, which raises if nothing will ever be given back.
-        Raises `CheckpointerBusy` instead of waiting with `when_busy="error"`. If that much memory cannot be had, returns the
-        largest arena allowed with `allow_smaller`, else raises `MemoryError` with the numbers.
+        Raises `CheckpointerBusy` instead of waiting with `when_busy="error"`, and OSError as memfd_create(2) and mmap(2) do.
         """
         with self._changed:
             while True:
                 fitting = sorted((a for a in self._free if a.size >= capacity), key=lambda a: a.size)
                 if fitting:
                     return self._take(fitting[0])
-                if (self._free or len(self._busy) < self._count) and (arena := self._make(capacity, allow_smaller)):
+                if (self._free or len(self._busy) < self._count) and (arena := self._make(capacity)):
                     return arena
                 if when_busy == "error":
                     raise CheckpointerBusy(f"all {self._count} arenas hold saves that are still being written")
                 if not self._changed.wait(0.5):
                     alive()
 
-    def _make(self, capacity: int, allow_smaller: bool) -> Arena | None:
+    def _make(self, capacity: int) -> Arena | None:
         """A new arena, or None while memory for it is held by a save in flight."""
         size = -(-capacity // _ROUND) * _ROUND
-        if self._max_bytes is not None and capacity <= self._max_bytes < size:
-            size = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
         allowed = self.limit()
+        if capacity <= allowed < size:
+            size = capacity // -mmap.PAGESIZE * -mmap.PAGESIZE
         if size > allowed:
             if self._busy:
                 return None
-            if not allow_smaller:
-                raise MemoryError(f"an arena of {size} bytes is needed, {allowed} bytes are allowed or available")
             size = allowed
             for arena in self._free:
                 if arena.size >= size * 9 // 10:
                     return self._take(arena)
-        if len(self._free) + len(self._busy) >= self._count:
-            self._drop(min(self._free, key=lambda arena: arena.size))
-        arena = Arena(next(self._numbers), size)
+        for arena in sorted(self._free, key=lambda arena: arena.size):
+            # The free ones are too small: they go as far as their number or their bytes stand in the way.
+            held = sum(other.size for other in (*self._free, *self._busy))
+            if len(self._free) + len(self._busy) >= self._count or (self._max_bytes and held + size > self._max_bytes):
+                self._drop(arena)
+        arena = Arena(next(self._numbers), max(size, mmap.PAGESIZE))
         self._added(arena)
         self._busy.append(arena)
         return arena
@@ -161,6 +158,13 @@ class ArenaPool:
                 "arenas_busy": len(self._busy),
                 "host_bytes": sum(arena.size for arena in (*self._free, *self._busy)),
             }
+
+    def forget(self) -> None:
+        """In a forked child: close the descriptors and touch nothing else. The mappings are not there; their objects are kept
+        for ever, for their end would unmap whatever the child has put in the same place."""
+        for arena in (*self._free, *self._busy):
+            _FORGOTTEN.append(arena.memory)
+            arena.close()
 
     def close(self) -> None:
         """Close every arena, free or not."""

@@ -45,6 +45,11 @@ class _Gate:
             self.seen.add(optimizer)
             self.generation += 1
 
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those seen so far that are still there."""
+        with self._lock:
+            return list(self.seen)
+
     def add(self, snapshot: Pending) -> None:
         with self._lock:
             self.pending = (*self.pending, snapshot)
@@ -100,11 +105,12 @@ class Earned:
         Copied at once: buffers, frozen parameters, copies that nobody steps, computed values, parameters in `volatile`, what is
         not contiguous in host memory, and everything of optimizers that have not been seen.
         """
-        groups = [group["params"] for optimizer in GATE.seen for group in optimizer.param_groups]
+        seen = GATE.optimizers()
+        groups = [group["params"] for optimizer in seen for group in optimizer.param_groups]
         now = (key, GATE.generation, [len(parameters) for parameters in groups])
         if now != self._key:
             allowed = {id(parameter) for parameters in groups for parameter in parameters} - volatile
-            allowed |= {id(optimizer) for optimizer in GATE.seen}
+            allowed |= {id(optimizer) for optimizer in seen}
             late = [n for n, owner in enumerate(owners) if id(owner) in allowed and _can_be_late(tensors[n])]
             rest = sorted(set(range(len(tensors))) - set(late))
             self._division = Division(rest, late, [names[n] for n in late], [tensors[n].nbytes for n in late])

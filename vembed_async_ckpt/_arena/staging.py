@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import StageError
+from ..events import logger
 from .arena import Arena
 from .barrier import GATE, Division
 
@@ -175,6 +176,12 @@ class Snapshot:
             GATE.remove(self)
             self._copied.set()
 
+    def abandon(self) -> None:
+        """The save is off before it was submitted: nobody waits for it, nothing is held."""
+        self._late = None
+        GATE.remove(self)
+        self._copied.set()
+
     def barrier(self) -> None:
         if self._copied.is_set():
             return
@@ -203,6 +210,11 @@ class StagingThread:
         """Queue a job; it must not raise."""
         self._jobs.put(job)
 
+    def check(self) -> None:
+        """Raise `StageError` if nobody would run what is submitted."""
+        if not self._thread.is_alive():
+            raise StageError("the staging thread has ended; make a new checkpointer")
+
     def close(self, timeout: float) -> None:
         """End the thread after the jobs queued so far; waits at most `timeout` seconds."""
         self._jobs.put(None)
@@ -211,7 +223,10 @@ class StagingThread:
     def _run(self) -> None:
         _be_quiet()
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except BaseException:
+                logger.exception("a job of the staging thread failed")  # jobs end their own saves; the thread goes on
             del job
 
 

@@ -169,6 +169,8 @@ class AsyncCheckpointer:
         and the call may be repeated.
         """
         objects = Objects(model, optimizer, scheduler, dataloader, scaler, processor, config, extra, metrics)
+        if step is None:
+            raise PlanError("step is None; use a whole number of at least 0")
         return self.save_as(names.checkpoint(step), step, objects)
 
     def save_as(self, directory: str, step: int | None, objects: Objects) -> SaveHandle:
@@ -180,7 +182,7 @@ class AsyncCheckpointer:
             request = self._reader.read(directory, step, objects)
             save_plan = self._plan_for(request)
             save = Save(next(self._serials), request, save_plan, begun, self._context)
-            self._ledger.begun(save.handle)
+            self._ledger.begun(save.handle, self._refuse_if_closed)
             try:
                 self._start(save, request, save_plan)
             except CheckpointerBusy as error:
@@ -204,16 +206,24 @@ class AsyncCheckpointer:
     def _start(self, save: Save, request: Request, save_plan: SavePlan) -> None:
         needed = required_bytes(save_plan, request)
         self._supervisor.check()
+        self._staging_thread.check()
         arena = self._acquire(request, needed)
+        save.arena = arena
+        try:
+            self._fill(save, request, arena, needed)
+        except BaseException as error:
+            save.abandon()
+            if isinstance(error, RuntimeError):  # torch could not copy
+                raise StageError(f"step {request.step}: the state could not be copied: {error}") from error
+            raise
+
+    def _fill(self, save: Save, request: Request, arena: Arena, needed: int) -> None:
         if arena.size < needed:
             self._warn_of_waves(arena.size, needed)
-            save.pass_in_waves(arena)
+            save.pass_in_waves()
             return
-        try:
-            save.stage(arena, self._divide(request))
-        except RuntimeError as error:  # torch could not copy
-            raise StageError(f"step {request.step}: the state could not be copied: {error}") from error
-        self._staging_thread.submit(save.finish)
+        save.stage(self._divide(request))
+        self._staging_thread.submit(save.hand_over())
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -248,11 +258,9 @@ class AsyncCheckpointer:
         when_busy: Literal["wait", "error"] = "wait" if self._options.when_busy == "wait" else "error"
         begun = time.perf_counter()
         try:
-            arena = self._pool.acquire(needed, when_busy, self._supervisor.check, allow_smaller=True)
-        except MemoryError as error:
-            raise StageError(
-                f"step {request.step}: {error}; lower the state, raise max_host_bytes, or free host memory"
-            ) from error
+            arena = self._pool.acquire(needed, when_busy, self._supervisor.check)
+        except (MemoryError, OSError) as error:
+            raise StageError(f"step {request.step}: no host memory for {needed} bytes of state: {error}") from error
         if (waited := time.perf_counter() - begun) > 0.01:
             self._reporter.emit(Event("backpressure", "complete", request.save_id, request.step, needed, waited))
         if arena.size < min(needed, MIN_HOST_BYTES):
@@ -292,7 +300,7 @@ class AsyncCheckpointer:
             request = self._reader.read("", None, Objects(model=model, optimizer=optimizer))
             needed = required_bytes(plan(request.contents), request)
             try:
-                self._pool.release(self._pool.acquire(needed, "error", self._supervisor.check, allow_smaller=True))
+                self._pool.release(self._pool.acquire(needed, "error", self._supervisor.check))
             except CheckpointerBusy:
                 pass  # a save is under way; the arena it has, or the next, is what there is to warm
 
@@ -320,9 +328,14 @@ class AsyncCheckpointer:
         bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         received: deque[Event] = deque(maxlen=10_000)
 
+        ringing = threading.Lock()
+        over = False
+
         def sink(event: Event) -> None:
             received.append(event)
-            os.eventfd_write(bell, 1)
+            with ringing:
+                if not over:  # else the number may be somebody else's file by now
+                    os.eventfd_write(bell, 1)
 
         self._reporter.add_sink(sink)
         try:
@@ -336,7 +349,9 @@ class AsyncCheckpointer:
                     os.eventfd_read(bell)
         finally:
             self._reporter.remove_sink(sink)
-            os.close(bell)
+            with ringing:
+                over = True
+                os.close(bell)
 
     # -- ending
 
@@ -347,9 +362,10 @@ class AsyncCheckpointer:
         what a save failed with that nobody has read.
         """
         deadline = time.monotonic() + timeout
-        if self._closed:
-            return
-        self._closed = "closed"
+        with self._ledger.changing():
+            if self._closed:
+                return
+            self._closed = "closed"
         try:
             self.wait(timeout)
         finally:
@@ -416,7 +432,7 @@ class AsyncCheckpointer:
         self._closed = "that of the parent process"
         self._lock.close()
         self._supervisor.forget()
-        self._pool.close()
+        self._pool.forget()
 
 
 class _AfterFirstStep:
@@ -425,18 +441,31 @@ class _AfterFirstStep:
     def __init__(self, checkpointer: AsyncCheckpointer, model: Any, optimizer: Any, waiting: Sequence[Any]) -> None:
         self._checkpointer = weakref.ref(checkpointer)
         self._waiting = [weakref.ref(inner) for inner in waiting]
-        self._model = model
-        self._optimizer = optimizer
+        self._objects = [
+            (name, weakref.ref(value)) for what in (model, optimizer) for name, value in named("object", what).items()
+        ]
+        self._models = len(named("model", model))
 
     def barrier(self) -> None:
         checkpointer = self._checkpointer()
-        over = checkpointer is None or bool(checkpointer._closed)
+        over = checkpointer is None or checkpointer.closed
         if not over and any(inner is not None and not inner.state for inner in (ref() for ref in self._waiting)):
             return
         GATE.remove(self)
-        if checkpointer is not None and not over:
+        alive = [(name, ref()) for name, ref in self._objects]
+        if checkpointer is None or over or any(value is None for _, value in alive):
+            return
+        model, optimizer = (_unnamed(part) for part in (alive[: self._models], alive[self._models :]))
+        try:
             with checkpointer._alone():
-                checkpointer._reserve(self._model, self._optimizer)
+                checkpointer._reserve(model, optimizer)
+        except Exception as error:  # not the training step's business; `save()` will raise it
+            logger.warning("%s: prewarming after the first step failed: %s", checkpointer.root, error)
+
+
+def _unnamed(objects: Sequence[tuple[str, Any]]) -> Any:
+    """The inverse of `named`."""
+    return objects[0][1] if [name for name, _ in objects] == [""] else dict(objects)
 
 
 @atexit.register
@@ -446,7 +475,7 @@ def _drain_at_exit() -> None:
             continue
         try:
             checkpointer.close(EXIT_DEADLINE)
-        except (CheckpointError, TimeoutError, PlanError) as error:
+        except Exception as error:  # every root gets its turn
             print(f"vembed_async_ckpt: at exit: {type(error).__name__}: {error}", file=sys.stderr)
 
 

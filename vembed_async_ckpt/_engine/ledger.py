@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import CheckpointError
@@ -30,8 +31,16 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._in_flight)
 
-    def begun(self, handle: SaveHandle) -> None:
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Nothing begins or ends meanwhile."""
         with self._changed:
+            yield
+
+    def begun(self, handle: SaveHandle, allowed: Callable[[], None]) -> None:
+        """`allowed` raises if nothing may begin any more."""
+        with self._changed:
+            allowed()
             self._in_flight.add(handle)
             self._counts["started"] += 1
 
@@ -51,6 +60,8 @@ class Ledger:
 
     def ended(self, handle: SaveHandle, error: CheckpointError | None) -> None:
         with self._changed:
+            if handle not in self._in_flight:
+                return  # withdrawn
             self._in_flight.discard(handle)
             self._counts["failed" if error else "committed"] += 1
             if error is not None:

@@ -78,6 +78,7 @@ class Save:
         self._waves: Waves | None = None
         self._job = (0, 0)
         self._deaths = 0
+        self._handed_over = False
         self._once = threading.Lock()
         self._over = False
         path = Path(context.root) / request.directory
@@ -85,28 +86,33 @@ class Save:
 
     # -- training thread
 
-    def stage(self, arena: Arena, division: Division) -> None:
-        """Copy into `arena` everything but the tensors that are late; `finish` copies those.
-
-        Raises what a copy raises; the arena is then given back.
-        """
-        self.arena = arena
+    def stage(self, division: Division) -> None:
+        """Copy into the arena everything but the tensors that are late; `finish` copies those. Raises what a copy raises."""
         request = self._request
-        try:
-            image = prepare(arena, self._plan, request)
-            begun = time.perf_counter()
-            places, tensors = image.destinations.tensors, request.tensors
-            copy([places[n] for n in division.now], [tensors[n] for n in division.now])
-            self._copy_training_tensors()
-            self._staging = time.perf_counter() - begun
-            if division.late:
-                late = Late.capture(division, [places[n] for n in division.late], [tensors[n] for n in division.late])
-                self._snapshot = Snapshot(late)
-                GATE.add(self._snapshot)
-        except BaseException:
-            self._context.release(arena)
-            raise
+        image = prepare(self.arena, self._plan, request)
+        begun = time.perf_counter()
+        places, tensors = image.destinations.tensors, request.tensors
+        copy([places[n] for n in division.now], [tensors[n] for n in division.now])
+        self._copy_training_tensors()
+        self._staging = time.perf_counter() - begun
+        if division.late:
+            late = Late.capture(division, [places[n] for n in division.late], [tensors[n] for n in division.late])
+            self._snapshot = Snapshot(late)
+            GATE.add(self._snapshot)
         self._let_go()
+
+    def hand_over(self) -> Callable[[], None]:
+        """`finish`, for the staging thread; from now on the save ends by itself."""
+        self._handed_over = True
+        return self.finish
+
+    def abandon(self) -> None:
+        """The call failed or was interrupted: unless the save ends by itself, give back what it holds."""
+        if self._handed_over:
+            return
+        if self._snapshot is not None:
+            self._snapshot.abandon()
+        self._context.release(self.arena)
 
     def _let_go(self) -> None:
         """Nothing of the live state is held any longer than its copy takes."""
@@ -120,21 +126,16 @@ class Save:
         offsets = [self._plan.end + state.layout.offsets[name] for name in state.tensors]
         copy(Destinations(self.arena, tensors, offsets).tensors, tensors)
 
-    def pass_in_waves(self, arena: Arena) -> None:
+    def pass_in_waves(self) -> None:
         """The arena is smaller than the plan: fill it and have it written, again and again, until all of the state has passed.
 
-        Returns when the last part is in the arena, or with the failure on the handle. Raises, with the arena given back, if
-        the first part cannot be placed.
+        Returns when the last part is in the arena, or with the failure on the handle.
         """
-        self.arena = arena
         begun = time.perf_counter()
-        try:
-            arena.image = None
-            waves = self._place_first(arena)
-        except BaseException:
-            self._context.release(arena)
-            raise
+        self.arena.image = None
+        waves = self._place_first(self.arena)
         supervisor = self._context.supervisor
+        self._handed_over = True
         supervisor.submit(self)
         try:
             waves.run(lambda start, end: supervisor.send_wave(self, start, end), self.handle.done, supervisor.check)

@@ -1,7 +1,7 @@
 """The trainer's side of the writer: starts it, feeds it, watches it, and replaces it when it dies.
 
-All of it is one anyio task group in one daemon thread; other threads only post to its inbox. No wait here is without a deadline or
-the end of the writer.
+All of it is one anyio task group in one daemon thread; other threads only post to its inbox. Its waits end with the writer, with a
+post, or with a deadline.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _Writer:
 
 
 class Supervisor:
-    """Keeps a writer at work on `root`. `fail` is called if the supervisor itself breaks, with the reason."""
+    """Keeps a writer at work on `root`. If the supervisor itself breaks, its jobs fail and `check` raises."""
 
     def __init__(
         self,
@@ -110,12 +110,13 @@ class Supervisor:
         self._filesystem = filesystem or LocalFilesystem()
         self._inbox: deque[Callable[[], None]] = deque()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._posting = threading.Lock()
+        self._over = False
         self._writer: _Writer | None = None
         self._jobs: dict[int, Job] = {}  # sent or to be sent, in order; touched by the supervisor thread only
         self._populating: set[int] = set()
         self._closing = False
         self._broken: BaseException | None = None
-        self.free_bytes: int | None = None  # on the root's file system, as the writer last said
         self._thread = threading.Thread(target=self._main, name="vembed-ckpt-supervisor", daemon=True)
         self._thread.start()
 
@@ -128,7 +129,8 @@ class Supervisor:
 
     def submit(self, job: Job) -> None:
         """Give the writer a job that lies complete in its arena."""
-        self._post(lambda: self._take(job))
+        if not self._post(lambda: self._take(job)):
+            job.failed(WriteError(f"nobody watches the writer any more: {self._broken!r}"))
 
     def send_wave(self, job: Job, start: int, end: int) -> None:
         """Tell the writer that the plan's range [start, end) now lies in the job's arena."""
@@ -156,18 +158,28 @@ class Supervisor:
     def close(self, timeout: float) -> bool:
         """Let the writer finish what it has and end it. False if that took longer than `timeout` seconds."""
         self._post(self._begin_closing)
-        self._thread.join(timeout)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def forget(self) -> None:
         """In a forked child: close what belongs to the parent, touch nothing else."""
         if self._writer is not None:
             os.close(self._writer.sock.detach())
-        os.close(self._bell)
+            for fd in (self._writer.pidfd, self._writer.log):
+                if fd >= 0:
+                    os.close(fd)
+        if not self._over:
+            os.close(self._bell)
 
-    def _post(self, call: Callable[[], None]) -> None:
-        self._inbox.append(call)
-        os.eventfd_write(self._bell, 1)
+    def _post(self, call: Callable[[], None]) -> bool:
+        """Have `call` run on the supervisor's thread; False if that has ended."""
+        with self._posting:
+            if self._over:
+                return False
+            self._inbox.append(call)
+            os.eventfd_write(self._bell, 1)
+            return True
 
     # -- on the supervisor's thread
 
@@ -177,8 +189,14 @@ class Supervisor:
         except BaseException as error:
             self._broken = error
             logger.exception("the supervisor of the checkpoint writer broke")
+        finally:
+            with self._posting:
+                self._over = True
+                os.close(self._bell)
+            while self._inbox:  # what was posted and not taken: jobs among it fail below
+                self._inbox.popleft()()
             for job in list(self._jobs.values()):
-                job.failed(WriteError(f"the supervisor of the writer broke: {error!r}"))
+                job.failed(WriteError(f"the supervisor of the writer ended: {self._broken!r}"))
 
     async def _supervise(self) -> None:
         async with anyio.create_task_group() as tasks:
@@ -210,9 +228,11 @@ class Supervisor:
         try:
             writer = self._start()
         except OSError as error:
+            self._populating.clear()
             self._bury(WriteError(f"no writer could be started: {error}"), again=False)
             return False
         self._writer = writer
+        orderly = False
         self._report("started", f"pid {writer.process.pid}" if writer.process else "thread")
         try:
             for arena in self._arenas():
@@ -222,10 +242,12 @@ class Supervisor:
             if self._closing:
                 writer.sock.shutdown(socket.SHUT_WR)
             await self._listen(writer)
+            orderly = True
         finally:
             self._writer = None
+            self._populating.clear()  # whoever waits for it waits for a writer that is gone
             with anyio.CancelScope(shield=True):
-                epitaph = await self._reap(writer)
+                epitaph = await self._reap(writer, orderly)
         if self._closing and not self._jobs:
             self._report("complete", epitaph)
             return True
@@ -239,7 +261,7 @@ class Supervisor:
         if self._kind == "thread":
             threading.Thread(
                 target=server.serve,
-                args=(theirs, self._root, self._filesystem, None, lambda: None),
+                args=(theirs, self._root, self._filesystem, None),
                 name="vembed-ckpt-server",
                 daemon=True,
             ).start()
@@ -266,7 +288,10 @@ class Supervisor:
             raise
         finally:
             theirs.close()
-        self._lock.name(process.pid)
+        try:
+            self._lock.name(process.pid)
+        except OSError as error:
+            logger.warning("%s: the writer's name could not be written to the lock: %s", self._root, error)
         return _Writer(ours, process, os.pidfd_open(process.pid), log)
 
     async def _listen(self, writer: _Writer) -> None:
@@ -300,7 +325,11 @@ class Supervisor:
             self._handle(reply)
         return bool(data)
 
-    async def _reap(self, writer: _Writer) -> str:
+    async def _reap(self, writer: _Writer, orderly: bool) -> str:
+        """Wait for the end of a writer that closed its socket. One that we broke off with (not `orderly`) is left to finish."""
+        if not orderly:
+            writer.close()
+            return "the supervisor broke off"
         if writer.process is not None:
             with anyio.move_on_after(_EXIT_DEADLINE):
                 await anyio.wait_readable(writer.pidfd)
@@ -325,12 +354,13 @@ class Supervisor:
     def _handle(self, reply: dict[str, Any]) -> None:
         event = reply["event"]
         job = self._jobs.get(reply.get("serial", -1))
-        if "free" in reply:
-            self.free_bytes = reply["free"]
         if event == "ready":
-            for line in (*reply["swept"], *filter(None, [reply.get("error")])):
+            for line in reply["swept"]:
                 logger.warning("%s: %s", self._root, line)
                 self._report("complete", line)
+            if "error" in reply:
+                logger.warning("%s: %s", self._root, reply["error"])
+                self._report("failed", reply["error"])
         elif event == "populated":
             self._populate_here(reply["arena"])
         elif event == "warning":

@@ -66,7 +66,7 @@ class Waves:
                 continue
             at = START + low - start
             if isinstance(what, torch.Tensor):
-                flat = what.detach().contiguous().reshape(-1).view(torch.uint8)
+                flat = what.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
                 memory[at : at + high - low].copy_(flat[low - position : high - position])
             else:
                 self._arena.write(at, what[low - position : high - position])

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
-_SECRET = re.compile(r"(?:^|[_-])(?:token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
+_SECRET = re.compile(r"(?:^|_)(?:tokens?|secrets?|passwords?|passwd|api_?keys?|credentials?)$")
+_SPECIAL_TOKEN = re.compile(
+    r"(?:bos|eos|pad|unk|mask|cls|sep|image|video|audio|start|end|special|instruction|prompt)_tokens?$"
+)
 
 
 def render(config: Any) -> bytes:
@@ -66,10 +69,17 @@ def _convert_mapping(value: Mapping[Any, Any], where: str, dropped: list[str]) -
     result = {}
     for key, item in value.items():
         path = f"{where}.{key}" if where else str(key)
-        if _SECRET.search(str(key)):
+        if _looks_secret(str(key), item):
             dropped.append(path)
             continue
         converted = _convert(item, path, dropped)
         if converted is not _DROP:
             result[str(key)] = converted
     return result
+
+
+def _looks_secret(key: str, value: Any) -> bool:
+    """A key like `hub_token` or `apiKey` with a text behind it; not a count of tokens, and not a tokenizer's special token."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).replace("-", "_").lower()
+    number = value is None or isinstance(value, bool | int | float)
+    return not number and bool(_SECRET.search(words)) and not _SPECIAL_TOKEN.search(words)

@@ -138,8 +138,8 @@ def _still_true(learned: _Learned, module: torch.nn.Module) -> bool:
     for holder, key, value in learned.structure:
         if holder.get(key) is not value:
             return False
-    for holder, count in learned.sizes:
-        if len(holder) != count:
+    for sized, count in learned.sizes:
+        if len(sized) != count:
             return False
     for source in learned.sources:
         tensor = source.holder[source.key]
@@ -321,10 +321,17 @@ def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[_Fil
         chosen.pop("save_original_format", None)  # only the newer transformers know it
     _SINK.install()
     try:
-        files, side_files = _captured(save_pretrained, chosen, in_place=True)
-    except RuntimeError:
-        # A conversion needed the contiguous copy that was withheld: let it compute, at the price of doing so for every save.
-        files, side_files = _captured(save_pretrained, chosen, in_place=False)
+        try:
+            files, side_files = _captured(save_pretrained, chosen, in_place=True)
+        except RuntimeError:
+            # A conversion needed the contiguous copy that was withheld: let it compute, at the price of doing so every time.
+            files, side_files = _captured(save_pretrained, chosen, in_place=False)
+    except PlanError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"model: {type(module).__qualname__}.save_pretrained failed: {type(error).__name__}: {error}"
+        ) from error
     if not files and not any(_holds_values(content) for content in side_files):
         raise PlanError(
             f"model: {type(module).__qualname__}.save_pretrained wrote no weights; "

@@ -119,7 +119,11 @@ class OptimizerReader:
             }
         self._plain = plain
         tensors = [tensor for _, tensor in found]
-        layout = [(key, tensor.dtype, tensor.shape) for key, tensor in found]
+        # When what is pickled with the tensors has grown to twice its size, the file gets more room for it.
+        room = tree.rough_size(
+            [value for key, value in captured.items() if key != "state" or plain is None]
+        ).bit_length()
+        layout = [room, *((key, tensor.dtype, tensor.shape) for key, tensor in found)]
         if self._content is None or layout != self._layout:
             self._learn(found, captured)
             self._layout = layout

@@ -38,9 +38,14 @@ class ProcessorFiles:
 def _render(processor: Any) -> tuple[BytesContent, ...]:
     if not callable(getattr(processor, "save_pretrained", None)):
         raise PlanError(f"processor: a {type(processor).__qualname__} has no save_pretrained(directory)")
-    with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
-        processor.save_pretrained(directory)
-        return read_files(directory)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
+            processor.save_pretrained(directory)
+            return read_files(directory)
+    except Exception as error:
+        raise PlanError(
+            f"processor: {type(processor).__qualname__}.save_pretrained failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _for_older_readers(processor: Any) -> tuple[BytesContent, ...]:

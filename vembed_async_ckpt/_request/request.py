@@ -78,7 +78,7 @@ class RequestReader:
         self._max_shard_size = max_shard_size
         self._save_original_format = save_original_format
         self._models: dict[str, ModelReader] = {}
-        self._optimizers: dict[str, OptimizerReader] = {}
+        self._optimizers: dict[tuple[str, int], OptimizerReader] = {}
         self._processor = ProcessorFiles()
 
     def read(self, directory: str, step: int | None, objects: Objects) -> Request:
@@ -136,9 +136,9 @@ class RequestReader:
         return reader.read(model)
 
     def _read_optimizer(self, name: str, index: int, optimizer: Any) -> OptimizerState:
-        reader = self._optimizers.get(name)
+        reader = self._optimizers.get((name, index))
         if reader is None:
-            reader = self._optimizers[name] = OptimizerReader(names.optimizer(index))
+            reader = self._optimizers[name, index] = OptimizerReader(names.optimizer(index))
         return reader.read(optimizer)
 
 
@@ -190,6 +190,8 @@ def _render_config(config: Any) -> bytes:
 
 
 def _metrics(metrics: Any) -> dict[str, float]:
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise PlanError(f"metrics is a {type(metrics).__qualname__}; use a mapping of names to numbers")
     result = {}
     for name, value in (metrics or {}).items():
         try:

@@ -51,7 +51,7 @@ class TrainingState:
         def get(name: str) -> torch.Tensor:
             return self.copies[name]
 
-        files = [(names.TRAINING_STATE, json.dumps(self._json(), ensure_ascii=False, separators=(",", ":")).encode())]
+        files = [(names.TRAINING_STATE, json.dumps(self._json(), separators=(",", ":")).encode())]
         for index, state in enumerate(self.schedulers.values()):
             files.append((names.scheduler(index), _torch_save(tree.refill(state, get))))
         if self.scaler is not None:
@@ -134,27 +134,9 @@ def _torch_save(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def rough_size(state: TrainingState, labels: Sequence[bytes]) -> int:
-    """An upper bound, in bytes, for what `render` will give and for the known further files `labels`."""
-    leaves = sum(_leaves(value) for value in (state.schedulers, state.scaler, state.dataloader, state.extra))
-    groups = sum(
-        _leaves(optimizer.tree.get("param_groups")) + _scalars(optimizer) for optimizer in state.optimizers.values()
-    )
-    return (512 << 10) + 4 * (leaves + groups) + sum(len(data) + 4096 for data in labels)
-
-
-def _scalars(optimizer: OptimizerState) -> int:
-    return 0 if optimizer.state_pickle is not None else _leaves(optimizer.tree.get("state"))
-
-
-def _leaves(value: Any) -> int:
-    """A rough number of bytes for a captured tree as JSON."""
-    if isinstance(value, dict):
-        return sum(_leaves(key) + _leaves(item) for key, item in value.items()) + 8
-    if isinstance(value, list) and len(value) > 64 and type(value[0]) is int:
-        return 16 * len(value)  # the numbers of a group's parameters
-    if isinstance(value, list | tuple):
-        return sum(map(_leaves, value)) + 8
-    if isinstance(value, str | bytes):
-        return 2 * len(value) + 16
-    return 32
+def rough_size(state: TrainingState, further: Sequence[bytes]) -> int:
+    """An upper bound, in bytes, for what `render` will give and for the `further` files."""
+    values = [state.schedulers, state.scaler, state.dataloader, state.extra]
+    for optimizer in state.optimizers.values():
+        values += [value for key, value in optimizer.tree.items() if key != "state" or optimizer.state_pickle is None]
+    return (512 << 10) + 2 * tree.rough_size(values) + sum(len(data) + 4096 for data in further)

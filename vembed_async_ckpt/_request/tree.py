@@ -144,3 +144,21 @@ def refill(captured: Any, get: Callable[[str], Any]) -> Any:
         items = {key: refill(item, get) for key, item in captured.items()}
         return Counter(items) if isinstance(captured, Counter) else items
     return captured
+
+
+def rough_size(captured: Any) -> int:
+    """At least as many bytes as a captured tree takes as JSON or as a pickle."""
+    kind = type(captured)
+    if kind is dict:
+        return 16 + sum(
+            # The numbers of a group's parameters may be thousands, and are numbers.
+            24 * len(value) if key == "params" and type(value) is list else rough_size(key) + rough_size(value)
+            for key, value in captured.items()
+        )
+    if kind is list or kind is tuple:
+        return 32 + sum(map(rough_size, captured))
+    if kind is str or kind is bytes:
+        return 32 + 6 * len(captured)  # six: a character escaped as \\uXXXX
+    if kind is int:
+        return 32 + int(captured).bit_length() // 3
+    return 96

@@ -64,9 +64,6 @@ class Filesystem(Protocol):
     def remove_directory(self, path: str) -> None:
         """Remove an empty directory."""
 
-    def free_bytes(self, path: str) -> int:
-        """Bytes that this user may still write on the file system of `path`."""
-
 
 class LocalFilesystem:
     """The real one."""
@@ -128,10 +125,6 @@ class LocalFilesystem:
 
     def remove_directory(self, path: str) -> None:
         os.rmdir(path)
-
-    def free_bytes(self, path: str) -> int:
-        status = os.statvfs(path)
-        return status.f_bavail * status.f_frsize
 
 
 def read_regular(path: str, limit: int | None = None) -> bytes:

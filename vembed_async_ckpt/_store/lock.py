@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from ..errors import CheckpointerBusy
+from ..errors import CheckpointerBusy, CheckpointError
 from ..events import logger
 from . import names
 from .fs import make_directories_durable
@@ -45,13 +45,24 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who a lock file names: the trainer, and its writer process if there is one."""
+    """Who a lock file names: the trainer, its writer process if there is one, and where their process ids mean something."""
 
     trainer: Process
     writer: Process | None
+    where: str
 
     def __str__(self) -> str:
-        return f"trainer {self.trainer.pid}" + (f", writer {self.writer.pid}" if self.writer else "")
+        ids = f"trainer {self.trainer.pid}" + (f", writer {self.writer.pid}" if self.writer else "")
+        return ids if self.where == _here() else f"{ids} in {self.where}"
+
+    def may_live(self) -> bool:
+        """Whether the trainer lives, or is where it cannot be seen from here: another host or container."""
+        return self.where != _here() or self.trainer.alive()
+
+
+def _here() -> str:
+    """Host and process id namespace of this process."""
+    return f"{os.uname().nodename} {os.readlink('/proc/self/ns/pid')}"
 
 
 class RootLock:
@@ -84,9 +95,10 @@ class RootLock:
     def name(self, writer_pid: int | None) -> None:
         """Write down who holds the lock: this process and its writer."""
         holders = [Process.of(pid) for pid in (os.getpid(), writer_pid) if pid is not None]
-        content = json.dumps([[holder.pid, holder.start] for holder in holders if holder is not None]).encode()
-        os.ftruncate(self.fd, 0)
+        processes = [[holder.pid, holder.start] for holder in holders if holder is not None]
+        content = json.dumps({"where": _here(), "processes": processes}).encode()
         os.pwrite(self.fd, content, 0)
+        os.ftruncate(self.fd, len(content))
 
     def close(self) -> None:
         """Let go of this process's share; the lock is free once the writer's is gone too."""
@@ -107,7 +119,7 @@ def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
         return
     try:
         holder = _holder(fd)
-        if holder is not None and holder.trainer.alive():
+        if holder is not None and holder.may_live():
             return
         _wait(fd, root, fcntl.LOCK_SH, patience)
     finally:
@@ -123,9 +135,16 @@ def _wait(fd: int, root: str, mode: int, patience: float) -> None:
             return
         except BlockingIOError:
             pass
+        except OSError as error:
+            if mode == fcntl.LOCK_SH:
+                return  # a reader needs no lock where there are none
+            raise CheckpointError(
+                f"{root}: this file system has no locks ({error.strerror}), so nothing keeps two trainings apart; "
+                "mount it with locks (Lustre: -o flock), or save to another one"
+            ) from error
         holder = _holder(fd)
         waited = time.monotonic() - begun
-        if holder is None or holder.trainer.alive():
+        if holder is None or holder.may_live():
             if waited > _GRACE:
                 raise CheckpointerBusy(
                     f"{root}: another process saves here ({holder or 'its name is not written yet'}); "
@@ -143,7 +162,8 @@ def _wait(fd: int, root: str, mode: int, patience: float) -> None:
 
 def _holder(fd: int) -> Holder | None:
     try:
-        trainer, *writer = (Process(int(pid), int(start)) for pid, start in json.loads(os.pread(fd, 4096, 0)))
-    except (ValueError, TypeError):
+        content = json.loads(os.pread(fd, 4096, 0))
+        trainer, *writer = (Process(int(pid), int(start)) for pid, start in content["processes"])
+        return Holder(trainer, writer[0] if writer else None, str(content["where"]))
+    except (ValueError, TypeError, KeyError):
         return None  # being rewritten this very moment
-    return Holder(trainer, writer[0] if writer else None)

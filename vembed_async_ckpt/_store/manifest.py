@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import xxhash
 
@@ -137,6 +137,8 @@ def check(directory: str, manifest: Manifest, verify: Verify) -> None:
 
     Raises `CorruptCheckpoint` naming the file and what is wrong with it.
     """
+    if verify not in get_args(Verify):
+        raise ValueError(f"verify is {verify!r}; use one of {', '.join(map(repr, get_args(Verify)))}")
     if verify == "none":
         return
     for name, record in manifest.files.items():

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     except ProcessLookupError:
         trainer = None
         sock.shutdown(socket.SHUT_RD)  # dead already: what it queued can still be read, then it ends
-    serve(sock, root, LocalFilesystem(), trainer, lambda: None)
+    serve(sock, root, LocalFilesystem(), trainer)
 
 
 if __name__ == "__main__":

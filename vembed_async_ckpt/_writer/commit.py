@@ -63,7 +63,7 @@ def carry_over(fs: Filesystem, target: str, work: str) -> None:
         destination = os.path.join(work, *relative.split("/"))
         if os.path.lexists(destination):
             continue  # the new checkpoint has a file of that name; the old one stays in `replaced/`
-        os.makedirs(os.path.dirname(destination), exist_ok=True)
+        make_directories(fs, os.path.dirname(destination))
         try:
             fs.link(source, destination)
         except OSError:
@@ -117,5 +117,10 @@ def _publish_without_exchange(fs: Filesystem, root: str, name: str, work: str, s
         make_directories(fs, os.path.dirname(swap))
         fs.rename(target, swap, "plain")
         fs.sync_directory(os.path.dirname(swap))
-    fs.rename(work, target, "plain")
+    try:
+        fs.rename(work, target, "plain")
+    except OSError:
+        if swap is not None:
+            fs.rename(swap, target, "plain")  # the old checkpoint is back before anybody is told
+        raise
     return swap

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import xxhash
 
+from .._plan.plan import pages
 from .._store.fs import Filesystem
-from .protocol import PAGE, Checksums, FileSlot
+from .protocol import Checksums, FileSlot
 
 CHUNK = 16 << 20  # bytes per write
 IN_FLIGHT = 4  # writes at once; 4 x 16 MiB reached the disk's own limit where 1 x 16 MiB reached two thirds
@@ -175,14 +176,15 @@ class FileWriter:
 
     def _write(self, data: memoryview, offset: int, wrote: Callable[[int], None]) -> None:
         done = 0
+        fell_back = not self._direct
         while done < len(data):
             try:
                 count = self._fs.write(self._fd, data[done:], offset + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
+                if error.errno != errno.EINVAL or fell_back:
                     raise
                 self._fs.set_buffered(self._fd)  # some file systems accept the flag and refuse the write
-                self._direct = False
+                fell_back = True
                 continue
             done += count
             wrote(count)
@@ -202,8 +204,7 @@ class FileWriter:
 
 def part_of(slot: FileSlot, start: int, end: int) -> tuple[int, int]:
     """The part of a file (from, to, in bytes from its start, whole pages) that the plan's range [start, end) holds."""
-    padded = -(-slot["size"] // PAGE) * PAGE
-    return max(start - slot["start"], 0), min(end - slot["start"], padded)
+    return max(start - slot["start"], 0), min(end - slot["start"], pages(slot["size"]))
 
 
 def write_range(

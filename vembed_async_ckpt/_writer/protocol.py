@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, TypedDict
 
-PAGE = 4096
+from .._plan.plan import START
+
 PROGRESS = struct.Struct("<Q")  # at byte 0 of an arena: bytes of its job written so far
-DATA_START = PAGE  # where the first file of an arena starts; the page before it is the control page
+DATA_START = START  # where the first file of an arena starts; the page before it is the control page
 
 _COMMAND = struct.Struct("<B3xIQQQ")
 _LENGTH = struct.Struct("<I")

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from .._store import fs as files
 from .._store import manifest as manifests
 from .._store import names
-from .._store.catalog import scan
+from .._store.catalog import Entry, scan
 from .._store.fs import Filesystem
 from .._store.manifest import Manifest
 from .._store.retention import Policy
@@ -38,7 +38,9 @@ def _own_files(directory: str) -> Collection[str]:
 
 
 def make_directories(fs: Filesystem, path: str) -> None:
+    """Create a directory and its parents where they are missing, durably."""
     if not os.path.isdir(path):
+        make_directories(fs, os.path.dirname(path))
         fs.make_directory(path)
         fs.sync_directory(os.path.dirname(path))
 
@@ -66,9 +68,7 @@ def dispose(fs: Filesystem, root: str, directory: str, name: str, save_id: str, 
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     if os.path.lexists(directory):
-        kept = names.kept_directory(root, save_id, name)
-        make_directories(fs, os.path.dirname(kept))
-        fs.rename(directory, kept, "plain")
+        keep(fs, root, directory, save_id, name)
 
 
 def _same_content(path: str, other: str) -> bool:
@@ -117,27 +117,25 @@ def prune(fs: Filesystem, root: str, policy: Policy, committed: Collection[tuple
 
 def expendable(policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
     """The checkpoints that `prune` would delete, newest first."""
-    newest_first = sorted(committed, key=lambda item: item[1].order, reverse=True)
-    keep = policy.keep([manifest for _, manifest in newest_first])
-    return [
-        path
-        for path, manifest in newest_first[1:]
-        if manifest.save_id not in keep
-        and names.parse_checkpoint(os.path.basename(path)) is not None
-        and not in_use(path)
-    ]
+    ours = [item for item in committed if names.parse_checkpoint(os.path.basename(item[0])) is not None]
+    newest_first = sorted(ours, key=lambda item: item[1].order, reverse=True)
+    kept = policy.keep([manifest for _, manifest in newest_first])
+    return [path for path, manifest in newest_first[1:] if manifest.save_id not in kept and not in_use(path)]
 
 
 def in_use(directory: str) -> bool:
     """Whether a reader holds the checkpoint (a shared lock on its manifest)."""
     try:
-        fd = files.open_regular(os.path.join(directory, names.MANIFEST))
+        # For writing: over NFS an exclusive lock is refused on a descriptor that can only read.
+        fd = os.open(os.path.join(directory, names.MANIFEST), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:
+        return False  # no locks on this file system: readers have none either
     finally:
         os.close(fd)
     return False
@@ -153,22 +151,64 @@ def sweep(fs: Filesystem, root: str) -> list[str]:
     # What is decided below rests on what is visible now; make that durable first.
     fs.sync_directory(root)
     fs.sync_directory(work_root)
+    done += _orphans_failures(fs, root)
     done += _heal_swaps(fs, root)
-    committed = {entry.manifest.save_id: entry.path for entry in scan(root) if entry.manifest}
+    visible = scan(root)
+    committed = {entry.manifest.save_id: entry.path for entry in visible if entry.manifest}
     for entry in sorted(os.listdir(work_root)):
         path = os.path.join(work_root, entry)
         parsed = names.parse_work_entry(entry)
         if parsed is None or os.path.islink(path):
             continue
         if parsed.kind == "work" and parsed.save_id not in committed:
-            remove_work(fs, path)
-            done.append(f"dropped the unfinished save {entry}")
+            inside = _save_id(path)
+            if inside not in (None, parsed.save_id):
+                # Not the save itself but what it was exchanged for: a whole checkpoint, whose successor cannot be seen.
+                keep(fs, root, path, parsed.save_id, "checkpoint")
+                done.append(f"kept the replaced checkpoint in {entry}: the one that replaced it cannot be read")
+            elif inside is None and any(_may_be_published(other) for other in visible):
+                done.append(
+                    f"left {entry} alone: checkpoints beside it cannot be read, so nothing proves it unpublished"
+                )
+            else:
+                remove_work(fs, path)
+                done.append(f"dropped the unfinished save {entry}")
         else:
             home = committed.get(parsed.save_id) if parsed.kind == "work" else None
             name = os.path.basename(home) if home else "checkpoint"
             dispose(fs, root, path, name, parsed.save_id, carried_to=home)
             done.append(f"finished deleting {entry}")
     return done
+
+
+def _orphans_failures(fs: Filesystem, root: str) -> list[str]:
+    """What the writer of a dead trainer could not save; said once."""
+    log = os.path.join(names.work_directory(root), names.ORPHAN_LOG)
+    try:
+        lines = files.read_regular(log).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    fs.unlink(log)
+    return lines
+
+
+def _may_be_published(entry: Entry) -> bool:
+    """Whether a checkpoint that cannot be read may be one that was published: those have a manifest, whatever became of it."""
+    return entry.manifest is None and os.path.lexists(os.path.join(entry.path, names.MANIFEST))
+
+
+def _save_id(directory: str) -> str | None:
+    try:
+        return manifests.read(directory).save_id
+    except CorruptCheckpoint:
+        return None
+
+
+def keep(fs: Filesystem, root: str, directory: str, save_id: str, name: str) -> None:
+    """Move to `replaced/` what is not ours to delete."""
+    kept = names.kept_directory(root, save_id, name)
+    make_directories(fs, os.path.dirname(kept))
+    fs.rename(directory, kept, "plain")
 
 
 def _heal_swaps(fs: Filesystem, root: str) -> list[str]:

@@ -13,10 +13,10 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from .._plan.plan import pages
 from .._store import names
 from .._store.catalog import Committed
 from .._store.fs import Filesystem
@@ -59,7 +59,8 @@ class Server:
         self._fs = fs
         self._trainer = trainer
         self._sending = threading.Lock()
-        self._orphaned = False
+        self._orphaned = False  # no more commands will come
+        self._alone = False  # the trainer is dead
         self._arenas: dict[int, _Arena] = {}
         self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._waiting_for_waves: dict[int, _Pending] = {}
@@ -76,19 +77,22 @@ class Server:
         if self._trainer is not None:
             poll.register(self._trainer, select.POLLIN)
         self._sock.setblocking(False)
-        while not reader.closed:
-            if self._trainer is not None and self._trainer in {fd for fd, _ in poll.poll()}:
-                # A forked child of the trainer may keep the socket open: what is queued can still be read, then it ends.
-                self._sock.shutdown(socket.SHUT_RD)
-                poll.unregister(self._trainer)
-            for command, fd in reader.read():
-                self._handle(command, fd)
-        self._orphaned = True
-        for pending in list(self._waiting_for_waves.values()):
-            pending.waves.put(None)
-        self._jobs.put(None)
-        worker.join()
-        self._threads.close()
+        try:
+            while not reader.closed:
+                if self._trainer in {fd for fd, _ in poll.poll()}:
+                    # A forked child of the trainer may keep the socket open: what is queued can still be read, then it ends.
+                    self._sock.shutdown(socket.SHUT_RD)
+                    poll.unregister(self._trainer)
+                for command, fd in reader.read():
+                    self._handle(command, fd)
+        finally:
+            # Whatever ended the loop: no other writer may start before this one has ended all that it began.
+            self._orphaned = True
+            for pending in list(self._waiting_for_waves.values()):
+                pending.waves.put(None)
+            self._jobs.put(None)
+            worker.join()
+            self._threads.close()
 
     def _handle(self, command: Command, fd: int | None) -> None:
         if command.kind is Kind.ARENA:
@@ -114,8 +118,9 @@ class Server:
             self._jobs.put(pending)
             self._send(event="accepted", serial=command.first)
         elif command.kind is Kind.WAVE:
-            wave = (command.second, command.third) if command.third else None
-            self._waiting_for_waves[command.first].waves.put(wave)
+            waiting = self._waiting_for_waves.get(command.first)  # None: it has failed already, and said so
+            if waiting is not None:
+                waiting.waves.put((command.second, command.third) if command.third else None)
 
     def _populate(self, arena: int, memory: Any, size: int) -> None:
         populate(memory, size)
@@ -123,10 +128,9 @@ class Server:
 
     def _work(self) -> None:
         try:
-            swept = removal.sweep(self._fs, self._root)
-            self._send(event="ready", swept=swept, free=self._fs.free_bytes(self._root))
-        except OSError as error:
-            self._send(event="ready", swept=[], free=None, error=f"leftovers could not be swept: {error}")
+            self._send(event="ready", swept=removal.sweep(self._fs, self._root))
+        except Exception as error:
+            self._send(event="ready", swept=[], error=f"leftovers could not be swept: {type(error).__name__}: {error}")
         while (pending := self._jobs.get()) is not None:
             self._run(pending)
             self._waiting_for_waves.pop(pending.serial, None)
@@ -153,8 +157,12 @@ class Server:
             event="failed", serial=pending.serial, kind=kind, message=message, errno=getattr(error, "errno", None)
         )
         if self._orphaned:
-            with open(os.path.join(names.work_directory(self._root), names.ORPHAN_LOG), "a") as log:
-                log.write(f"{time.strftime('%F %T')} {pending.job['name']} was staged but not saved: {message}\n")
+            log = os.path.join(names.work_directory(self._root), names.ORPHAN_LOG)
+            try:
+                with open(log, "a") as file:
+                    file.write(f"{time.strftime('%F %T')} {pending.job['name']} was staged but not saved: {message}\n")
+            except OSError:
+                pass  # the disk that took no checkpoint takes no note of it either; the jobs behind this one go on
 
     def _save(self, pending: _Pending) -> tuple[str | None, dict[str, Any]]:
         """Write and commit one job; returns where a replaced directory lies, and what to answer."""
@@ -164,6 +172,7 @@ class Server:
         for path, manifest in committed:
             if manifest.save_id == job["save_id"]:  # the writer before this one died between commit and answer
                 self._fs.sync_directory(self._root)
+                self._fs.sync_directory(names.work_directory(self._root))
                 return None, self._reply(path, manifest, pending, pending.accepted, time.perf_counter())
         sequence = 1 + max((manifest.sequence for _, manifest in committed), default=0)
         tries = 1 if job["waves"] else TRIES
@@ -250,7 +259,7 @@ class Server:
 
     def _ranges(self, pending: _Pending) -> Any:
         last = pending.job["files"][-1]
-        end = -(-(last["start"] + last["size"]) // 4096) * 4096
+        end = pages(last["start"] + last["size"])
         if not pending.job["waves"]:
             yield DATA_START, end
             return
@@ -272,7 +281,7 @@ class Server:
         if job["retention"] is not None:
             policy = from_spec(job["retention"])
             pruned = removal.prune(self._fs, self._root, policy, self._committed.refresh())
-        self._send(event="tidy", serial=pending.serial, pruned=pruned, free=self._fs.free_bytes(self._root))
+        self._send(event="tidy", serial=pending.serial, pruned=pruned)
 
     def _send(self, **reply: Any) -> None:
         data = encode_reply(reply)
@@ -286,10 +295,9 @@ class Server:
                     return  # the trainer is gone; the reading loop sees it too
 
 
-def serve(sock: socket.socket, root: str, fs: Filesystem, trainer: int | None, done: Callable[[], None]) -> None:
-    """Run a server to its end, then call `done`."""
+def serve(sock: socket.socket, root: str, fs: Filesystem, trainer: int | None) -> None:
+    """Run a server to its end, then close the socket."""
     try:
         Server(sock, root, fs, trainer).serve()
     finally:
         sock.close()
-        done()

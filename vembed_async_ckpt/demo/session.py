@@ -50,14 +50,14 @@ def run(
     newest = _newest(out, resume)
     if resume and newest is None:
         console.print(f"{out} holds no checkpoint to resume: starting from scratch", soft_wrap=True, highlight=False)
-    start = 0 if newest is None else load(newest).step
+    start = 0 if newest is None else _step_of(newest)
     if newest is not None and start >= steps:
         console.print(f"nothing left to train: {newest.name} is at or past step {steps}", highlight=False)
         return DemoReport(out, newest, start)
     if crash_at is not None and crash_at <= start:
         raise ValueError(f"cannot crash at step {crash_at}: training continues after step {start}")
     with _quiet_transformers():
-        setup = _prepare(size, steps, newest)
+        setup = _prepare(size, steps, newest, start)
         _introduce(console, setup, newest)
         report = _train(console, setup, out, save_every, crash_at)
     print_report(console, report)
@@ -106,7 +106,14 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _prepare(name: str, steps: int, newest: Path | None) -> _Setup:
+def _step_of(checkpoint: Path) -> int:
+    step = load(checkpoint).step
+    if step is None:
+        raise ValueError(f"{checkpoint} names no step: it was not made by this demo")
+    return step
+
+
+def _prepare(name: str, steps: int, newest: Path | None, start: int) -> _Setup:
     size = SIZES[name]
     pairs = standard_library_pairs()
     recipe = {"size": name, "seed": SEED, "corpus": digest(pairs), "pairs": len(pairs), "steps": steps}
@@ -115,9 +122,8 @@ def _prepare(name: str, steps: int, newest: Path | None) -> _Setup:
     tokenizer = train_tokenizer(pairs, size.vocabulary) if newest is None else AutoTokenizer.from_pretrained(newest)
     batches = Batches(pairs, tokenizer, batch_size=size.batch_size, length=size.length, seed=SEED)
     trainer = Trainer(size, vocabulary=len(tokenizer), padding=tokenizer.pad_token_id, steps=steps)
-    start = 0
     if newest is not None:
-        start = load(newest, **trainer.objects).step
+        load(newest, **trainer.objects)
     return _Setup(trainer, tokenizer, batches, recipe, start, steps)
 
 
