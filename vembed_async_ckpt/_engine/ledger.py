@@ -74,11 +74,11 @@ class Ledger:
 
     def raise_unread(self) -> None:
         """Raise the oldest failure that nobody has read from its handle, once."""
-        while True:
+        with self._changed:
+            ended = [handle for handle in self._unread if handle.done()]  # the others' turn comes with the next call
+        for handle in ended:
             with self._changed:
-                if not self._unread:
-                    return
-                handle = self._unread.popleft()
+                self._unread.remove(handle)
             error = handle._take_failure()
             if error is not None:
                 raise error

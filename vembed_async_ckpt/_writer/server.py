@@ -59,8 +59,7 @@ class Server:
         self._fs = fs
         self._trainer = trainer
         self._sending = threading.Lock()
-        self._orphaned = False  # no more commands will come
-        self._alone = False  # the trainer is dead
+        self._orphaned = False
         self._arenas: dict[int, _Arena] = {}
         self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._waiting_for_waves: dict[int, _Pending] = {}
@@ -83,11 +82,11 @@ class Server:
                     # A forked child of the trainer may keep the socket open: what is queued can still be read, then it ends.
                     self._sock.shutdown(socket.SHUT_RD)
                     poll.unregister(self._trainer)
+                    self._orphaned = True
                 for command, fd in reader.read():
                     self._handle(command, fd)
         finally:
             # Whatever ended the loop: no other writer may start before this one has ended all that it began.
-            self._orphaned = True
             for pending in list(self._waiting_for_waves.values()):
                 pending.waves.put(None)
             self._jobs.put(None)
@@ -292,7 +291,7 @@ class Server:
                 except BlockingIOError:
                     select.select([], [self._sock], [], 1.0)
                 except OSError:
-                    return  # the trainer is gone; the reading loop sees it too
+                    self._orphaned = True
 
 
 def serve(sock: socket.socket, root: str, fs: Filesystem, trainer: int | None) -> None:
