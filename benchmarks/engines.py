@@ -1,10 +1,12 @@
 """What is compared: one small class per way of saving, each configured as its own documentation has it best for a CPU.
 
-    engine = SomeEngine(directory, state)       prepared and warm where it can be: buffers allocated, processes started
+    engine = SomeEngine(directory, state)       prepared: buffers allocated and processes started where that can be asked for
     handle = engine.save(number)                what the training loop calls
     handle.barrier()                            what it calls before `optimizer.step()`
     handle.wait()                               until the engine says that the checkpoint is written
     engine.close()
+
+All timing is done by the caller, the same for all.
 """
 
 from __future__ import annotations

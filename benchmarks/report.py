@@ -54,23 +54,23 @@ def claims(result: dict[str, Any]) -> dict[str, Any]:
             ratios = [c / s[part] for c, s in zip(copies, samples, strict=True)]
             found["copy"][part] = statistics.median(ratios)
     for run in result["alone"]:
-        key = f"{run['engine']}, {run['threads']} threads"
         added = {kind: run[kind]["saving"] - run[kind]["training"] for kind in ("proportional", "resident")}
-        found["memory"][key] = added | {"limit": 1.05 * run["bytes"] + (64 << 20)}
-        found["steps"][key] = {
-            "median": statistics.median(run["beside"]) / statistics.median(run["quiet"]),
-            "p99": p99(run["beside"]) / p99(run["quiet"]),
-            "idle": statistics.median(run["quiet"]) / statistics.median(run["bare"]),
-            "quiet_median": statistics.median(run["quiet"]),
-            "quiet_p99": p99(run["quiet"]),
-            "count": len(run["beside"]),
-        }
+        found["memory"][run["engine"]] = added | {"limit": 1.05 * run["bytes"] + (64 << 20)}
+        for steps in run["steps"]:
+            found["steps"][f"{run['engine']}, {steps['threads']} threads"] = {
+                "median": statistics.median(steps["beside"]) / statistics.median(steps["quiet"]),
+                "p99": p99(steps["beside"]) / p99(steps["quiet"]),
+                "idle": statistics.median(steps["quiet"]) / statistics.median(steps["bare"]),
+                "quiet": statistics.median(steps["quiet"]),
+                "count": len(steps["beside"]),
+            }
     return found
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the tables."""
     console = Console()
+    console.width = max(console.width, 120)  # wide enough for the tables in a log file too
     machine, options, found = result["machine"], result["options"], result["claims"]
     others = statistics.median(s["others"] for samples in result["rounds"].values() for s in samples)
     console.print(
@@ -82,7 +82,8 @@ def show(result: dict[str, Any]) -> None:
     console.print(_engines(result))
     console.print(_ceilings(result))
     if found["memory"]:
-        console.print(_alone(found))
+        console.print(_memory(found))
+        console.print(_steps(found))
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -118,7 +119,9 @@ def _engines(result: dict[str, Any]) -> Table:
             "" if name == "none" else f"{median['durable']:.2f}",
             SYNCS.get(name, "files"),
         )
-    table.caption = "work +: how much longer forward and backward took. durable: with the fsyncs that an engine leaves out"
+    table.caption = (
+        "work +: how much longer forward and backward took. durable: with the fsyncs that an engine leaves out"
+    )
     return table
 
 
@@ -137,22 +140,23 @@ def _ceilings(result: dict[str, Any]) -> Table:
     return table
 
 
-def _alone(found: dict[str, Any]) -> Table:
+def _memory(found: dict[str, Any]) -> Table:
+    table = _table("Host memory beyond training's, at the peak, MiB", "engine", "Pss", "RSS", "limit")
+    for name, memory in found["memory"].items():
+        values = (f"{memory[kind] / 2**20:,.0f}" for kind in ("proportional", "resident", "limit"))
+        table.add_row(NAMES[name], *values)
+    table.caption = "RSS counts a page shared by two processes twice. limit: 1.05 x state + 64 MiB"
+    return table
+
+
+def _steps(found: dict[str, Any]) -> Table:
     table = _table(
-        "By itself in a process: host memory beyond training's, MiB; small steps beside a save against steps without",
-        "engine", "Pss", "RSS", "limit", "median", "p99", "quiet ms", "steps", "idle",
+        "Small steps beside a save, against steps without one",
+        "engine, torch threads", "median", "p99", "idle", "quiet step, ms", "steps beside",
     )  # fmt: skip
-    for key, memory in found["memory"].items():
-        steps = found["steps"][key]
+    for key, steps in found["steps"].items():
         name, _, threads = key.partition(",")
-        table.add_row(
-            NAMES[name] + "," + threads,
-            *(f"{memory[kind] / 2**20:,.0f}" for kind in ("proportional", "resident", "limit")),
-            f"{steps['median']:.2f}",
-            f"{steps['p99']:.2f}",
-            _milliseconds(steps["quiet_median"]),
-            str(steps["count"]),
-            f"{steps['idle']:.2f}",
-        )
-    table.caption = "RSS counts a page shared by two processes twice. idle: steps without a save against steps before the engine existed"
+        ratios = (f"{steps[kind]:.2f}" for kind in ("median", "p99", "idle"))
+        table.add_row(NAMES[name] + "," + threads, *ratios, _milliseconds(steps["quiet"]), str(steps["count"]))
+    table.caption = "idle: steps with the engine there and no save, against steps before it existed"
     return table

@@ -1,6 +1,6 @@
 """What a save costs: the training loop first, then disk, memory and the steps beside it. `README.md` says how it is measured.
 
-    python benchmarks/saves.py --dir /a/real/disk
+python benchmarks/saves.py --dir /a/real/disk
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ warnings.filterwarnings("ignore", module="torch.*")
 Sample = dict[str, float]
 WARM_UP = 2  # rounds before those that count
 STRETCH = 0.4  # seconds of forward and backward between a save and the next optimizer step
-MANY_STEPS = 400  # steps beside a save after which an engine has been watched for long enough
+THREADS = (1, 2)  # of torch, for the steps beside a save
+MANY_STEPS = 300  # steps beside a save after which an engine has been watched for long enough
 
 
 class Training:
@@ -88,7 +89,7 @@ def compare(options: argparse.Namespace, directory: str) -> dict[str, list[Sampl
         order = list(tasks)
         random.shuffle(order)
         for name in order:
-            settle()
+            settle(options.patience)
             others = Others()
             sample = tasks[name](number * len(order) + order.index(name))
             if number >= WARM_UP:
@@ -100,10 +101,17 @@ def compare(options: argparse.Namespace, directory: str) -> dict[str, list[Sampl
     return samples
 
 
-def settle() -> None:
-    """Nothing of what came before is left to be collected or written."""
+def settle(patience: float) -> None:
+    """Nothing of what came before is left to be collected or written, and other people's processes are quiet, if they are
+    within `patience` seconds."""
     gc.collect()
     os.sync()
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        others = Others()
+        time.sleep(0.2)
+        if others.share() < 0.1:
+            return
 
 
 def save_beside_training(engine: Engine, number: int, training: Training) -> Sample:
@@ -154,24 +162,24 @@ def _prefixed(info: Any) -> Sample:
 # -- claims 4 and 5: each engine by itself in a process of its own
 
 
-def watch(name: str, threads: int, options: argparse.Namespace, directory: str) -> dict[str, Any]:
+def watch(name: str, options: argparse.Namespace, directory: str) -> dict[str, Any]:
     """Run `alone` in a new process and look at the memory of it and its children while it says so."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=alone, args=(theirs, name, threads, options, directory))
+    process = context.Process(target=alone, args=(theirs, name, options, directory))
     process.start()
     theirs.close()
     peaks: dict[str, int] = defaultdict(int)
     phase: str | None = None
     try:
         while True:
-            if ours.poll(0.01 if phase else 600):
+            if ours.poll(0.01 if phase else 1200):
                 message = ours.recv()
                 if isinstance(message, dict):
-                    return {"engine": name, "threads": threads, **message, "proportional": dict(peaks)}
+                    return {"engine": name, **message, "proportional": dict(peaks)}
                 phase = message
             elif phase is None:
-                raise TimeoutError(f"{name} has not been heard of for ten minutes")
+                raise TimeoutError(f"{name} has not been heard of for twenty minutes")
             if phase:
                 peaks[phase] = max(peaks[phase], proportional_memory(process.pid or 0))
     finally:
@@ -180,27 +188,24 @@ def watch(name: str, threads: int, options: argparse.Namespace, directory: str) 
             process.kill()
 
 
-def alone(connection: Any, name: str, threads: int, options: argparse.Namespace, directory: str) -> None:
+def alone(connection: Any, name: str, options: argparse.Namespace, directory: str) -> None:
     """In a process of its own: memory while saving, then steps beside a save and steps without one, by turns."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     state = State(options.state, options.megabytes)
-    training = Training(256, 4, 4)
-    for _ in range(20):
-        training.step()
-    bare = [training.step() for _ in range(40)]
+    training = Training(128, 4, 8)
+    bare = {threads: steady_steps(training, threads, 40) for threads in THREADS}
     pid = os.getpid()
     resident = {}
 
     reset_peaks(pid)
     connection.send("training")
-    for _ in range(20):
-        training.step()
+    steady_steps(training, 2, 20)
     connection.send(None)
     resident["training"] = peak_resident(pid)
 
     reset_peaks(pid)
     connection.send("saving")
-    engine = ENGINES[name](os.path.join(directory, f"{name}-{threads}"), state)
+    engine = ENGINES[name](os.path.join(directory, f"{name}-alone"), state)
     number = 0
     while number < 3:
         steps_beside(engine, number, training)
@@ -208,14 +213,27 @@ def alone(connection: Any, name: str, threads: int, options: argparse.Namespace,
     connection.send(None)
     resident["saving"] = peak_resident(pid)
 
-    quiet, beside = [], []
-    while number < 3 + options.rounds and (number < 8 or len(beside) < MANY_STEPS):
-        settle()
-        quiet += [training.step() for _ in range(20)]
-        beside += steps_beside(engine, number, training)
-        number += 1
+    steps = []
+    for threads in THREADS:
+        quiet: list[float] = []
+        beside: list[float] = []
+        rounds = 0
+        while rounds < options.rounds and (rounds < 5 or len(beside) < MANY_STEPS):
+            settle(options.patience)
+            quiet += steady_steps(training, threads, 20)
+            beside += steps_beside(engine, number, training)
+            number += 1
+            rounds += 1
+        steps.append({"threads": threads, "bare": bare[threads], "quiet": quiet, "beside": beside})
     engine.close()
-    connection.send({"bytes": state.nbytes, "bare": bare, "quiet": quiet, "beside": beside, "resident": resident})
+    connection.send({"bytes": state.nbytes, "steps": steps, "resident": resident})
+    connection.close()
+
+
+def steady_steps(training: Training, threads: int, count: int) -> list[float]:
+    """Seconds of `count` steps with so many torch threads, after a few that do not count."""
+    torch.set_num_threads(threads)
+    return [training.step() for _ in range(5 + count)][5:]
 
 
 def steps_beside(engine: Engine, number: int, training: Training) -> list[float]:
@@ -236,6 +254,9 @@ def main() -> None:
     parser.add_argument("--state", choices=("weights", "adamw"), default="weights")
     parser.add_argument("--dir", default=".", help="where to write; a folder of its own is made there and removed")
     parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated; default: all")
+    parser.add_argument(
+        "--patience", type=float, default=5.0, help="seconds to wait for a quiet machine before each save"
+    )
     parser.add_argument("--out", help="result file; default: results/saves-<date>.json beside this script")
     options = parser.parse_args()
     options.engines = options.engines.split(",")
@@ -247,9 +268,8 @@ def main() -> None:
         result["alone"] = []
         for name in options.engines:
             if name not in ("none", "safetensors"):  # nothing runs beside training there
-                for threads in (1, 2):
-                    print(f"{name} by itself, {threads} threads")
-                    result["alone"].append(watch(name, threads, options, directory))
+                print(f"{name} by itself")
+                result["alone"].append(watch(name, options, directory))
     result["claims"] = claims(result)
     out = options.out or os.path.join(
         os.path.dirname(os.path.abspath(__file__)), "results", f"saves-{result['machine']['date'][:10]}.json"

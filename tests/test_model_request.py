@@ -29,7 +29,9 @@ ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.
 
 
 def whisper() -> Any:
-    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
+    layers = {
+        f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))
+    }
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8, "vocab_size": 60}
     positions = {"max_source_positions": 16, "max_target_positions": 16}
@@ -59,7 +61,9 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     ),
     "CLIP": lambda: hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)),
     "SigLIP": lambda: hf.SiglipModel(hf.SiglipConfig(text_config=TEXT, vision_config=VISION)),
-    "GPT2, tied": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)),
+    "GPT2, tied": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    ),
     "T5, tied": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
     ),
@@ -75,7 +79,9 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         hf.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
     ),
     "Whisper": whisper,
-    "Mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)),
+    "Mamba": lambda: hf.MambaForCausalLM(
+        hf.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
+    ),
     "Two towers": lambda: hf.VisionTextDualEncoderModel(
         hf.VisionTextDualEncoderConfig.from_vision_text_configs(hf.ViTConfig(**VISION), hf.BertConfig(**TEXT))
     ),
@@ -128,7 +134,9 @@ def test_without_the_original_format_too(root: Path, tmp_path: Path, name: str):
         assert files(checkpointer.save(1, model=model).result(BOUND).path) == expected
 
 
-PARTS = pytest.mark.xfail(reason="parts of one parameter share its memory, so they are all put into one shard, unlike stock")
+PARTS = pytest.mark.xfail(
+    reason="parts of one parameter share its memory, so they are all put into one shard, unlike stock"
+)
 
 
 @pytest.mark.parametrize("name", ["Bert", "GPT2, tied", pytest.param("Mixtral, computed", marks=PARTS)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -22,12 +23,16 @@ from vembed_async_ckpt._plan.plan import (
 )
 from vembed_async_ckpt._plan.safetensors import TensorSpec
 
-WEIGHTS = TensorContent("model.safetensors", (TensorSpec("b", "F32", (3, 5)), TensorSpec("a", "U8", (7,))), {"format": "pt"})
+WEIGHTS = TensorContent(
+    "model.safetensors", (TensorSpec("b", "F32", (3, 5)), TensorSpec("a", "U8", (7,))), {"format": "pt"}
+)
 OPTIMIZER = ZipContent("optimizer.bin", (60, 0, 4), 100)
 CONFIG = BytesContent("config.json", b"{}")
 
 
-@pytest.mark.parametrize(("size", "rounded"), [(0, 0), (1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE), (1 << 40, 1 << 40)])
+@pytest.mark.parametrize(
+    ("size", "rounded"), [(0, 0), (1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE), (1 << 40, 1 << 40)]
+)
 def test_pages_round_up(size, rounded):
     """O_DIRECT writes whole pages."""
     assert pages(size) == rounded
@@ -67,7 +72,7 @@ def test_files_pieces_and_tensors_never_overlap(contents):
     ranges = [(at, at + size) for at, size in zip(made.offsets, sizes, strict=True) if size]
     ranges += [(at, at + len(data)) for at, data in made.pieces if data]
     ranges.sort()
-    for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(ranges):
         assert end <= start
     for start, end in ranges:
         assert any(file.start <= start and end <= file.start + file.size for file in made.files)
@@ -91,12 +96,6 @@ def test_the_same_contents_give_the_same_plan():
     assert contents == [WEIGHTS, CONFIG, OPTIMIZER, BytesContent("sub/dir/x", b"y" * 5000)]
 
 
-def test_a_zip_is_equal_only_to_itself():
-    """Sizes do not tell which tensors they are of, so an optimizer that changed is planned anew."""
-    assert ZipContent("optimizer.bin", (4,), 10) != ZipContent("optimizer.bin", (4,), 10)
-    assert TensorContent("m", (), {}) == TensorContent("m", (), {})
-
-
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
@@ -111,7 +110,23 @@ def test_clashing_names_are_refused(names, reason):
         plan([BytesContent(name, b"") for name in names])
 
 
-LEAVING = ["", "/etc/passwd", "..", "../x", "a/../b", "a/./b", ".", "a//b", "a/", "/", "a\0b", "a\\b", "x" * 256, "é" * 128, "a/" * 600]
+LEAVING = [
+    "",
+    "/etc/passwd",
+    "..",
+    "../x",
+    "a/../b",
+    "a/./b",
+    ".",
+    "a//b",
+    "a/",
+    "/",
+    "a\0b",
+    "a\\b",
+    "x" * 256,
+    "é" * 128,
+    "a/" * 600,
+]
 
 
 @pytest.mark.parametrize("name", LEAVING, ids=[repr(name[:12]) for name in LEAVING])
@@ -122,7 +137,9 @@ def test_names_that_leave_the_directory_are_refused(name):
         check_names([name])
 
 
-@pytest.mark.parametrize("name", ["a", "a/b", "a..b", "..a", "a b", "é", "a-b/c.d", ".hidden", "x" * 255, "ab", "a.b/a"])
+@pytest.mark.parametrize(
+    "name", ["a", "a/b", "a..b", "..a", "a b", "é", "a-b/c.d", ".hidden", "x" * 255, "ab", "a.b/a"]
+)
 def test_plain_names_pass(name):
     """Dots inside a part, spaces and letters of any script are only names."""
     check_names([name, "other"])

@@ -16,10 +16,24 @@ from vembed_async_ckpt import CorruptCheckpoint, PlanError
 from vembed_async_ckpt._plan.safetensors import BITS, MAX_HEADER_BYTES, Entry, TensorSpec, header_length, layout, parse
 from vembed_async_ckpt._request.dtypes import FROM_TORCH, TO_TORCH, spec
 
-ODD_NAMES = ['"', "\\", "a b", "\b\t\n\f\r", "\x01\x1f", "\x7f", "\u2028", "é", "\ue000", "🤖", "../../etc/passwd", "a\0b", ""]
-NAMES = st.one_of(
-    st.sampled_from(ODD_NAMES), st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-).filter(lambda name: name != "__metadata__")
+ODD_NAMES = [
+    '"',
+    "\\",
+    "a b",
+    "\b\t\n\f\r",
+    "\x01\x1f",
+    "\x7f",
+    "\u2028",
+    "é",
+    "\ue000",
+    "🤖",
+    "../../etc/passwd",
+    "a\0b",
+    "",
+]
+NAMES = st.one_of(st.sampled_from(ODD_NAMES), st.text(st.characters(exclude_categories=["Cs"]), max_size=12)).filter(
+    lambda name: name != "__metadata__"
+)
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 DICTS = st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(TO_TORCH)), SHAPES), max_size=8)
 
@@ -30,7 +44,9 @@ def make(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     count = kind.itemsize
     for n in shape:
         count *= n
-    bits = torch.randint(0, 2 if dtype == "BOOL" else 256, (count,), dtype=torch.uint8, generator=torch.manual_seed(seed))
+    bits = torch.randint(
+        0, 2 if dtype == "BOOL" else 256, (count,), dtype=torch.uint8, generator=torch.manual_seed(seed)
+    )
     return bits.view(kind).view(shape) if count else torch.empty(shape, dtype=kind)
 
 
@@ -57,11 +73,13 @@ def test_every_dtype_that_torch_and_safetensors_share_is_known():
 @given(DICTS, st.sampled_from([None, {"format": "pt"}]))
 @example({}, None)
 @example({name: (dtype, (2, 1)) for name, dtype in zip("tsrqponmlkjihgfedcba", sorted(TO_TORCH), strict=True)}, None)
-@example({name: ("U8", (1,)) for name in ODD_NAMES}, {"format": "pt"})
+@example(dict.fromkeys(ODD_NAMES, ("U8", (1,))), {"format": "pt"})
 @example({"scalar": ("F32", ()), "none": ("F32", (0,)), "b": ("BOOL", ()), "f": ("BF16", (3, 0))}, {"format": "pt"})
 def test_layout_and_bytes_equal_what_safetensors_writes(described, metadata):
     """Header, order, padding and data are the file that safetensors.torch.save makes."""
-    described = {name: ("U8", shape) if dtype == "F4" and not shape else (dtype, shape) for name, (dtype, shape) in described.items()}
+    described = {  # a 0-dim F4 does not exist
+        name: (dtype if shape or dtype != "F4" else "U8", shape) for name, (dtype, shape) in described.items()
+    }
     tensors = {name: make(*what, seed) for seed, (name, what) in enumerate(described.items())}
     ours = image(tensors, metadata)
     if tensors or metadata is None:  # safetensors writes an unreadable header for metadata without tensors
@@ -170,7 +188,9 @@ def test_a_hostile_header_is_corrupt_and_nothing_else(content):
         parse(content, len(content), file="some.safetensors")
 
 
-@pytest.mark.parametrize("content", [raw({"a": entry()}), raw({}, b""), raw({"a": entry(shape=(0,), offsets=(0, 0))}, b"")])
+@pytest.mark.parametrize(
+    "content", [raw({"a": entry()}), raw({}, b""), raw({"a": entry(shape=(0,), offsets=(0, 0))}, b"")]
+)
 def test_the_rejected_files_differ_from_accepted_ones_only_in_their_fault(content):
     """The builder of the hostile files makes good ones too."""
     parse(content, len(content), file="f")

@@ -140,10 +140,20 @@ def first_difference(ours: bytes, theirs: bytes) -> str:
     def lines(data: bytes) -> list[str]:
         return [f"{opcode.name} {argument!r}" for opcode, argument, _ in pickletools.genops(data)]
 
-    return next((f"{n}: {a} | {b}" for n, (a, b) in enumerate(zip(lines(ours), lines(theirs), strict=False)) if a != b), "")
+    return next(
+        (f"{n}: {a} | {b}" for n, (a, b) in enumerate(zip(lines(ours), lines(theirs), strict=False)) if a != b), ""
+    )
 
 
-EXOTIC = [torch.uint16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.complex64, torch.complex128, torch.bfloat16]
+EXOTIC = [
+    torch.uint16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+    torch.bfloat16,
+]
 
 
 @pytest.mark.parametrize("dtype", EXOTIC, ids=str)

@@ -44,7 +44,9 @@ class Training:
 
     def __init__(self, seed: int = 0, width: int = 5) -> None:
         torch.manual_seed(seed)
-        self.model = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, 2))
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, 2)
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 + seed))
@@ -321,7 +323,12 @@ MODELS: dict[str, Callable[[], Any]] = {
         hf.LlavaConfig(
             text_config=hf.LlamaConfig(**TEXT),
             vision_config=hf.CLIPVisionConfig(
-                hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=24,
+                image_size=16,
+                patch_size=8,
             ),
         )
     ),
@@ -354,7 +361,9 @@ def test_a_computed_model_of_another_shape_is_refused(root: Path):
     """Also where the files hold computed values nothing is changed when the model does not fit."""
     model = MODELS["computed"]()
     path = save(root, model=model)
-    other = hf.MixtralForCausalLM(hf.MixtralConfig(**{**TEXT, "vocab_size": 41}, num_key_value_heads=1, num_local_experts=4))
+    other = hf.MixtralForCausalLM(
+        hf.MixtralConfig(**{**TEXT, "vocab_size": 41}, num_key_value_heads=1, num_local_experts=4)
+    )
     training = Training(1)
     before = copy.deepcopy(other.state_dict()), training.state()
     with pytest.raises(CheckpointError):
@@ -517,6 +526,6 @@ def test_a_saved_value_that_we_never_write_is_corrupt(broken: Path):
         (broken / names.MANIFEST).write_bytes(body + b'"self":"%s"}' % xxhash.xxh3_128_hexdigest(body).encode())
         model = Training(1).model
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(CorruptCheckpoint, match="training_state|cannot be read"):
+        with pytest.raises(CorruptCheckpoint, match=r"training_state|cannot be read"):
             load(broken, model=model, verify="full")
         assert same(model.state_dict(), before)

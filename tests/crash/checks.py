@@ -17,7 +17,9 @@ from .victims import LINK, contents
 
 NEXT = 90  # number and step of the save after the fault
 
-_EXPECTED = re.compile(r"dropped the unfinished save|finished deleting|writer failed step=None .* was killed by signal 9")
+_EXPECTED = re.compile(
+    r"dropped the unfinished save|finished deleting|writer failed step=None .* was killed by signal 9"
+)
 
 
 def violations(nursery: Nursery, root: str, child: Child, keep: int) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import logging
 import os
 import select
 import signal
@@ -25,7 +26,7 @@ from typing import Any
 
 import vembed_async_ckpt
 
-PATIENCE = 60.0  # seconds for anything that is expected to happen
+PATIENCE = 120.0  # seconds for anything that is expected to happen
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -41,6 +42,12 @@ class Talk:
     def listen(self) -> str:
         """The next message of the test; empty when the test is gone."""
         return self._sock.recv(1 << 16).decode()
+
+    def log_handler(self) -> logging.Handler:
+        """Says what is logged."""
+        handler = logging.Handler()
+        handler.emit = lambda record: self.say(f"LOG {record.getMessage()}")  # type: ignore[method-assign]
+        return handler
 
 
 class Child:
@@ -170,11 +177,22 @@ class Nursery:
                 self._receive("reaped")
             return self._statuses[pid]
 
-    def descendants(self) -> list[str]:
-        """Every process below the nursery, zombies too, after it has reaped what has ended."""
-        self._sock.send(b'{"reap": true}')
-        self._receive("reaped")
-        return sorted(f"{pid} {state} {name}" for pid, (state, name) in _below(self._process.pid).items())
+    def left_alive(self, timeout: float) -> list[str]:
+        """The processes below the nursery, zombies too, that are still there when all were given `timeout` seconds to end."""
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._asking:
+                self._sock.send(b'{"reap": true}')
+                self._receive("reaped")
+            found = _below(self._process.pid)
+            if not found or time.monotonic() > deadline:
+                return sorted(f"{pid} {state} {name}" for pid, (state, name) in found.items())
+            try:
+                pidfd = os.pidfd_open(min(found))
+            except ProcessLookupError:
+                continue
+            wait_for_end(pidfd, max(deadline - time.monotonic(), 0))
+            os.close(pidfd)
 
     def close(self) -> None:
         self._sock.close()

@@ -9,7 +9,7 @@ import pytest
 from . import checks
 from .conftest import Tally
 from .faults import needs_strace
-from .nursery import Child, Nursery
+from .nursery import PATIENCE, Child, Nursery
 from .sweeps import AT_ONCE, PRUNING, Bench, Scenario, Sweep
 
 pytestmark = needs_strace
@@ -33,7 +33,7 @@ def test_saves_and_a_retention(victims: Nursery, tally: Tally, tmp_path: Path, k
         return problems
 
     Sweep(victims, Scenario(killed, keep, **PRUNING[keep]), benches(tmp_path)).run(tally, judge)
-    assert victims.descendants() == []
+    assert victims.left_alive(PATIENCE) == []
     tally.settle(at_least=25)
 
 

@@ -6,6 +6,7 @@ The functions run in children of a nursery. A save is known by its number `n`, w
 from __future__ import annotations
 
 import errno
+import faulthandler
 import itertools
 import json
 import logging
@@ -14,6 +15,7 @@ import signal
 import struct
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from .nursery import Talk
 
 LINK = ("model.safetensors", "model_state_dict.safetensors")
+PATIENCE = 100.0  # seconds for a save, on the busiest of machines
 _ARENA = 1 << 20
 
 
@@ -110,17 +113,6 @@ class _Buffered(LocalFilesystem):
         return super().create(path, direct=False)
 
 
-class _Spoken(logging.Handler):
-    """What is logged is said over the line."""
-
-    def __init__(self, talk: Talk) -> None:
-        super().__init__()
-        self._talk = talk
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._talk.say(f"LOG {record.getMessage()}")
-
-
 class _Supervisor(Supervisor):
     """Starts its first writer process under `tracer`, a script that takes the interpreter's arguments.
 
@@ -158,7 +150,7 @@ def save(
     assert "torch" not in sys.modules
     if wait:
         talk.listen()
-    logging.getLogger("vembed_async_ckpt").addHandler(_Spoken(talk))
+    logging.getLogger("vembed_async_ckpt").addHandler(talk.log_handler())
     os.makedirs(root, exist_ok=True)
     lock = RootLock.acquire(root)
     reporter = Reporter([lambda event: talk.say(f"EVENT {event.stage} {event.phase} {event.detail}")])
@@ -169,8 +161,24 @@ def save(
     for n, step in saves:
         job = _Save(talk, arena, n, step, keep)
         supervisor.submit(job)
-        assert job.ended.wait(30), f"save {n} never ended"
-    assert supervisor.close(30)
+        if not job.ended.wait(PATIENCE):
+            faulthandler.dump_traceback()
+            raise AssertionError(f"save {n} never ended")
+    assert supervisor.close(PATIENCE)
     lock.close()
-    reporter.close(30)
+    reporter.close(PATIENCE)
     talk.say("CLOSED")
+
+
+def idle(talk: Talk, root: str) -> None:
+    """Say how many seconds of processor time a thread writer takes in half a second without a save."""
+    os.makedirs(root)
+    arena = Arena(1, _ARENA)
+    supervisor = Supervisor(root, RootLock.acquire(root), "thread", lambda: [arena], Reporter())
+    first = _Save(talk, arena, 1, 1, keep=1)
+    supervisor.submit(first)
+    assert first.ended.wait(PATIENCE)
+    before = time.process_time()
+    time.sleep(0.5)
+    talk.say(f"USED {time.process_time() - before}")
+    assert supervisor.close(PATIENCE)

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from operator import is_not
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import anyio
 
@@ -255,14 +255,16 @@ class AsyncCheckpointer:
         return self._plan
 
     def _acquire(self, request: Request, needed: int) -> Arena:
-        when_busy: Literal["wait", "error"] = "wait" if self._options.when_busy == "wait" else "error"
-        begun = time.perf_counter()
         try:
-            arena = self._pool.acquire(needed, when_busy, self._supervisor.check)
+            try:
+                arena = self._pool.acquire(needed, "error", self._supervisor.check)
+            except CheckpointerBusy:
+                if self._options.when_busy != "wait":
+                    raise
+                with self._reporter.stage("backpressure", request.save_id, request.step, needed):
+                    arena = self._pool.acquire(needed, "wait", self._supervisor.check)
         except (MemoryError, OSError) as error:
             raise StageError(f"step {request.step}: no host memory for {needed} bytes of state: {error}") from error
-        if (waited := time.perf_counter() - begun) > 0.01:
-            self._reporter.emit(Event("backpressure", "complete", request.save_id, request.step, needed, waited))
         if arena.size < min(needed, MIN_HOST_BYTES):
             self._pool.release(arena)
             raise StageError(

@@ -102,16 +102,22 @@ def prune(fs: Filesystem, root: str, policy: Policy, committed: Collection[tuple
     reader has locked, nor a directory whose name is not one of ours.
     """
     manifests_of = dict(committed)
-    gone = []
+    gone: list[str] = []
+    failures: list[OSError] = []
     for path in expendable(policy, committed):
         name, manifest = os.path.basename(path), manifests_of[path]
         trash = names.trash_directory(root, manifest.save_id)
-        # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
-        fs.rename(path, trash, "plain")
-        # Else a power cut could bring the name back with files missing.
-        fs.sync_directory(root)
-        dispose(fs, root, trash, name, manifest.save_id)
-        gone.append(name)
+        try:
+            # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
+            fs.rename(path, trash, "plain")
+            # Else a power cut could bring the name back with files missing.
+            fs.sync_directory(root)
+            dispose(fs, root, trash, name, manifest.save_id)
+            gone.append(name)
+        except OSError as error:
+            failures.append(error)  # the others' turn comes all the same
+    if failures:
+        raise failures[0]
     return gone
 
 

@@ -1,0 +1,184 @@
+"""Real trainings, run in children of a nursery that has imported torch.
+
+Every weight is a count of the optimizer steps made so far, so a torn or stale snapshot is seen by its numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
+import torch
+
+import vembed_async_ckpt._engine.checkpointer  # noqa: F401
+from vembed_async_ckpt import (
+    AsyncCheckpointer,
+    CheckpointerBusy,
+    CheckpointError,
+    Event,
+    KeepLast,
+    SaveHandle,
+    latest,
+    load,
+)
+
+if TYPE_CHECKING:
+    from .nursery import Talk
+
+_FLOATS = 1 << 19  # per tensor
+
+
+class Counting(torch.nn.Module):
+    """Three tensors and a buffer that all say how many steps were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList([torch.zeros(_FLOATS) for _ in range(3)])
+        self.register_buffer("steps", torch.zeros(_FLOATS))
+
+    def forward(self) -> torch.Tensor:
+        return -torch.stack([weight.sum() for weight in self.weights]).sum()
+
+    def count(self) -> int:
+        """How many steps; asserts that every number agrees."""
+        values = torch.cat([*self.weights, self.steps]).unique()
+        assert values.numel() == 1, f"torn: {values}"
+        return int(values.item())
+
+
+class Training:
+    """A model, its optimizer, and a checkpointer that says which writers it starts."""
+
+    def __init__(self, talk: Talk, root: str, **options: Any) -> None:
+        logging.getLogger("vembed_async_ckpt").addHandler(talk.log_handler())
+        torch.set_num_threads(1)
+        self._talk = talk
+        self.model = Counting()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.checkpointer = AsyncCheckpointer(root, retention=KeepLast(2), sinks=[self._heard], **options)
+
+    def _heard(self, event: Event) -> None:
+        if event.stage == "writer" and event.detail.startswith("pid "):
+            self._talk.say(f"WRITER {event.detail.removeprefix('pid ')}")
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.model().backward()
+        self.optimizer.step()
+        self.model.steps += 1
+
+    def save(self) -> SaveHandle:
+        return self.checkpointer.save(self.model.count(), model=self.model, optimizer=self.optimizer)
+
+
+def train(talk: Talk, root: str, every: int = 3) -> None:
+    """Train until told to stop, saving every few steps; STAGED and COMMITTED are said as soon as they are true."""
+    training = Training(talk, root)
+    stopped = threading.Event()
+    threading.Thread(target=lambda: (talk.listen(), stopped.set()), daemon=True).start()
+    handles: queue.SimpleQueue[SaveHandle | None] = queue.SimpleQueue()
+
+    def report() -> None:
+        while (handle := handles.get()) is not None:
+            handle.wait_staged(100)
+            talk.say(f"STAGED {handle.step}")
+            talk.say(f"COMMITTED {handle.result(100).step}")
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    while not stopped.is_set():
+        for _ in range(every):
+            training.step()
+        handles.put(training.save())
+    training.checkpointer.close()
+    handles.put(None)
+    reporter.join(100)
+    talk.say("CLOSED")
+    os._exit(0)  # how interpreters end is another test's subject, and takes torch most of a second
+
+
+def resume(talk: Talk, root: str) -> None:
+    """Start anew: go on from the newest checkpoint, save once, close."""
+    training = Training(talk, root)
+    found = latest(root)
+    if found is not None:
+        restored = load(found, model=training.model, optimizer=training.optimizer, verify="full")
+        assert training.model.count() == restored.step, (training.model.count(), restored.step)
+    talk.say(f"FOUND {training.model.count()}")
+    training.step()
+    training.save().result(100)
+    training.checkpointer.close()
+    talk.say("CLOSED")
+    os._exit(0)
+
+
+def refused(talk: Talk, root: str) -> None:
+    """A second trainer on one root."""
+    try:
+        Training(talk, root)
+    except CheckpointerBusy as error:
+        talk.say(f"BUSY {error}")
+
+
+def obey(talk: Talk, root: str, tracer: str | None = None) -> None:
+    """Do what the test says, one word at a time, and answer each; with `tracer`, writers run under it until `untraced`."""
+    interpreter = sys.executable
+    sys.executable = tracer or interpreter
+    training = Training(talk, root)
+    handles: list[SaveHandle] = []
+    while word := talk.listen():
+        answer = "done"
+        try:
+            if word == "save":
+                training.step()
+                handles.append(training.save())
+            elif word == "staged":
+                handles[-1].wait_staged(100)
+            elif word == "result":
+                answer = f"committed {handles[-1].result(100).step}"
+            elif word == "impatient":
+                handles[-1].result(0.2)
+            elif word == "untraced":
+                sys.executable = interpreter
+            elif word == "close":
+                training.checkpointer.close()
+            elif word.startswith("fork"):
+                answer = f"forked {_fork(word)}"
+            elif word.startswith("end"):
+                break
+        except (CheckpointError, TimeoutError) as error:
+            answer = f"{type(error).__name__}: {error}"
+        talk.say(f"ANSWER {answer}")
+    _end(word, training)
+
+
+def _fork(word: str) -> int:
+    """A child as a DataLoader makes it, that ends at once or stays; or one made behind Python's back, with all descriptors."""
+    pid = ctypes.CDLL(None).fork() if word == "fork raw" else os.fork()
+    if pid == 0:
+        if word == "fork exit":
+            sys.exit(0)  # with everything that the interpreter does at its end
+        while True:
+            signal.pause()
+    if word == "fork exit":
+        os.waitpid(pid, 0)
+    return pid
+
+
+def _end(word: str, training: Training) -> None:
+    if word == "end os._exit":
+        os._exit(7)
+    if word == "end sys.exit":
+        sys.exit(7)
+    if word == "end exception":
+        raise RuntimeError("the training itself broke")
+    if word == "end exception in with":
+        with training.checkpointer:
+            raise RuntimeError("the training itself broke")

@@ -1,0 +1,112 @@
+"""Imports go one way, and what runs in the writer process never loads torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vembed_async_ckpt
+
+PACKAGE = Path(vembed_async_ckpt.__file__).parent
+# From the top: what stands in a line may import its own line and the lines below it.
+LAYERS = [
+    {"integrations", "demo", "bench", "cli", "testing"},
+    {"_engine", "restore"},
+    {"_request", "_arena", "_writer", "_store"},
+    {"_plan"},
+    {"errors", "events"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+TORCH_FREE = ["_writer", "_store", "_plan"]
+HEAVY = {"torch", "numpy", "transformers", "accelerate", "safetensors", "anyio", "rich", "typer"}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """(dotted path below the package, syntax tree) of every module."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        dotted = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield dotted.removesuffix(".__init__"), ast.parse(path.read_text(), str(path))
+
+
+def imports(dotted: str, tree: ast.Module, *, is_package: bool) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of every import anywhere in a module; `from . import x` gives x, as it may be a module."""
+    here = ["vembed_async_ckpt", *dotted.split(".")]
+    parent = here if is_package else here[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = parent[: len(parent) + 1 - node.level] if node.level else []
+            target = [*base, *(node.module or "").split(".")] if node.module else base
+            yield from ((node.lineno, ".".join([*target, alias.name])) for alias in node.names)
+
+
+def wrong(dotted: str, tree: ast.Module, *, is_package: bool) -> list[str]:
+    """The imports of a module that go upwards."""
+    level = LEVEL[dotted.split(".")[0]]
+    found = []
+    for line, target in imports(dotted, tree, is_package=is_package):
+        parts = target.split(".")
+        if parts[0] == "vembed_async_ckpt" and len(parts) > 1 and LEVEL.get(parts[1], level) < level:
+            found.append(f"{dotted}:{line} imports {target}")
+    return found
+
+
+def is_package(dotted: str) -> bool:
+    return (PACKAGE.joinpath(*dotted.split(".")) / "__init__.py").exists()
+
+
+def test_every_module_has_its_layer():
+    """A new module or folder must be given its place in `LAYERS`."""
+    unknown = {dotted for dotted, _ in modules() if dotted.split(".")[0] not in {*LEVEL, "__init__", "__main__"}}
+    assert unknown == set()
+
+
+def test_imports_go_one_way():
+    """Top to bottom as in `LAYERS`; imports within a layer are allowed."""
+    checked = [(dotted, tree) for dotted, tree in modules() if dotted.split(".")[0] in LEVEL]
+    assert len(checked) > 25
+    assert [line for dotted, tree in checked for line in wrong(dotted, tree, is_package=is_package(dotted))] == []
+
+
+@pytest.mark.parametrize(
+    ("dotted", "source"),
+    [
+        ("_plan.plan", "from ..errors import PlanError\nfrom .._request import request"),
+        ("_plan.plan", "import vembed_async_ckpt._engine.saving"),
+        ("_store.fs", "def f():\n    from .._engine.handle import SaveHandle"),
+        ("errors", "from ._plan import plan"),
+        ("events", "from . import restore"),
+    ],
+)
+def test_an_import_that_goes_up_is_found(dotted: str, source: str):
+    """The check sees absolute and relative imports, at any depth and inside functions."""
+    assert len(wrong(dotted, ast.parse(source), is_package=False)) == 1
+
+
+def test_the_torch_free_layers_name_no_heavy_module():
+    """Not even inside a function: the writer process has nothing but the standard library and xxhash."""
+    found = [
+        f"{dotted}:{line} imports {target}"
+        for dotted, tree in modules()
+        if dotted.split(".")[0] in TORCH_FREE
+        for line, target in imports(dotted, tree, is_package=is_package(dotted))
+        if target.split(".")[0] in HEAVY
+    ]
+    assert found == []
+
+
+def test_the_torch_free_layers_load_no_torch():
+    """Nor do they through others: all of them imported in a fresh interpreter."""
+    names = [
+        f"vembed_async_ckpt.{d}" for d, _ in modules() if d.split(".")[0] in TORCH_FREE and not d.endswith("__main__")
+    ]
+    assert len(names) > 12
+    script = f"import sys, {', '.join([*names, 'vembed_async_ckpt._writer.__main__'])}\nprint(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert {name.partition(".")[0] for name in result.stdout.split()} & HEAVY == set()
