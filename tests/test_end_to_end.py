@@ -19,7 +19,9 @@ def make() -> tuple[torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_sched
     return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
 
 
-def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+def train(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
+) -> None:
     optimizer.zero_grad()
     model(torch.randn(8, 16)).pow(2).mean().backward()
     optimizer.step()
@@ -35,7 +37,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(root: Path, writer: str, stag
         for step in range(12):
             train(*state)
             if step == 5:
-                handle = checkpointer.save(step, model=state[0], optimizer=state[1], scheduler=state[2], extra={"epoch": 1})
+                handle = checkpointer.save(
+                    step, model=state[0], optimizer=state[1], scheduler=state[2], extra={"epoch": 1}
+                )
     assert handle.state is SaveState.COMMITTED
 
     resumed = make()

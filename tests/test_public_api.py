@@ -12,10 +12,28 @@ import pytest
 
 import vembed_async_ckpt
 
-CONTRACT = """
-    save_checkpoint AsyncCheckpointer SaveHandle SaveState CheckpointInfo Restored latest load verify KeepLast KeepEvery KeepBest
-    CheckpointError PlanError StageError WriteError CommitError CorruptCheckpoint CheckpointerBusy CheckpointerClosed
-""".split()
+CONTRACT = [
+    "save_checkpoint",
+    "AsyncCheckpointer",
+    "SaveHandle",
+    "SaveState",
+    "CheckpointInfo",
+    "Restored",
+    "latest",
+    "load",
+    "verify",
+    "KeepLast",
+    "KeepEvery",
+    "KeepBest",
+    "CheckpointError",
+    "PlanError",
+    "StageError",
+    "WriteError",
+    "CommitError",
+    "CorruptCheckpoint",
+    "CheckpointerBusy",
+    "CheckpointerClosed",
+]
 
 
 @pytest.mark.parametrize("name", CONTRACT)

@@ -148,7 +148,7 @@ class Nursery:
     def child(self, function: str, **arguments: Any) -> Iterator[Child]:
         """Fork a child that runs `function(talk, **arguments)`; it is killed at the end if it still lives."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        stderr = tempfile.TemporaryFile()
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
         request = json.dumps({"function": function, "arguments": arguments}).encode()
         with self._asking:
             socket.send_fds(self._sock, [request], [theirs.fileno(), stderr.fileno()])

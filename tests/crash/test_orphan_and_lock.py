@@ -39,7 +39,7 @@ def slow(tmp_path: Path) -> str:
 @pytest.fixture
 def slow_to_commit(tmp_path: Path) -> str:
     """A writer that takes a while before it publishes."""
-    return delayed(tmp_path, "renameat2", 0.7)
+    return delayed(tmp_path, "renameat2", 2.0)
 
 
 def delayed(directory: Path, call: str, seconds: float) -> str:
