@@ -6,6 +6,7 @@ python benchmarks/saves.py --dir /a/real/disk
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import logging
@@ -102,10 +103,9 @@ def compare(options: argparse.Namespace, directory: str) -> dict[str, list[Sampl
 
 
 def settle(patience: float) -> None:
-    """Nothing of what came before is left to be collected or written, and other people's processes are quiet, if they are
-    within `patience` seconds."""
+    """Nothing of what came before is left to be collected (every save was synced and removed), and other people's processes
+    are quiet, if they are within `patience` seconds."""
     gc.collect()
-    os.sync()
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         others = Others()
@@ -247,6 +247,13 @@ def steps_beside(engine: Engine, number: int, training: Training) -> list[float]
     return steps
 
 
+def write(result: dict[str, Any], out: str) -> None:
+    """Everything measured so far, so that a run that is ended early is not lost."""
+    result["claims"] = claims(result)
+    with open(out, "w") as file:
+        json.dump(result, file, indent=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -262,21 +269,19 @@ def main() -> None:
     options.engines = options.engines.split(",")
     if unknown := set(options.engines) - set(ENGINES):
         parser.error(f"no such engine: {', '.join(sorted(unknown))}; there are {', '.join(ENGINES)}")
+    out = options.out or os.path.join(
+        os.path.dirname(os.path.abspath(__file__)), "results", f"saves-{datetime.date.today()}.json"
+    )
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="saves-", dir=options.dir) as directory:
         result: dict[str, Any] = {"machine": facts(directory), "options": vars(options) | {"dir": None, "out": None}}
-        result["rounds"] = compare(options, directory)
-        result["alone"] = []
+        result |= {"rounds": compare(options, directory), "alone": []}
+        write(result, out)
         for name in options.engines:
             if name not in ("none", "safetensors"):  # nothing runs beside training there
                 print(f"{name} by itself")
                 result["alone"].append(watch(name, options, directory))
-    result["claims"] = claims(result)
-    out = options.out or os.path.join(
-        os.path.dirname(os.path.abspath(__file__)), "results", f"saves-{result['machine']['date'][:10]}.json"
-    )
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    with open(out, "w") as file:
-        json.dump(result, file, indent=1)
+                write(result, out)
     show(result)
     print(f"all samples: {out}")
 

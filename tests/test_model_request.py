@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 
 from vembed_async_ckpt import AsyncCheckpointer, PlanError, load
+from vembed_async_ckpt._request import model as models
 from vembed_async_ckpt._store import names
 
 BOUND = 30
@@ -70,7 +71,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "Qwen3, tied": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=8, tie_word_embeddings=True)),
     "Qwen2-VL": qwen2_vl,
     "Qwen3-VL": qwen3_vl,
-    "Mixtral, computed": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4)),
+    "Mixtral, parts": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4)),
     "LLaVA, renamed": lambda: hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**VISION))
     ),
@@ -125,7 +126,7 @@ def test_the_directory_is_what_save_pretrained_writes(root: Path, tmp_path: Path
     assert expected != stock(model, tmp_path / "changed")
 
 
-@pytest.mark.parametrize("name", ["CLIP", "Mixtral, computed", "LLaVA, renamed", "Dinov2"])
+@pytest.mark.parametrize("name", ["CLIP", "Mixtral, parts", "LLaVA, renamed", "Dinov2"])
 def test_without_the_original_format_too(root: Path, tmp_path: Path, name: str):
     """`save_original_format=False` means what it means to save_pretrained."""
     model = build(name)
@@ -139,7 +140,7 @@ PARTS = pytest.mark.xfail(
 )
 
 
-@pytest.mark.parametrize("name", ["Bert", "GPT2, tied", pytest.param("Mixtral, computed", marks=PARTS)])
+@pytest.mark.parametrize("name", ["Bert", "GPT2, tied", pytest.param("Mixtral, parts", marks=PARTS)])
 def test_shards_and_their_index(root: Path, tmp_path: Path, name: str):
     """Beyond max_shard_size there are the shards and the index that save_pretrained writes."""
     model = build(name)
@@ -150,6 +151,59 @@ def test_shards_and_their_index(root: Path, tmp_path: Path, name: str):
             assert len([name for name in expected if name.endswith(".safetensors")]) > 1
             assert files(checkpointer.save(step, model=model).result(BOUND).path) == expected
             change(model)
+
+
+@pytest.fixture
+def computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a family whose conversion cannot do without contiguous copies: save_pretrained computes."""
+    captured = models._captured
+
+    def refusing(save_pretrained: Any, options: Any, *, in_place: bool) -> Any:
+        if in_place:
+            raise RuntimeError("view size is not compatible with input tensor's size and stride")
+        return captured(save_pretrained, options, in_place=in_place)
+
+    monkeypatch.setattr(models, "_captured", refusing)
+
+
+@pytest.mark.parametrize("shards", ["50GB", "10KB"])
+def test_what_a_conversion_computes_is_computed_for_every_save(
+    root: Path, tmp_path: Path, computing: None, shards: str
+):
+    """Nothing computed is kept for the next save; the manifest says what was; the bytes are stock's, shards included."""
+    model = build("Mixtral, parts")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+    with AsyncCheckpointer(root, writer="thread", max_shard_size=shards) as checkpointer:
+        for step in (1, 2):
+            expected = stock(model, tmp_path / str(step), max_shard_size=shards)
+            path = checkpointer.save(step, model=model).result(BOUND).path
+            assert files(path) == expected
+            assert json.loads((path / names.MANIFEST).read_bytes())["names"][""]["computed"]
+            change(model)
+
+
+class Computing(torch.nn.Linear):
+    """Its state_dict shows a value that is none of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.register_state_dict_post_hook(
+            lambda module, state, prefix, _: state.update({prefix + "twice": state["weight"] * 2})
+        )
+
+
+def test_what_a_hook_computes_is_computed_for_every_save(root: Path):
+    """And it is that of the call, though the weight changes at once."""
+    module = Computing()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer.step()
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        for step in (1, 2, 3):
+            expected = plain_image(module)
+            path = checkpointer.save(step, model=module).result(BOUND).path
+            assert (path / "model.safetensors").read_bytes() == expected
+            change(module)
 
 
 def test_from_pretrained_opens_it(root: Path):
@@ -503,6 +557,7 @@ def test_parts_of_a_parameter_follow_its_strides(root: Path):
             assert (path / "model.safetensors").read_bytes() == expected, step
             edit(module)
             module.qkv.data.copy_(torch.randn(6, 4))
+        module.qkv.data = module.qkv.data.contiguous()
         state = module.qkv.detach().clone()
         path = checkpointer.save(9, model=module).result(BOUND).path
     change(module)

@@ -21,6 +21,7 @@ import torch
 import transformers as hf
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, load, verify
+from vembed_async_ckpt._request import model as models
 from vembed_async_ckpt._store import names
 
 BOUND = 30
@@ -318,7 +319,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         hf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
     ),
     "bert": lambda: hf.BertModel(hf.BertConfig(**TEXT)),
-    "computed": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=4)),
+    "parts": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=4)),
     "renamed": lambda: hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
             text_config=hf.LlamaConfig(**TEXT),
@@ -357,18 +358,72 @@ def test_models_of_transformers_come_back(root: Path, name: str, shards: str):
     assert {key: tensor.data_ptr() for key, tensor in fresh.state_dict().items()} == places
 
 
-def test_a_computed_model_of_another_shape_is_refused(root: Path):
-    """Also where the files hold computed values nothing is changed when the model does not fit."""
-    model = MODELS["computed"]()
-    path = save(root, model=model)
-    other = hf.MixtralForCausalLM(
-        hf.MixtralConfig(**{**TEXT, "vocab_size": 41}, num_key_value_heads=1, num_local_experts=4)
-    )
-    training = Training(1)
+@pytest.fixture
+def computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a family whose conversion cannot do without contiguous copies: the files hold computed values."""
+    captured = models._captured
+
+    def refusing(save_pretrained: Any, options: Any, *, in_place: bool) -> Any:
+        if in_place:
+            raise RuntimeError("view size is not compatible with input tensor's size and stride")
+        return captured(save_pretrained, options, in_place=in_place)
+
+    monkeypatch.setattr(models, "_captured", refusing)
+
+
+def mixtral(**changed: Any) -> Any:
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**{**TEXT, **changed}, num_key_value_heads=1, num_local_experts=4))
+
+
+@pytest.mark.parametrize("name", ["", "m"])
+def test_a_model_whose_files_hold_computed_values_comes_back(root: Path, computing: None, name: str):
+    """By the model's own way back, from_pretrained; in place."""
+    model = mixtral()
+    path = save(root, model={name: model} if name else model)
+    assert json.loads((path / names.MANIFEST).read_bytes())["names"][name]["computed"]
+    fresh = mixtral()
+    places = {key: tensor.data_ptr() for key, tensor in fresh.state_dict().items()}
+    load(path, model={name: fresh} if name else fresh)
+    assert same(dict(fresh.state_dict()), dict(model.state_dict()))
+    assert {key: tensor.data_ptr() for key, tensor in fresh.state_dict().items()} == places
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_converted_model_of_another_shape_is_refused(root: Path, request: pytest.FixtureRequest, computed: bool):
+    """Also where the files are not the state_dict nothing is changed when a model does not fit."""
+    if computed:
+        request.getfixturevalue("computing")
+    path = save(root, model={"m": mixtral(), "n": Training(2).model})
+    other, training = mixtral(vocab_size=41), Training(1)
     before = copy.deepcopy(other.state_dict()), training.state()
-    with pytest.raises(CheckpointError):
-        load(path, model=other)
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight"):
+        load(path, model={"n": training.model, "m": other})
     assert same((other.state_dict(), training.state()), before)
+
+
+class Fused(torch.nn.Module):
+    """Its state_dict shows the parts of one fused parameter, as some models' hooks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Parameter(torch.randn(6, 4))
+        self.register_state_dict_post_hook(self.split)
+
+    @staticmethod
+    def split(module: Any, state: dict[str, torch.Tensor], prefix: str, local_metadata: Any) -> None:
+        state[prefix + "q"], state[prefix + "kv"] = state.pop(prefix + "qkv").split([2, 4])
+
+
+def test_parts_of_a_parameter_go_where_they_were(root: Path):
+    """Saved as parts, restored into the whole; a parameter of other strides is refused, not filled wrongly."""
+    module, fresh = Fused(), Fused()
+    path = save(root, model=module)
+    load(path, model=fresh)
+    assert torch.equal(fresh.qkv, module.qkv)
+    fresh.qkv.data = torch.zeros(4, 6).t()
+    with pytest.raises(CheckpointError, match="qkv is not contiguous"):
+        load(path, model=fresh)
+    assert not fresh.qkv.any()
 
 
 def test_extra_state_of_a_module_comes_back(root: Path):

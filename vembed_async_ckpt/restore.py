@@ -245,7 +245,7 @@ def _plan_model(source: _Source, name: str, module: torch.nn.Module) -> Callable
     """What will restore `module`. Raises before anything is changed."""
     described = _saved(source.manifest.names, name, "model")
     if described["computed"]:
-        return lambda: _restore_computed(source, name, module, described)
+        return _plan_computed(source, name, module, described)
     live = dict(_live_tensors(module))
     moves: list[tuple[torch.Tensor, torch.Tensor]] = []
     covered: set[str] = set(described["ties"])
@@ -259,6 +259,9 @@ def _plan_model(source: _Source, name: str, module: torch.nn.Module) -> Callable
                 continue
             covered.add(target)
             if part is not None:
+                if not place.is_contiguous():
+                    wrong.append(f"{target} is not contiguous, so the parts of it that were saved have no place")
+                    continue
                 size, stride, offset = part
                 place = place.as_strided(size, stride, place.storage_offset() + offset)
             saved = source.tensor(file, key)
@@ -267,10 +270,14 @@ def _plan_model(source: _Source, name: str, module: torch.nn.Module) -> Callable
             else:
                 moves.append((place, saved))
     wrong += [f"{key} was not saved" for key in sorted(_expected(module) - covered) if not _is_tied(live, key, covered)]
+    _refuse_misfits(source, name, wrong)
+    return lambda: _copy_all(moves)
+
+
+def _refuse_misfits(source: _Source, name: str, wrong: Sequence[str]) -> None:
     if wrong:
         shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
         raise CheckpointError(f"{source.directory}: does not fit the model{' ' + name if name else ''}: {shown}")
-    return lambda: _copy_all(moves)
 
 
 def _live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -301,18 +308,36 @@ def _copy_all(moves: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
             torch._foreach_copy_([place for place, _ in moves], [saved for _, saved in moves])
 
 
-def _restore_computed(source: _Source, name: str, module: torch.nn.Module, described: Mapping[str, Any]) -> None:
+def _plan_computed(
+    source: _Source, name: str, module: torch.nn.Module, described: Mapping[str, Any]
+) -> Callable[[], None]:
     """The files hold values that saving computed: the model's own way back computes them anew."""
     from_pretrained = getattr(type(module), "from_pretrained", None)
-    with torch.no_grad():
-        if from_pretrained is None:
-            state = {key: source.tensor(file, key) for file in described["files"] for key in source.entries(file)}
-            state |= {alias: state[kept] for alias, kept in described["ties"].items() if kept in state}
-            module.load_state_dict(state)
-            return
+    state: dict[str, Any]
+    if from_pretrained is None:
+        state = {key: source.tensor(file, key) for file in described["files"] for key in source.entries(file)}
+        state |= {alias: state[kept] for alias, kept in described["ties"].items() if kept in state}
+    else:
         dtype = next(module.parameters()).dtype
-        loaded = from_pretrained(os.path.join(source.directory, name) if name else source.directory, dtype=dtype)
-        module.load_state_dict(loaded.state_dict())
+        directory = os.path.join(source.directory, name) if name else source.directory
+        state = from_pretrained(directory, dtype=dtype).state_dict()
+    wanted = module.state_dict()
+    wrong = [f"{key} was not saved" for key in wanted.keys() - state.keys()]
+    wrong += [f"{key} is not in the model" for key in state.keys() - wanted.keys()]
+    wrong += [
+        f"{key} has shape {tuple(wanted[key].shape)}, saved was {tuple(value.shape)}"
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+        and isinstance(wanted.get(key), torch.Tensor)
+        and wanted[key].shape != value.shape
+    ]
+    _refuse_misfits(source, name, sorted(wrong))
+    return lambda: _load_state_dict(module, state)
+
+
+def _load_state_dict(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    with torch.no_grad():
+        module.load_state_dict(state)
 
 
 # -- optimizers

@@ -16,6 +16,7 @@ class Tally:
 
     kind: str
     faults: int = 0
+    what: str = "faults"
     violations: list[str] = field(default_factory=list)
 
     def fault(self, where: object, violations: list[str]) -> None:
@@ -46,7 +47,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if tallies:
         terminalreporter.section("faults")
         for tally in tallies:
-            terminalreporter.write_line(f"{tally.faults:5} faults, {len(tally.violations)} violations: {tally.kind}")
+            terminalreporter.write_line(
+                f"{tally.faults:5} {tally.what}, {len(tally.violations)} violations: {tally.kind}"
+            )
 
 
 @pytest.fixture(scope="session")

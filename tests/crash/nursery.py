@@ -61,6 +61,7 @@ class Child:
         self._stderr = stderr
         self._pidfd = os.pidfd_open(pid)  # the nursery reaps only when asked to: the id is still this child's
         self._read = 0
+        self._code: int | None = None
 
     def tell(self, message: str) -> None:
         self._sock.send(message.encode())
@@ -98,7 +99,8 @@ class Child:
             raise AssertionError(f"{self} is still alive after {timeout} s")
         while self._receive(0):
             pass
-        return self._nursery.status(self.pid)
+        self._code = self._nursery.status(self.pid)
+        return self._code
 
     def last(self, start: str) -> int:
         """The highest number that it said after `start`, 0 if none."""
@@ -116,7 +118,7 @@ class Child:
         os.close(self._pidfd)
 
     def __str__(self) -> str:
-        return f"child {self.pid}; it said {self.messages}; stderr: {self.stderr()[-3000:]}"
+        return f"child {self.pid}, exit code {self._code}; it said {self.messages}; stderr: {self.stderr()[-3000:]}"
 
 
 def wait_for_end(pidfd: int, timeout: float) -> bool:
@@ -153,7 +155,9 @@ class Nursery:
         with self._asking:
             socket.send_fds(self._sock, [request], [theirs.fileno(), stderr.fileno()])
             theirs.close()
-            child = Child(self, self._receive("pid"), ours, stderr)
+            pid = self._receive("pid")
+            self._statuses.pop(pid, None)  # that of an earlier process: ids come again
+            child = Child(self, pid, ours, stderr)
         try:
             yield child
         finally:

@@ -137,14 +137,16 @@ def test_the_trainers_death_is_noticed_though_a_forked_child_lives(trainers: Nur
     with trainers.child("obey", root=str(root)) as child:
         writer = os.pidfd_open(staged(child))
         forked = int(ask(child, how).split()[1])
-        child.kill()
-        child.wait()
-        assert wait_for_end(writer, PATIENCE)
-        os.close(writer)
-        os.kill(forked, 0)  # it lives
-        if how == "fork stay":
-            assert_resumable(trainers, root, 1)  # and the lock is not with it
-        os.kill(forked, signal.SIGKILL)
+        try:
+            child.kill()
+            child.wait()
+            assert wait_for_end(writer, 20)
+            os.close(writer)
+            os.kill(forked, 0)  # it lives
+            if how == "fork stay":
+                assert_resumable(trainers, root, 1)  # and the lock is not with it
+        finally:
+            os.kill(forked, signal.SIGKILL)
     assert latest(root) is not None
 
 
@@ -260,9 +262,8 @@ os._exit(0)
 """
     package = os.path.dirname(os.path.dirname(vembed_async_ckpt.__file__))
     environment = {**os.environ, "PYTHONPATH": package}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=PATIENCE
-    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "staged\n", "")
     with open(names.lock_file(str(root))) as lock, pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer has it still

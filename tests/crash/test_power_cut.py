@@ -14,7 +14,7 @@ import pytest
 
 from . import checks
 from .conftest import Tally
-from .faults import POWER_CUTS, Disk, missing, needs_strace
+from .faults import Disk, missing, needs_strace
 from .nursery import Child, Nursery
 from .sweeps import AT_ONCE, PRUNING, Bench, Scenario, Sweep
 
@@ -37,8 +37,15 @@ def benches(kind: str, tmp_path: Path) -> Iterator[list[Bench]]:
 
 
 @pytest.mark.parametrize("kind", FILE_SYSTEMS)
-@pytest.mark.parametrize("how", POWER_CUTS)
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
+@pytest.mark.parametrize(
+    ("how", "direct"),
+    [
+        pytest.param("nologflush", True, id="nologflush-direct"),
+        pytest.param("logflush", False, id="logflush-buffered"),
+        pytest.param("nologflush", False, id="nologflush-buffered", marks=pytest.mark.slow),
+        pytest.param("logflush", True, id="logflush-direct", marks=pytest.mark.slow),
+    ],
+)
 def test_saves_and_a_retention(victims: Nursery, tally: Tally, benches: list[Bench], how: str, direct: bool) -> None:
     """The power fails before any call of saving and pruning: no harm, and the next start and save are as ever."""
     Sweep(victims, Scenario("trainer", 1, **PRUNING[1], direct=direct), benches).run(

@@ -272,6 +272,8 @@ def _resolve(
         if (item.tensor.shape, item.tensor.stride(), item.tensor.storage_offset()) == view:
             return item, None
     for item in candidates:
+        if not item.tensor.is_contiguous():
+            continue  # where a part lies must not depend on the strides of this moment: `load` may meet others
         offset = view[2] - item.tensor.storage_offset()
         if offset >= 0 and offset + _extent(view[0], view[1]) <= _extent(item.tensor.shape, item.tensor.stride()):
             return item, (view[0], view[1], int(offset))

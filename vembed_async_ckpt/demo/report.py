@@ -110,19 +110,27 @@ def _comparison(report: DemoReport) -> Table:
     stall = median(info.timings.stall for info in report.saves[1:] or report.saves)
     written = median(save.written for save in report.synchronous)
     durable = median(save.durable for save in report.synchronous)
+    alone = _median(step.seconds for step in report.step_times if not step.beside_save)
+    beside = _median(step.seconds for step in report.step_times if step.beside_save)
     table = Table(title="What it costs the training thread", title_justify="left")
     table.add_column("")
     table.add_column("median", justify="right")
     table.add_column("ratio", justify="right")
-    table.add_row("save in the background, durable", _milliseconds(stall), "")
+    table.add_row("save in the background, durable: stall", _milliseconds(stall), "")
     table.add_row("same save, synchronous, page cache", _milliseconds(written), f"{written / stall:.0f}x")
     table.add_row("same save, synchronous, fsync: durable", _milliseconds(durable), f"{durable / stall:.0f}x")
     table.add_section()
-    alone = _median(step.seconds for step in report.step_times if not step.beside_save)
-    beside = _median(step.seconds for step in report.step_times if step.beside_save)
     table.add_row("a training step, no save in flight", _milliseconds(alone), "")
     table.add_row("a training step, a save in flight", _milliseconds(beside), _ratio(alone, beside))
+    table.add_row("slower steps, in all, for one save", _milliseconds(_slowing(report, alone, beside)), "")
     return table
+
+
+def _slowing(report: DemoReport, alone: float | None, beside: float | None) -> float | None:
+    """Seconds that the steps beside one save took longer, if they did: what it costs where no core is spare."""
+    if alone is None or beside is None or beside <= alone:
+        return None
+    return (beside - alone) * sum(step.beside_save for step in report.step_times) / len(report.saves)
 
 
 def _commands(report: DemoReport) -> list[str]:
