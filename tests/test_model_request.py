@@ -135,12 +135,7 @@ def test_without_the_original_format_too(root: Path, tmp_path: Path, name: str):
         assert files(checkpointer.save(1, model=model).result(BOUND).path) == expected
 
 
-PARTS = pytest.mark.xfail(
-    reason="parts of one parameter share its memory, so they are all put into one shard, unlike stock"
-)
-
-
-@pytest.mark.parametrize("name", ["Bert", "GPT2, tied", pytest.param("Mixtral, parts", marks=PARTS)])
+@pytest.mark.parametrize("name", ["Bert", "GPT2, tied", "Mixtral, parts"])
 def test_shards_and_their_index(root: Path, tmp_path: Path, name: str):
     """Beyond max_shard_size there are the shards and the index that save_pretrained writes."""
     model = build(name)

@@ -325,8 +325,10 @@ def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[_Fil
     try:
         try:
             files, side_files = _captured(save_pretrained, chosen, in_place=True)
+            compute = _parts_would_be_sharded(files, options["max_shard_size"])
         except RuntimeError:
-            # A conversion needed the contiguous copy that was withheld: let it compute, at the price of doing so every time.
+            compute = True  # a conversion needed the contiguous copy that was withheld
+        if compute:  # at the price of doing so for every save
             files, side_files = _captured(save_pretrained, chosen, in_place=False)
     except PlanError:
         raise
@@ -350,6 +352,17 @@ def _captured(
         with torch.no_grad(), _SINK.collecting() as files, _quiet_progress_bars(), mode:
             save_pretrained(directory, **options)
         return {os.path.relpath(path, directory): file for path, file in files.items()}, read_files(directory)
+
+
+def _parts_would_be_sharded(files: _Files, max_shard_size: str | int) -> bool:
+    """Whether some of the tensors are parts of one and there are several shards: transformers puts what shares memory into
+    one shard, which copies would not have done."""
+    from transformers.utils.hub import convert_file_size_to_int
+
+    tensors = [tensor for file, _ in files.values() for tensor in file.values() if tensor.numel()]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    size = sum(tensor.nbytes for tensor in tensors)
+    return len(storages) < len(tensors) and size > convert_file_size_to_int(max_shard_size)
 
 
 def _holds_values(content: BytesContent) -> bool:
