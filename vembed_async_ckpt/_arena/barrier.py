@@ -2,7 +2,8 @@
 
 One global hook of torch, installed once per process. It also learns which optimizers really pass through it: only their
 tensors may be copied after `save()` has returned. Optimizers that bypass the hook (not torch's, `step` replaced on the instance,
-the functional API) are never seen, so nothing of theirs is ever copied late.
+the functional API) are never seen, so nothing of theirs is ever copied late. One that changes weights first and then calls a
+hooked step is seen, but too late: only the nets of `staging.Late` catch it.
 """
 
 from __future__ import annotations

@@ -263,10 +263,10 @@ class Save:
             self._over = True
         written, total = self.handle.progress
         self.handle._progress = lambda: (written if error else total, total)
-        self._context.ended(self.handle, error)
         # The arena is free before the handle ends: whoever waited for it may save again at once.
         self._context.release(self.arena)
         self.handle._move(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
+        self._context.ended(self.handle, error)
         if self._waves is not None:
             self._waves.go_on()
         took = time.perf_counter() - self._begun
