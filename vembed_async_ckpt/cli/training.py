@@ -29,6 +29,6 @@ def demo(
     """Train a text embedder on the standard library's docstrings, save it in the background, and show what that cost."""
     try:
         demos.run(out, steps=steps, save_every=save_every, size=size, resume=resume, crash_at=crash_at)
-    except ValueError as error:
+    except demos.Refused as error:
         print(f"vembed-ckpt demo: {error}", file=sys.stderr)
         raise typer.Exit(2) from error

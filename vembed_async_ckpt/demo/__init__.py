@@ -17,7 +17,12 @@ DEFAULT_SAVE_EVERY = 20
 DEFAULT_SIZE = "small"
 SIZE_NAMES = ("tiny", "small", "base")
 
-__all__ = ["DEFAULT_SAVE_EVERY", "DEFAULT_SIZE", "DEFAULT_STEPS", "SIZE_NAMES", "DemoReport", "run"]
+
+class Refused(ValueError):
+    """The run was not begun, and nothing touched: options that make no sense, or somebody's checkpoints in the way."""
+
+
+__all__ = ["DEFAULT_SAVE_EVERY", "DEFAULT_SIZE", "DEFAULT_STEPS", "SIZE_NAMES", "DemoReport", "Refused", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from vembed_async_ckpt import AsyncCheckpointer, KeepLast, SaveHandle, SaveState, latest, load
 
+from . import Refused
 from .corpus import Batches, digest, standard_library_pairs, train_tokenizer
 from .display import Display, Progress, display
 from .report import DemoReport, StepTime, measure_synchronous_saves, print_report
@@ -42,7 +43,7 @@ def run(
     With `resume` it continues the newest checkpoint; with the same other options it ends with the weights of an
     uninterrupted run, bit for bit.
     With `crash_at` it does not return: the process kills itself while the checkpoint of that step is being written.
-    ValueError, before anything is touched, for options that make no sense and for an `out` that holds checkpoints which
+    Refused, before anything is touched, for options that make no sense and for an `out` that holds checkpoints which
     are not to be resumed.
     """
     _check(steps, save_every, size, crash_at)
@@ -55,7 +56,7 @@ def run(
         console.print(f"nothing left to train: {newest.name} is at or past step {steps}", highlight=False)
         return DemoReport(out, newest, start)
     if crash_at is not None and crash_at <= start:
-        raise ValueError(f"cannot crash at step {crash_at}: training continues after step {start}")
+        raise Refused(f"cannot crash at step {crash_at}: training continues after step {start}")
     with _quiet_transformers():
         setup = _prepare(size, steps, newest, start)
         _introduce(console, setup, newest)
@@ -78,11 +79,11 @@ class _Setup:
 
 def _check(steps: int, save_every: int, size: str, crash_at: int | None) -> None:
     if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
+        raise Refused(f"size must be one of {', '.join(SIZES)}, not {size!r}")
     if steps < 1 or save_every < 1:
-        raise ValueError(f"steps and save-every must be at least 1, not {steps} and {save_every}")
+        raise Refused(f"steps and save-every must be at least 1, not {steps} and {save_every}")
     if crash_at is not None and not 1 <= crash_at <= steps:
-        raise ValueError(f"crash-at must be a step of the training, 1 to {steps}, not {crash_at}")
+        raise Refused(f"crash-at must be a step of the training, 1 to {steps}, not {crash_at}")
 
 
 def _newest(out: Path, resume: bool) -> Path | None:
@@ -90,7 +91,7 @@ def _newest(out: Path, resume: bool) -> Path | None:
     # Also where no checkpoint is to be seen: `latest` waits for the writer of a run that was killed a moment ago.
     newest = None if taken and not resume else latest(out)
     if not resume and (taken or newest is not None):
-        raise ValueError(f"{out} already holds checkpoints: continue them with --resume, or choose another --out")
+        raise Refused(f"{out} already holds checkpoints: continue them with --resume, or choose another --out")
     return newest
 
 
@@ -109,7 +110,7 @@ def _quiet_transformers() -> Iterator[None]:
 def _step_of(checkpoint: Path) -> int:
     step = load(checkpoint).step
     if step is None:
-        raise ValueError(f"{checkpoint} names no step: it was not made by this demo")
+        raise Refused(f"{checkpoint} names no step: it was not made by this demo")
     return step
 
 
@@ -128,11 +129,11 @@ def _prepare(name: str, steps: int, newest: Path | None, start: int) -> _Setup:
 
 
 def _check_recipe(checkpoint: Path, recipe: dict[str, Any]) -> None:
-    """ValueError unless `checkpoint` comes from this demo with the same model and data."""
+    """Refused unless `checkpoint` comes from this demo with the same model and data."""
     saved = load(checkpoint).config or {}
     for name in ("size", "seed", "corpus"):
         if saved.get(name) != recipe[name]:
-            raise ValueError(f"{checkpoint} was made with {name} {saved.get(name)!r}, this run has {recipe[name]!r}")
+            raise Refused(f"{checkpoint} was made with {name} {saved.get(name)!r}, this run has {recipe[name]!r}")
 
 
 def _introduce(console: Console, setup: _Setup, newest: Path | None) -> None:
