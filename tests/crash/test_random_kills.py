@@ -22,7 +22,7 @@ _LATEST_KILL = 0.4  # seconds after the first save was staged
 _AT_ONCE = 2
 
 
-@pytest.mark.parametrize("runs", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [30, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_killed_at_a_random_moment(trainers: Nursery, tally: Tally, tmp_path: Path, runs: int) -> None:
     """Trainer or writer killed: nothing that was staged is lost; both: nothing that was committed."""
     seed = int(os.environ.get("CRASH_SEED", random.randrange(1 << 32)))
