@@ -15,7 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from report import NAMES
+from report import NAMES, quiet_rounds
 
 OURS, PEERS, INK = "#1a7f5a", "#9aa5b1", "#1f2933"
 
@@ -24,7 +24,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
     """Write `out` as PNG and SVG: a bar to the median, a dot for every save."""
     samples = {
         name: [sample["blocked"] * 1e3 for sample in rounds]
-        for name, rounds in result["rounds"].items()
+        for name, rounds in quiet_rounds(result["rounds"]).items()
         if name in NAMES and name != "none"
     }
     names = sorted(samples, key=lambda name: statistics.median(samples[name]), reverse=True)
@@ -46,7 +46,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
     axes.tick_params(length=0)
     machine, options = result["machine"], result["options"]
     axes.set_title(
-        f"{options['megabytes'] / 1024:g} GiB of state, {options['rounds']} saves each, {machine['cpus']} cores, "
+        f"{options['megabytes'] / 1024:g} GiB of state, {max(map(len, samples.values()))} saves each, {machine['cpus']} cores, "
         f"torch {machine['versions']['torch']}, {machine['date'][:10]}",
         loc="left",
         fontsize=11,

@@ -74,6 +74,7 @@ class Training:
 def compare(options: argparse.Namespace, directory: str) -> dict[str, list[Sample]]:
     """Every engine, and what the machine can do at best, once per round in random order."""
     state = State(options.state, options.megabytes)
+    settle(options.patience)
     training = Training.lasting(STRETCH)
     engines = {name: ENGINES[name](os.path.join(directory, name), state) for name in options.engines}
     ceilings = Ceilings(directory, state.tensors())
