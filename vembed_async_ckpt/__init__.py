@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints for PyTorch: the training step pays about a millisecond, what is visible is whole.
+"""Asynchronous checkpoints for PyTorch: the training step pays milliseconds, what is visible is whole.
 
     training thread:   host objects -> request -> plan -> arena (staging)                  save() returns a SaveHandle
     background:        writer: write -> commit -> retention                                events all along
