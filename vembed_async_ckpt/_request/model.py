@@ -47,12 +47,21 @@ class ModelState:
 
 def unwrap(model: Any) -> torch.nn.Module:
     """The module inside DistributedDataParallel, torch.compile and the like. Raises `PlanError` for what is no module."""
+    return _unwrapped(model)[0]
+
+
+def _unwrapped(model: Any) -> tuple[torch.nn.Module, str]:
+    """The module, and what its wrappers put before the names in its state_dict."""
+    prefix = ""
     while isinstance(model, torch.nn.Module):
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+        if inner is not None:
+            prefix += "_orig_mod."
+        elif isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+            prefix += "module."
             inner = model.module
-        if inner is None:
-            return model
+        else:
+            return model, prefix
         model = inner
     raise PlanError(f"model: a {type(model).__module__}.{type(model).__qualname__} is not a torch.nn.Module")
 
@@ -93,19 +102,23 @@ class _Learned:
 class ModelReader:
     """Reads one model again and again. Holds on to nothing of a model that is gone."""
 
-    def __init__(self, prefix: str, max_shard_size: str | int, save_original_format: bool) -> None:
-        """`prefix`: directory of its files inside the checkpoint, "" for the top."""
+    def __init__(
+        self, prefix: str, max_shard_size: str | int, save_original_format: bool, state_dict_file: str | None = None
+    ) -> None:
+        """`prefix`: directory of its files inside the checkpoint, "" for the top. `state_dict_file`: not as `save_pretrained`
+        would, but the state_dict as it is, wrappers' prefixes included, in this one file."""
         self._prefix = prefix
         self._options = {"max_shard_size": max_shard_size, "save_original_format": save_original_format}
+        self._state_dict_file = state_dict_file
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._learned: _Learned | None = None
 
     def read(self, model: Any) -> ModelState:
         """The model as it is now. Raises `PlanError` naming the tensor that cannot be saved."""
-        module = unwrap(model)
+        module, wrappers = _unwrapped(model)
         learned = self._learned
         if learned is None or self._model is None or self._model() is not module or not _still_true(learned, module):
-            learned = self._learn(module)
+            learned = self._learn(module, wrappers)
         owners: list[Any] = [source.holder[source.key] for source in learned.sources]
         tensors: list[torch.Tensor] = [
             owner if source.part is None else _part(owner, source.part)
@@ -118,8 +131,13 @@ class ModelReader:
             self._learned = None
         return ModelState(learned.contents, tensors, learned.labels, owners, learned.volatile, learned.names)
 
-    def _learn(self, module: torch.nn.Module) -> _Learned:
-        learned = _learn(module, self._prefix, self._options)
+    def _learn(self, module: torch.nn.Module, wrappers: str) -> _Learned:
+        if self._state_dict_file is None:
+            files, side_files = _files_of(module, self._options)
+        else:
+            state = {wrappers + name: tensor for name, tensor in _plain_state(module).items()}
+            files, side_files = {self._state_dict_file: (state, {"format": "pt"})}, ()
+        learned = _learn(module, self._prefix, files, side_files)
         self._learned = learned
 
         def forget(_: Any) -> None:
@@ -178,8 +196,7 @@ class _Live:
     tensor: torch.Tensor
 
 
-def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any]) -> _Learned:
-    files, side_files = _files_of(module, options)
+def _learn(module: torch.nn.Module, prefix: str, files: _Files, side_files: tuple[BytesContent, ...]) -> _Learned:
     live = list(_live_tensors(module))
     by_storage: dict[int, list[_Live]] = {}
     for item in live:

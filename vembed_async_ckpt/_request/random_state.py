@@ -35,16 +35,3 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def for_accelerate(state: dict[str, Any], step: int | None) -> dict[str, Any]:
-    """`random_states_{rank}.pkl` as `accelerate.checkpointing` reads it, from a refilled tree."""
-    result = {
-        "step": step or 0,
-        "random_state": state["python"],
-        "numpy_random_seed": state["numpy"],
-        "torch_manual_seed": state["torch"],
-    }
-    if "cuda" in state:
-        result["torch_cuda_manual_seed"] = state["cuda"]
-    return result

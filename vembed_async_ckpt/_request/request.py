@@ -19,6 +19,7 @@ from .._store import names
 from ..errors import PlanError
 from . import config as configs
 from . import training_state
+from .dialect import Accelerate, Dialect
 from .model import ModelReader, ModelState
 from .optimizer import OptimizerReader, OptimizerState
 from .processor import ProcessorFiles
@@ -55,6 +56,9 @@ class Objects:
 
     `files`: further files by name, as bytes. `weights_name`: a second name for the weights file, if there is just one.
     `older_readers`: also write the processor files that transformers 4 wrote and older readers open.
+    `state_dicts`: models (one, or a mapping) whose whole state_dict is to be saved as `accelerator.save_state` does, under the
+    names of the state_dict, at the top. `dialect`: which program, beside our `load`, the training state is written for.
+    `of_every_rank`: whether the state of every rank of a distributed training is saved; otherwise only that of the first.
     """
 
     model: Any = None
@@ -69,16 +73,21 @@ class Objects:
     files: Mapping[str, bytes] = field(default_factory=dict)
     weights_name: str | None = None
     older_readers: bool = False
+    state_dicts: Any = None
+    dialect: Dialect = field(default_factory=Accelerate)
+    of_every_rank: bool = True
 
 
 class RequestReader:
     """Turns the arguments of `save()` into a request; keeps what it learned of each model and optimizer, by name."""
 
-    def __init__(self, max_shard_size: str | int, save_original_format: bool) -> None:
+    def __init__(self, max_shard_size: str | int, save_original_format: bool, world_size: int = 1) -> None:
         self._max_shard_size = max_shard_size
         self._save_original_format = save_original_format
+        self._world_size = world_size
         self._models: dict[str, ModelReader] = {}
-        self._optimizers: dict[tuple[str, int], OptimizerReader] = {}
+        self._state_dicts: dict[int, ModelReader] = {}
+        self._optimizers: dict[tuple[str, str], OptimizerReader] = {}
         self._processor = ProcessorFiles()
 
     def read(self, directory: str, step: int | None, objects: Objects) -> Request:
@@ -87,13 +96,27 @@ class RequestReader:
         if step is not None and (type(step) is not int or step < 0):
             raise PlanError(f"step is {step!r}; use a whole number of at least 0")
         models = {name: self._read_model(name, value) for name, value in named("model", objects.model).items()}
+        plain = {
+            name: self._read_state_dict(index, value)
+            for index, (name, value) in enumerate(named("model", objects.state_dicts).items())
+        }
         optimizers = {
-            name: self._read_optimizer(name, index, value)
+            name: self._read_optimizer(name, objects.dialect.optimizer(index), value)
             for index, (name, value) in enumerate(named("optimizer", objects.optimizer).items())
         }
-        schedulers = named("scheduler", objects.scheduler)
-        state = training_state.capture(step, optimizers, schedulers, objects.scaler, objects.dataloader, objects.extra)
-        contents: list[Content] = [content for m in models.values() for content in m.contents]
+        world_size = self._world_size if objects.of_every_rank else 1
+        state = training_state.capture(
+            objects.dialect,
+            world_size,
+            step,
+            optimizers,
+            named("scheduler", objects.scheduler),
+            objects.scaler,
+            objects.dataloader,
+            objects.extra,
+        )
+        states = [*models.values(), *plain.values()]
+        contents: list[Content] = [content for m in states for content in m.contents]
         contents += [optimizer.content for optimizer in optimizers.values()]
         if objects.processor is not None:
             contents += self._processor.contents(objects.processor, older_readers=objects.older_readers)
@@ -107,25 +130,25 @@ class RequestReader:
             save_id=uuid.uuid4().hex,
             contents=tuple(contents),
             tensors=[
-                *(t for m in models.values() for t in m.tensors),
+                *(t for m in states for t in m.tensors),
                 *(t for o in optimizers.values() for t in o.tensors),
             ],
-            labels=[*(label for m in models.values() for label in m.labels), *_optimizer_labels(optimizers)],
+            labels=[*(label for m in states for label in m.labels), *_optimizer_labels(optimizers)],
             owners=[
-                *(owner for m in models.values() for owner in m.owners),
+                *(owner for m in states for owner in m.owners),
                 *(owner for o in optimizers.values() for owner in o.owners),
             ],
-            volatile=frozenset().union(*(m.volatile for m in models.values())),
+            volatile=frozenset().union(*(m.volatile for m in states)),
             optimizers=tuple(optimizers.values()),
             state=state,
             files=files,
             links=_links(models, objects.weights_name),
             manifest={
-                "world_size": 1,
+                "world_size": world_size,
                 "time": time.time(),
                 "versions": VERSIONS,
                 "metrics": _metrics(objects.metrics),
-                "names": {name: m.names for name, m in models.items()},
+                "names": {name: m.names for name, m in (models or plain).items()},
             },
         )
 
@@ -135,10 +158,18 @@ class RequestReader:
             reader = self._models[name] = ModelReader(name, self._max_shard_size, self._save_original_format)
         return reader.read(model)
 
-    def _read_optimizer(self, name: str, index: int, optimizer: Any) -> OptimizerState:
-        reader = self._optimizers.get((name, index))
+    def _read_state_dict(self, index: int, model: Any) -> ModelState:
+        reader = self._state_dicts.get(index)
         if reader is None:
-            reader = self._optimizers[name, index] = OptimizerReader(names.optimizer(index))
+            file = names.plain_weights(index)
+            reader = ModelReader("", self._max_shard_size, self._save_original_format, file)
+            self._state_dicts[index] = reader
+        return reader.read(model)
+
+    def _read_optimizer(self, name: str, file: str, optimizer: Any) -> OptimizerState:
+        reader = self._optimizers.get((name, file))
+        if reader is None:
+            reader = self._optimizers[name, file] = OptimizerReader(file)
         return reader.read(optimizer)
 
 

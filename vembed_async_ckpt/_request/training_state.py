@@ -1,11 +1,13 @@
 """What is small and changes with every save: step, RNG, scheduler, scaler, dataloader position, extra.
 
 Captured by value at the call; rendered to files later, off the training thread. For our own `load` it is one JSON file with its
-tensors beside it in safetensors; for `accelerator.load_state` the same values stand in the files that accelerate reads.
+tensors beside it in safetensors, and one small JSON file for each further rank; for other programs the same values stand in the
+files that they read (see `dialect`).
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -17,17 +19,20 @@ import torch
 from .._plan import safetensors
 from .._plan.safetensors import Layout
 from .._store import names
-from ..errors import PlanError
+from ..errors import CorruptCheckpoint, PlanError
 from . import random_state, tree
-from .dtypes import spec
+from .dialect import Dialect
+from .dtypes import TO_TORCH, spec
 from .optimizer import OptimizerState
 
 
 @dataclass(frozen=True)
 class TrainingState:
     """Captured values. `tensors` are those found in them, by name: they are copied before `save()` returns, and then let go.
-    `copies` are copies of those that pickles for accelerate need later. `layout` is the file that holds the tensors."""
+    `copies` are copies of those that pickles for other programs need later. `layout` is the file that holds the tensors."""
 
+    dialect: Dialect
+    world_size: int
     step: int | None
     optimizers: Mapping[str, OptimizerState]
     schedulers: Mapping[str, Any]
@@ -41,23 +46,23 @@ class TrainingState:
 
     def file_names(self) -> list[str]:
         """Names of all files that hold the training state."""
-        schedulers = [names.scheduler(index) for index in range(len(self.schedulers))]
+        schedulers = [self.dialect.scheduler(index) for index in range(len(self.schedulers))]
         scaler = [] if self.scaler is None else [names.SCALER]
-        return [names.TRAINING_TENSORS, names.TRAINING_STATE, *schedulers, *scaler, names.random_states(0)]
+        ranks = [self.dialect.random_states(rank, self.world_size) for rank in range(self.world_size)]
+        return [names.TRAINING_TENSORS, names.TRAINING_STATE, *schedulers, *scaler, *ranks]
 
-    def render(self, rank: int = 0) -> list[tuple[str, bytes]]:
-        """(name, bytes) of every file but the tensors'. Pickles in them are for accelerate; our `load` reads the JSON."""
+    def render(self) -> list[tuple[str, bytes]]:
+        """(name, bytes) of every file but the tensors'. Pickles in them are for other programs; our `load` reads the JSON."""
 
         def get(name: str) -> torch.Tensor:
             return self.copies[name]
 
         files = [(names.TRAINING_STATE, json.dumps(self._json(), separators=(",", ":")).encode())]
         for index, state in enumerate(self.schedulers.values()):
-            files.append((names.scheduler(index), _torch_save(tree.refill(state, get))))
+            files.append((self.dialect.scheduler(index), torch_save(tree.refill(state, get))))
         if self.scaler is not None:
-            files.append((names.SCALER, _torch_save(tree.refill(self.scaler, get))))
-        rng = random_state.for_accelerate(tree.refill(self.rng, get), self.step)
-        files.append((names.random_states(rank), _torch_save(rng)))
+            files.append((names.SCALER, torch_save(tree.refill(self.scaler, get))))
+        files.append(_pickled_random_states(self.dialect, tree.refill(self.rng, get), 0, self.world_size))
         return files
 
     def _json(self) -> dict[str, Any]:
@@ -76,6 +81,8 @@ class TrainingState:
 
 
 def capture(
+    dialect: Dialect,
+    world_size: int,
     step: int | None,
     optimizers: Mapping[str, OptimizerState],
     schedulers: Mapping[str, Any],
@@ -93,8 +100,11 @@ def capture(
         tensors[name] = tensor.detach()
 
     def put_copy(name: str, tensor: torch.Tensor) -> None:
-        copies[name] = tensor.detach().cpu().clone()
-        put(name, copies[name])
+        put_fresh(name, tensor.detach().cpu().clone())
+
+    def put_fresh(name: str, tensor: torch.Tensor) -> None:
+        copies[name] = tensor
+        put(name, tensor)
 
     captured = {
         name: tree.capture(_state_dict(f"scheduler {name}".rstrip(), scheduler), f"scheduler.{name}", put_copy)
@@ -103,9 +113,11 @@ def capture(
     saved_scaler = None if scaler is None else tree.capture(_state_dict("scaler", scaler), "scaler", put_copy)
     position = None if dataloader is None else tree.capture(_state_dict("dataloader", dataloader), "dataloader", put)
     captured_extra = tree.capture({} if extra is None else extra, "extra", put)
-    rng = random_state.capture(put_copy)
+    rng = random_state.capture(put_fresh)
     specs = [spec(name, tensor, file=names.TRAINING_TENSORS) for name, tensor in tensors.items()]
     return TrainingState(
+        dialect=dialect,
+        world_size=world_size,
         step=step,
         optimizers=optimizers,
         schedulers=captured,
@@ -128,7 +140,71 @@ def _state_dict(what: str, owner: Any) -> Any:
     return owner.state_dict()
 
 
-def _torch_save(value: Any) -> bytes:
+@dataclass(frozen=True)
+class RankState:
+    """What a rank that does not write adds to the checkpoint: its random states and its place in its data."""
+
+    dialect: Dialect
+    rng: Any
+    dataloader: Any
+    tensors: Mapping[str, torch.Tensor]
+
+    def render(self, rank: int, world_size: int) -> list[tuple[str, bytes]]:
+        """(name, bytes) of the rank's files."""
+        body = {
+            "rng": tree.encode(self.rng),
+            "dataloader": tree.encode(self.dataloader),
+            "tensors": {name: _inline(tensor) for name, tensor in self.tensors.items()},
+        }
+        values = tree.refill(self.rng, lambda name: self.tensors[name])
+        return [
+            (names.rank_state(rank), json.dumps(body, separators=(",", ":")).encode()),
+            _pickled_random_states(self.dialect, values, rank, world_size),
+        ]
+
+
+def capture_rank(dialect: Dialect, dataloader: Any) -> RankState:
+    """The state of this rank as it is now. Raises `PlanError` naming the value that cannot be saved."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        tensors[name] = tensor
+
+    position = None
+    if dataloader is not None:
+        state = _state_dict("dataloader", dataloader)
+        position = tree.capture(state, "dataloader", lambda name, tensor: put(name, tensor.detach().cpu().clone()))
+    rng = random_state.capture(put)
+    return RankState(dialect, rng, position, tensors)
+
+
+def parse_rank(body: Any) -> tuple[Any, Any]:
+    """(random states, dataloader position) of a rank, from the JSON of its file. Raises `CorruptCheckpoint`."""
+    try:
+        tensors = {name: _outline(*entry) for name, entry in body["tensors"].items()}
+        return tree.decode(body["rng"], tensors.__getitem__), tree.decode(body["dataloader"], tensors.__getitem__)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CorruptCheckpoint(f"the state of a rank cannot be read: {error!r}") from error
+
+
+def _inline(tensor: torch.Tensor) -> list[Any]:
+    described = spec("state", tensor, file="rank state")
+    data = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return [described.dtype, list(described.shape), base64.b64encode(data).decode()]
+
+
+def _outline(dtype: str, shape: list[int], data: str) -> torch.Tensor:
+    raw = bytearray(base64.b64decode(data, validate=True))
+    flat = torch.frombuffer(raw, dtype=TO_TORCH[dtype]) if raw else torch.empty(0, dtype=TO_TORCH[dtype])
+    return flat.reshape(shape)
+
+
+def _pickled_random_states(dialect: Dialect, state: dict[str, Any], rank: int, world_size: int) -> tuple[str, bytes]:
+    return dialect.random_states(rank, world_size), torch_save(dialect.random_values(state, world_size))
+
+
+def torch_save(value: Any) -> bytes:
+    """`value` as `torch.save` writes it."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

@@ -33,9 +33,10 @@ _OURS = re.compile(
     r"|(?:pytorch_)?model(?:_[0-9]+)?\.(?:safetensors|bin)\.index\.json"
     r"|adapter_(?:model\.(?:safetensors|bin)|config\.json)"
     r"|[^/]*_state_dict\.safetensors"
-    r"|(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|scaler\.pt"
-    r"|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl"
-    r"|vembed_(?:manifest|config|training_state)\.json|vembed_training_state\.safetensors"
+    r"|(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|(?:optimizer|scheduler|scaler)\.pt"
+    r"|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl|rng_state(?:_[0-9]+)?\.pth"
+    r"|trainer_state\.json|training_args\.bin"
+    r"|vembed_(?:manifest|config|training_state|rank_state_[0-9]+)\.json|vembed_training_state\.safetensors"
     r")"
 )
 
@@ -140,6 +141,26 @@ def state_dict(prefix: str) -> str:
 
 def random_states(rank: int) -> str:
     return f"random_states_{rank}.pkl"
+
+
+def rank_state(rank: int) -> str:
+    """What `load` restores on a rank other than the first, whose state is in `TRAINING_STATE`."""
+    return f"vembed_rank_state_{rank}.json"
+
+
+def plain_weights(index: int) -> str:
+    """The state_dict of a model, as `accelerator.save_state` names it."""
+    return f"model_{index}.safetensors" if index else WEIGHTS
+
+
+TRAINER_OPTIMIZER = "optimizer.pt"
+TRAINER_SCHEDULER = "scheduler.pt"
+TRAINER_STATE = "trainer_state.json"
+TRAINING_ARGUMENTS = "training_args.bin"
+
+
+def trainer_random_states(rank: int, world_size: int) -> str:
+    return "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
 
 
 def is_plan_name(relative: str) -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from .. import restore
 from .._request.processor import read_files
+from .._request.training_state import torch_save
 from .._store import manifest as manifests
 from .._store import names
 from ..errors import CorruptCheckpoint, PlanError
@@ -38,13 +36,13 @@ def registered_files(accelerator: Any) -> dict[str, bytes]:
     samplers, stateful dataloaders, and whatever save hooks put into the directory they are given."""
     files = _hook_files(accelerator)
     for number, value in enumerate(accelerator._custom_objects):
-        files[names.custom_checkpoint(number)] = _torch_save(value.state_dict())
+        files[names.custom_checkpoint(number)] = torch_save(value.state_dict())
     for number, dataloader in enumerate(accelerator._dataloaders):
         sampler = _seedable_sampler(dataloader)
         if sampler is not None:
-            files[names.sampler(number)] = _torch_save(sampler)
+            files[names.sampler(number)] = torch_save(sampler)
         if getattr(dataloader, "use_stateful_dataloader", False):
-            files[names.dataloader_state(number)] = _torch_save(dataloader.state_dict())
+            files[names.dataloader_state(number)] = torch_save(dataloader.state_dict())
     return files
 
 
@@ -66,12 +64,6 @@ def _seedable_sampler(dataloader: Any) -> Any:
         return None
     sampler = dataloader.get_sampler()
     return sampler if isinstance(sampler, SeedableRandomSampler) else None
-
-
-def _torch_save(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 def attach(accelerator: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer
 from .._engine.handle import CheckpointInfo, SaveHandle, SaveState, Timings
 from .._request import config as configs
+from .._request.dialect import Accelerate
 from .._request.request import Objects
 from .._store import names
 from .._store.fs import walk_files
@@ -90,6 +91,7 @@ def save_checkpoint(
         files=accelerates.registered_files(accelerator) if training_state else {},
         weights_name=names.state_dict(prefix),
         older_readers=True,
+        dialect=Accelerate(accelerator.step),
     )
     return checkpointer.save_as(directory, step, objects)
 
