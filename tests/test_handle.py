@@ -26,7 +26,7 @@ from vembed_async_ckpt import (
     SaveState,
     WriteError,
 )
-from vembed_async_ckpt._engine import checkpointer as engine
+from vembed_async_ckpt._engine import leader as engine
 from vembed_async_ckpt._store.fs import LocalFilesystem
 
 BOUND = 20

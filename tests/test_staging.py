@@ -24,7 +24,7 @@ import torch
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointerBusy, Event, PlanError, SaveState, StageError, load
 from vembed_async_ckpt._arena import staging
 from vembed_async_ckpt._arena.barrier import GATE
-from vembed_async_ckpt._engine import checkpointer as engine
+from vembed_async_ckpt._engine import leader as engine
 from vembed_async_ckpt._engine import waves
 from vembed_async_ckpt._store.fs import LocalFilesystem
 
@@ -687,7 +687,7 @@ def test_when_busy_wait_waits_for_the_arena(root: Path, disk: HeldUp):
         first = checkpointer.save(1, model=model)
         assert disk.writing.wait(BOUND)
         waited = threading.Event()
-        real = checkpointer._supervisor.check
+        real = checkpointer._engine._supervisor.check
         calls: list[None] = []
 
         def check() -> None:  # called once on the way, then twice a second by whoever waits for an arena
@@ -696,7 +696,7 @@ def test_when_busy_wait_waits_for_the_arena(root: Path, disk: HeldUp):
                 waited.set()
             real()
 
-        checkpointer._supervisor.check = check  # type: ignore[method-assign]
+        checkpointer._engine._supervisor.check = check  # type: ignore[method-assign]
         handles = []
         thread = threading.Thread(target=lambda: handles.append(checkpointer.save(2, model=model)))
         thread.start()
@@ -822,10 +822,10 @@ def test_two_in_flight_share_the_memory_allowed(root: Path, disk: HeldUp):
     with AsyncCheckpointer(
         root, writer="thread", max_in_flight=2, max_host_bytes=WINDOW, when_busy="error"
     ) as checkpointer:
-        arena = checkpointer._pool.acquire(WINDOW, "error", lambda: None)
+        arena = checkpointer._engine._pool.acquire(WINDOW, "error", lambda: None)
         with pytest.raises(CheckpointerBusy):
             checkpointer.save(1, model=model)
-        checkpointer._pool.release(arena)
+        checkpointer._engine._pool.release(arena)
         disk.go.set()
         checkpointer.save(1, model=model).result(BOUND)
 
@@ -866,7 +866,7 @@ def test_prewarm_sizes_what_the_first_save_needs(root: Path):
     with AsyncCheckpointer(root, sinks=[events.append]) as checkpointer:
         checkpointer.prewarm(model=model, optimizer=optimizer)
         checkpointer.wait(BOUND)
-        assert not checkpointer._supervisor.populating
+        assert not checkpointer._engine._supervisor.populating
         checkpointer.save(1, model=model, optimizer=optimizer, extra={"x": [1] * 1000}, metrics={"loss": 1.0}).result(
             BOUND
         )

@@ -9,6 +9,7 @@ import contextlib
 import json
 import mmap
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,11 @@ from ._plan.plan import is_safe_relative
 from ._plan.safetensors import BITS
 from ._request import random_state, tree
 from ._request.dtypes import TO_TORCH
+from ._request.model import sharded
 from ._request.model import unwrap as unwrap_model
 from ._request.optimizer import unwrap as unwrap_optimizer
 from ._request.request import named
+from ._request.training_state import parse_rank
 from ._store import manifest as manifests
 from ._store import names
 from ._store.fs import open_regular, read_regular
@@ -87,20 +90,41 @@ def _restore(
     for name, value in named("scheduler", scheduler).items():
         state = tree.decode(_saved(saved["schedulers"], name, "scheduler"), source.training_tensor)
         steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
-    for what, value in (("dataloader", dataloader), ("scaler", scaler)):
-        if value is not None and not (what == "scaler" and accelerator is not None and saved[what] is None):
-            if saved[what] is None:
+    resumes = any(part is not None for part in (optimizer, scheduler, dataloader, scaler, accelerator))
+    rng, position = _of_this_rank(source, saved) if resumes else (None, None)
+    scaling = tree.decode(saved["scaler"], source.training_tensor)
+    if accelerator is not None and scaling is None:
+        scaler = None
+    for what, value, state in (("dataloader", dataloader, position), ("scaler", scaler, scaling)):
+        if value is not None:
+            if state is None:
                 raise CheckpointError(f"{source.directory}: was saved without a {what}; load it without {what}=")
-            state = tree.decode(saved[what], source.training_tensor)
             steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
     extra = tree.decode(saved["extra"], source.training_tensor)
-    rng = tree.decode(saved["rng"], source.training_tensor)
     config = source.config()
     for step in steps:
         step()
-    if any(part is not None for part in (optimizer, scheduler, dataloader, scaler, accelerator)):
+    if rng is not None:
         random_state.restore(rng)
     return Restored(source.manifest.step, config, extra, source.manifest.metrics)
+
+
+def _of_this_rank(source: _Source, saved: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(random states, dataloader position) of this rank; with a warning, None for a rank that had none."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    if world_size != source.manifest.world_size:
+        warnings.warn(
+            f"{source.directory}: was saved by {source.manifest.world_size} ranks and is loaded by {world_size}: "
+            "random states and the order of the data cannot go on exactly",
+            stacklevel=4,
+        )
+    if rank == 0:
+        get = source.training_tensor
+        return tree.decode(saved["rng"], get), tree.decode(saved["dataloader"], get)
+    if names.rank_state(rank) not in source.manifest.files:
+        return None, None
+    return parse_rank(source.json(names.rank_state(rank)))
 
 
 def _in_order(values: Sequence[Any], saved: Mapping[str, Any]) -> Any:
@@ -244,34 +268,87 @@ class _Source:
 def _plan_model(source: _Source, name: str, module: torch.nn.Module) -> Callable[[], None]:
     """What will restore `module`. Raises before anything is changed."""
     described = _saved(source.manifest.names, name, "model")
-    if described["computed"]:
+    share = sharded(module)
+    if share is not None:
+        raise CheckpointError(f"{source.directory}: {share}: load into the whole model, before it is sharded")
+    if not described["by_name"]:
         return _plan_computed(source, name, module, described)
-    live = dict(_live_tensors(module))
-    moves: list[tuple[torch.Tensor, torch.Tensor]] = []
-    covered: set[str] = set(described["ties"])
-    wrong: list[str] = []
-    for file in described["files"]:
+    places = _Places(module, described["ties"])
+    for file in (*described["files"], *described["uncovered"]):
+        renamed, computed = described["renamed"].get(file, {}), described["computed"].get(file, ())
         for key in source.entries(file):
-            target, part = described["renamed"].get(key, (key, None))
-            place = live.get(target)
-            if place is None:
-                wrong.append(f"{target} is not in the model")
-                continue
-            covered.add(target)
-            if part is not None:
-                if not place.is_contiguous():
-                    wrong.append(f"{target} is not contiguous, so the parts of it that were saved have no place")
-                    continue
-                size, stride, offset = part
-                place = place.as_strided(size, stride, place.storage_offset() + offset)
-            saved = source.tensor(file, key)
-            if place.shape != saved.shape:
-                wrong.append(f"{target} has shape {tuple(place.shape)}, saved was {tuple(saved.shape)}")
-            else:
-                moves.append((place, saved))
-    wrong += [f"{key} was not saved" for key in sorted(_expected(module) - covered) if not _is_tied(live, key, covered)]
-    _refuse_misfits(source, name, wrong)
-    return lambda: _copy_all(moves)
+            if key not in computed:
+                places.fill(*renamed.get(key, (key, None)), source.tensor(file, key))
+    _refuse_misfits(source, name, places.wrong + places.missing(described["left_out"]))
+    return lambda: _copy_all(places.moves)
+
+
+class _Places:
+    """The parameters and buffers of a module, each to get what was saved of it. `wrong`: what does not fit."""
+
+    def __init__(self, module: torch.nn.Module, ties: Mapping[str, str]) -> None:
+        """`ties`: names that were not stored because they shared memory with another, and that other."""
+        self._module = module
+        self._live = dict(_live_tensors(module))
+        self._tied: dict[str, list[str]] = {}
+        for alias, kept in ties.items():
+            self._tied.setdefault(kept, []).append(alias)
+        self._covered: set[str] = set()
+        self._filled: dict[Any, tuple[str, torch.Tensor]] = {}
+        self.moves: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.wrong: list[str] = []
+
+    def fill(self, name: str, part: Any, saved: torch.Tensor) -> None:
+        """Let `name`, or the `part` of it, get `saved`; its aliases too, where they are not tied to it any more."""
+        if name not in self._live:
+            self.wrong.append(f"{name} is not in the model")
+            return
+        for target in (name, *(alias for alias in self._tied.get(name, ()) if alias in self._live)):
+            self._covered.add(target)
+            if target == name or self._memory(target) != self._memory(name):
+                self._fill(target, part, saved)
+
+    def _fill(self, name: str, part: Any, saved: torch.Tensor) -> None:
+        place = self._live[name]
+        if place.is_meta:
+            self.wrong.append(f"{name} is on the meta device and has no memory")
+            return
+        if part is not None:
+            if not place.is_contiguous():
+                self.wrong.append(f"{name} is not contiguous, so the parts of it that were saved have no place")
+                return
+            size, stride, offset = part
+            if offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) > place.numel():
+                self.wrong.append(f"{name} has shape {tuple(place.shape)}, too small for the parts that were saved")
+                return
+            place = place.as_strided(size, stride, place.storage_offset() + offset)
+        if place.shape != saved.shape:
+            self.wrong.append(f"{name} has shape {tuple(place.shape)}, saved was {tuple(saved.shape)}")
+            return
+        if place.numel():
+            other, value = self._filled.setdefault((place.data_ptr(), place.shape, place.stride()), (name, saved))
+            if value is not saved and not _same_bytes(value, saved):
+                self.wrong.append(f"{name} and {other} share memory, but were saved with different values")
+        self.moves.append((place, saved))
+
+    def missing(self, left_out: Sequence[str]) -> list[str]:
+        """What belongs to the module's state and gets nothing, though it was not left out when it was saved."""
+        ignored = set(getattr(self._module, "_keys_to_ignore_on_save", None) or ()).union(left_out)
+        expected = set(self._module.state_dict()) & self._live.keys()
+        held = {self._memory(name) for name in self._covered}
+        return [
+            f"{name} was not saved"
+            for name in sorted(expected - ignored - self._covered)
+            if not self._live[name].numel() or self._memory(name) not in held
+        ]
+
+    def _memory(self, name: str) -> tuple[int, torch.Size]:
+        return self._live[name].data_ptr(), self._live[name].shape
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(one, other)
 
 
 def _refuse_misfits(source: _Source, name: str, wrong: Sequence[str]) -> None:
@@ -285,21 +362,6 @@ def _live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
         yield key, parameter.detach()
     for key, buffer in module.named_buffers(remove_duplicate=False):
         yield key, buffer.detach()
-
-
-def _expected(module: torch.nn.Module) -> set[str]:
-    ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
-    if hasattr(module, "peft_config"):
-        return set()  # adapters only: the base is not saved
-    return set(module.state_dict()) - ignored
-
-
-def _is_tied(live: Mapping[str, torch.Tensor], key: str, covered: set[str]) -> bool:
-    tensor = live.get(key)
-    return tensor is None or any(
-        other in live and live[other].data_ptr() == tensor.data_ptr() and live[other].shape == tensor.shape
-        for other in covered
-    )
 
 
 def _copy_all(moves: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -318,9 +380,9 @@ def _plan_computed(
         state = {key: source.tensor(file, key) for file in described["files"] for key in source.entries(file)}
         state |= {alias: state[kept] for alias, kept in described["ties"].items() if kept in state}
     else:
-        dtype = next(module.parameters()).dtype
         directory = os.path.join(source.directory, name) if name else source.directory
-        state = from_pretrained(directory, dtype=dtype).state_dict()
+        with torch.random.fork_rng(devices=()):
+            state = from_pretrained(directory, dtype=_widest_dtype(module)).state_dict()
     wanted = module.state_dict()
     wrong = [f"{key} was not saved" for key in wanted.keys() - state.keys()]
     wrong += [f"{key} is not in the model" for key in state.keys() - wanted.keys()]
@@ -333,6 +395,14 @@ def _plan_computed(
     ]
     _refuse_misfits(source, name, sorted(wrong))
     return lambda: _load_state_dict(module, state)
+
+
+def _widest_dtype(module: torch.nn.Module) -> torch.dtype:
+    """A floating point dtype that holds every value of the module, for what casts all of them to one."""
+    kinds = {tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()}
+    if len(kinds) == 1:
+        return kinds.pop()
+    return torch.float64 if torch.float64 in kinds else torch.float32
 
 
 def _load_state_dict(module: torch.nn.Module, state: Mapping[str, Any]) -> None:

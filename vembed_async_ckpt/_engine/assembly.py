@@ -56,12 +56,20 @@ def required_bytes(plan: SavePlan, request: Request) -> int:
     return max(plan.capacity, plan.end + varying)
 
 
-def assemble(request: Request, plan: SavePlan, retention: Any, fixed: FixedJson, *, waves: bool = False) -> Assembly:
-    """Render what is known only now, give it its place, and describe the whole save to the writer."""
+def assemble(
+    request: Request,
+    further: Sequence[tuple[str, bytes]],
+    plan: SavePlan,
+    retention: Any,
+    fixed: FixedJson,
+    *,
+    waves: bool = False,
+) -> Assembly:
+    """Render what is known only now, give it and the `further` files their places, and describe the whole save to the writer."""
     training = request.state.layout  # it starts where the plan ends
     files: list[FileSlot] = [{"name": names.TRAINING_TENSORS, "start": plan.end, "size": training.size}]
     pieces = [(plan.end, training.prefix)]
-    for name, data in [*request.state.render(), *request.files]:
+    for name, data in [*request.state.render(), *further]:
         start = files[-1]["start"] + pages(files[-1]["size"])
         files.append({"name": name, "start": start, "size": len(data)})
         pieces.append((start, data))

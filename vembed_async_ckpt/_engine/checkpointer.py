@@ -1,43 +1,33 @@
-"""The facade: it wires request, plan, arena, staging, supervisor and handle, and decides nothing else."""
+"""The facade: it wires options, ledger, reporter and the part of this rank, and decides nothing else."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import itertools
 import logging
 import os
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from operator import is_not
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import anyio
 
-from .._arena.arena import Arena, ArenaPool
-from .._arena.barrier import GATE, Division, Earned, all_now
-from .._arena.staging import StagingThread, TornSnapshot
-from .._plan.plan import Content, SavePlan, plan
-from .._request.optimizer import unwrap as unwrap_optimizer
-from .._request.request import Objects, Request, RequestReader, named
+from .._request.request import Objects
 from .._store import names
-from .._store.lock import RootLock
 from .._store.retention import Policy
-from ..errors import CheckpointerBusy, CheckpointerClosed, CheckpointError, PlanError, StageError, WriteError
+from ..errors import CheckpointerClosed, CheckpointError, PlanError
 from ..events import Event, Reporter, Sink
-from .assembly import required_bytes
-from .handle import SaveHandle, SaveState
+from .follower import Follower
+from .handle import SaveHandle
+from .leader import Leader
 from .ledger import Ledger
-from .options import MIN_HOST_BYTES, OnError, Options, Staging, WhenBusy, WriterKind, root_path
-from .saving import Context, Save
-from .supervisor import Supervisor
+from .options import OnError, Options, Staging, WhenBusy, WriterKind, root_path
+from .ranks import Ranks
 
 logger = logging.getLogger("vembed_async_ckpt")
 EXIT_DEADLINE = 600.0  # seconds for pending saves at interpreter exit
@@ -94,34 +84,22 @@ class AsyncCheckpointer:
             save_original_format=save_original_format,
             sinks=tuple(sinks),
         )
-        options = self._options
-        os.makedirs(options.root, exist_ok=True)
-        self._lock = RootLock.acquire(options.root)
-        self._reporter = Reporter(options.sinks)
-        self._ledger = Ledger(on_error)
-        self._reader = RequestReader(max_shard_size, save_original_format)
-        self._earned = Earned()
-        self._staging_thread = StagingThread()
-        self._pool = ArenaPool(max_in_flight, max_host_bytes, self._arena_added, self._arena_dropped)
-        self._supervisor = Supervisor(options.root, self._lock, writer, self._pool.arenas, self._reporter)
-        self._context = Context(
-            root=options.root,
-            retention=None if retention is None else retention.spec(),
-            supervisor=self._supervisor,
-            reporter=self._reporter,
-            release=self._pool.release,
-            ended=self._save_ended,
-        )
-        self._serials = itertools.count(1)
-        self._saving = threading.Lock()  # one save() at a time goes from request to staged copy
-        self._saver = 0  # the thread inside
         self._closed = ""  # why no more saves are taken
-        # touched under _saving only:
-        self._plan: SavePlan | None = None
-        self._planned: tuple[Content, ...] = ()
-        self._overlap = staging == "overlap"
-        self._warned_of_waves = False
-        GATE.install()
+        self._reporter = Reporter(self._options.sinks)
+        self._ledger = Ledger(on_error)
+        ranks = Ranks.of_this_process(self._options.root)
+        parts = (self._ledger, self._reporter, self._refuse_if_closed)
+        self._engine: Leader | Follower
+        try:
+            if ranks is None or ranks.rank == 0:
+                self._engine = Leader(self._options, ranks, *parts)
+            else:
+                self._engine = Follower(self._options, ranks, *parts)
+        except BaseException:
+            self._reporter.close(1.0)
+            if ranks is not None:
+                ranks.close(1.0)
+            raise
         _LIVING.add(self)
 
     def __repr__(self) -> str:
@@ -178,109 +156,7 @@ class AsyncCheckpointer:
         begun = time.perf_counter()
         self._refuse_if_closed()
         self._ledger.raise_unread()
-        with self._alone():
-            request = self._reader.read(directory, step, objects)
-            save_plan = self._plan_for(request)
-            save = Save(next(self._serials), request, save_plan, begun, self._context)
-            self._ledger.begun(save.handle, self._refuse_if_closed)
-            try:
-                self._start(save, request, save_plan)
-            except CheckpointerBusy as error:
-                self._ledger.skipped(save.handle)
-                if self._options.when_busy == "error":
-                    raise
-                save.handle._skip(error)
-                self._reporter.emit(Event("backpressure", "failed", request.save_id, step, detail=str(error)))
-            except (StageError, WriteError) as error:
-                if self._options.on_error == "raise":
-                    self._ledger.withdrawn(save.handle)
-                    raise
-                self._save_ended(save.handle, error)
-                save.handle._move(SaveState.FAILED, error=error)
-            except BaseException:
-                self._ledger.withdrawn(save.handle)
-                raise
-            save.stalled(time.perf_counter() - begun)
-        return save.handle
-
-    def _start(self, save: Save, request: Request, save_plan: SavePlan) -> None:
-        needed = required_bytes(save_plan, request)
-        self._supervisor.check()
-        self._staging_thread.check()
-        arena = self._acquire(request, needed)
-        save.arena = arena
-        try:
-            self._fill(save, request, arena, needed)
-        except BaseException as error:
-            save.abandon()
-            if isinstance(error, RuntimeError):  # torch could not copy
-                raise StageError(f"step {request.step}: the state could not be copied: {error}") from error
-            raise
-
-    def _fill(self, save: Save, request: Request, arena: Arena, needed: int) -> None:
-        if arena.size < needed:
-            self._warn_of_waves(arena.size, needed)
-            save.pass_in_waves()
-            return
-        save.stage(self._divide(request))
-        self._staging_thread.submit(save.hand_over())
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One thread at a time; a signal handler that interrupts its own thread's `save()` is refused instead of waiting for it."""
-        if self._saver == threading.get_ident():
-            raise CheckpointerBusy(
-                "save() was called while this thread is inside save(), by a signal handler perhaps; "
-                "let the handler set a flag, and save at the next step"
-            )
-        with self._saving:
-            self._saver = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._saver = 0
-
-    def _divide(self, request: Request) -> Division:
-        if not self._overlap:
-            return all_now(len(request.tensors))
-        key = tuple(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
-        return self._earned.divide(key, request.tensors, request.labels, request.owners, request.volatile)
-
-    def _plan_for(self, request: Request) -> SavePlan:
-        known = self._planned
-        if self._plan is None or len(known) != len(request.contents) or any(map(is_not, known, request.contents)):
-            with self._reporter.stage("plan", request.save_id, request.step):
-                self._plan = plan(request.contents)
-                self._planned = request.contents  # held: as long as they are, nothing else has their identity
-        return self._plan
-
-    def _acquire(self, request: Request, needed: int) -> Arena:
-        try:
-            try:
-                arena = self._pool.acquire(needed, "error", self._supervisor.check)
-            except CheckpointerBusy:
-                if self._options.when_busy != "wait":
-                    raise
-                with self._reporter.stage("backpressure", request.save_id, request.step, needed):
-                    arena = self._pool.acquire(needed, "wait", self._supervisor.check)
-        except (MemoryError, OSError) as error:
-            raise StageError(f"step {request.step}: no host memory for {needed} bytes of state: {error}") from error
-        if arena.size < min(needed, MIN_HOST_BYTES):
-            self._pool.release(arena)
-            raise StageError(
-                f"step {request.step}: {needed} bytes of host memory are needed, only {arena.size} can be had; "
-                "free host memory or raise max_host_bytes"
-            )
-        return arena
-
-    def _warn_of_waves(self, allowed: int, needed: int) -> None:
-        if not self._warned_of_waves:
-            self._warned_of_waves = True
-            warnings.warn(
-                f"the state needs an arena of {needed} bytes, {allowed} are allowed or available: every save passes through it "
-                "in parts while training waits",
-                stacklevel=4,
-            )
+        return self._engine.save(directory, step, objects, begun)
 
     def prewarm(self, *, model: Any = None, optimizer: Any = None) -> None:
         """Plan, allocate, and fault the pages in behind your back, so that the first save costs what every save costs.
@@ -289,22 +165,7 @@ class AsyncCheckpointer:
         pages are there. Raises what `save()` would raise for these objects.
         """
         self._refuse_if_closed()
-        with self._alone():
-            self._reserve(model, optimizer)
-        waiting = [
-            o for o in map(unwrap_optimizer, named("optimizer", optimizer).values()) if not getattr(o, "state", True)
-        ]
-        if waiting:
-            GATE.add(_AfterFirstStep(self, model, optimizer, waiting))
-
-    def _reserve(self, model: Any, optimizer: Any) -> None:
-        with self._reporter.stage("prewarm"):
-            request = self._reader.read("", None, Objects(model=model, optimizer=optimizer))
-            needed = required_bytes(plan(request.contents), request)
-            try:
-                self._pool.release(self._pool.acquire(needed, "error", self._supervisor.check))
-            except CheckpointerBusy:
-                pass  # a save is under way; the arena it has, or the next, is what there is to warm
+        self._engine.prewarm(model, optimizer)
 
     # -- waiting and looking
 
@@ -313,17 +174,12 @@ class AsyncCheckpointer:
 
         Failures are not raised here: they stay on their handles.
         """
-        self._ledger.wait(timeout, lambda: self._supervisor.populating, self._supervisor.check)
+        self._ledger.wait(timeout, lambda: self._engine.prewarming, self._engine.check)
 
     def statistics(self) -> dict[str, Any]:
         """Counts of saves (started, committed, failed, skipped), saves in flight, bytes still to be written, arenas free and busy,
         host bytes held, whether overlap is on, and the last failure."""
-        return {
-            **self._ledger.statistics(),
-            **self._pool.statistics(),
-            "overlap": self._overlap,
-            "writer_pid": self._supervisor.writer_pid,
-        }
+        return {**self._ledger.statistics(), **self._engine.statistics()}
 
     async def events(self) -> AsyncIterator[Event]:
         """Every event from now on, until `close()`. Works on any anyio backend; holds no thread."""
@@ -379,11 +235,7 @@ class AsyncCheckpointer:
         self._ledger.raise_unread()
 
     def _end(self, deadline: float) -> bool:
-        self._staging_thread.close(max(deadline - time.monotonic(), 0.1))
-        ended = self._supervisor.close(max(deadline - time.monotonic(), 0.1))
-        if ended:
-            self._pool.close()
-        self._lock.close()
+        ended = self._engine.close(deadline)
         self._reporter.close(max(deadline - time.monotonic(), 0.1))
         _LIVING.discard(self)
         return ended
@@ -411,63 +263,14 @@ class AsyncCheckpointer:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self.__exit__, kind, error, traceback)
 
-    # -- bookkeeping
-
-    def _save_ended(self, handle: SaveHandle, error: CheckpointError | None) -> None:
-        if isinstance(error, TornSnapshot):
-            self._overlap = False
-        self._ledger.ended(handle, error)
-
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise CheckpointerClosed(f"{self._options.root}: the checkpointer is {self._closed}; make a new one")
 
-    def _arena_added(self, arena: Arena) -> None:
-        self._supervisor.add_arena(arena)
-        self._reporter.emit(Event("arena", "complete", bytes=arena.size))
-
-    def _arena_dropped(self, arena: Arena) -> None:
-        self._supervisor.drop_arena(arena)
-
     def _forget(self) -> None:
         """In a forked child: the parent's writer, lock and memory are not ours."""
         self._closed = "that of the parent process"
-        self._lock.close()
-        self._supervisor.forget()
-        self._pool.forget()
-
-
-class _AfterFirstStep:
-    """Waits at the barrier for the first step of optimizers that had no state, then has the arena sized again."""
-
-    def __init__(self, checkpointer: AsyncCheckpointer, model: Any, optimizer: Any, waiting: Sequence[Any]) -> None:
-        self._checkpointer = weakref.ref(checkpointer)
-        self._waiting = [weakref.ref(inner) for inner in waiting]
-        self._objects = [
-            (name, weakref.ref(value)) for what in (model, optimizer) for name, value in named("object", what).items()
-        ]
-        self._models = len(named("model", model))
-
-    def barrier(self) -> None:
-        checkpointer = self._checkpointer()
-        over = checkpointer is None or checkpointer.closed
-        if not over and any(inner is not None and not inner.state for inner in (ref() for ref in self._waiting)):
-            return
-        GATE.remove(self)
-        alive = [(name, ref()) for name, ref in self._objects]
-        if checkpointer is None or over or any(value is None for _, value in alive):
-            return
-        model, optimizer = (_unnamed(part) for part in (alive[: self._models], alive[self._models :]))
-        try:
-            with checkpointer._alone():
-                checkpointer._reserve(model, optimizer)
-        except Exception as error:  # not the training step's business; `save()` will raise it
-            logger.warning("%s: prewarming after the first step failed: %s", checkpointer.root, error)
-
-
-def _unnamed(objects: Sequence[tuple[str, Any]]) -> Any:
-    """The inverse of `named`."""
-    return objects[0][1] if [name for name, _ in objects] == [""] else dict(objects)
+        self._engine.forget()
 
 
 @atexit.register

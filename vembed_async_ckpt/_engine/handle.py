@@ -22,7 +22,7 @@ class SaveState(enum.Enum):
 
     STAGING -> STAGED -> WRITING -> COMMITTED; any of the first three -> FAILED. WRITING -> STAGED when the writer died and a
     new one gets the job. STAGING -> COMMITTED when a state passed through a small arena in parts. SKIPPED is where a save
-    refused by `when_busy="skip"` begins and ends.
+    refused by `when_busy="skip"` begins and ends; on the ranks that do not write it comes after STAGING.
     """
 
     STAGING = "staging"
@@ -34,7 +34,7 @@ class SaveState(enum.Enum):
 
 
 _MOVES = {
-    SaveState.STAGING: {SaveState.STAGED, SaveState.COMMITTED, SaveState.FAILED},
+    SaveState.STAGING: {SaveState.STAGED, SaveState.COMMITTED, SaveState.FAILED, SaveState.SKIPPED},
     SaveState.STAGED: {SaveState.WRITING, SaveState.COMMITTED, SaveState.FAILED},
     SaveState.WRITING: {SaveState.STAGED, SaveState.COMMITTED, SaveState.FAILED},
     SaveState.COMMITTED: set(),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from .._store.fs import INSTEAD
 from .._store.retention import Policy
 from ..events import Sink
 
@@ -44,6 +45,8 @@ class Options:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, get_args(allowed)))}"
                 )
+        if self.writer == "process" and INSTEAD.get() is not None:
+            raise ValueError("writer is 'process', which use_filesystem() does not reach; use writer='thread'")
         if self.retention is not None and not isinstance(self.retention, Policy):
             raise TypeError(
                 f"retention is {self.retention!r}; use KeepLast, KeepEvery, KeepBest, combined with |, or None"

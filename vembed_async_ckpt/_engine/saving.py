@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from ..errors import CheckpointError, CommitError, StageError, WriteError
 from ..events import Event, Phase, Reporter, Stage
 from .assembly import Assembly, FixedJson, assemble
 from .handle import CheckpointInfo, SaveHandle, SaveState, Timings
+from .ranks import ARRIVAL, Files, Gathered, Meeting, merge
 from .supervisor import LIVES, Supervisor
 from .waves import Waves
 
@@ -65,12 +67,15 @@ class Save:
 
     arena: Arena
 
-    def __init__(self, serial: int, request: Request, plan: SavePlan, begun: float, context: Context) -> None:
+    def __init__(
+        self, serial: int, request: Request, plan: SavePlan, begun: float, context: Context, meeting: Meeting
+    ) -> None:
         """`begun`: time.perf_counter() of the call."""
         self.serial = serial
         self._request = request
         self._plan = plan
         self._context = context
+        self._meeting = meeting
         self._begun = begun
         self._stall = 0.0
         self._staging = 0.0
@@ -147,7 +152,12 @@ class Save:
         self._let_go()
 
     def _place_first(self, arena: Arena) -> Waves:
-        assembly = self._assemble(FixedJson(self._plan, self._request), waves=True)
+        outcome: queue.SimpleQueue[Gathered] = queue.SimpleQueue()
+        self._meeting.gather(outcome.put)
+        gathered = outcome.get(timeout=2 * ARRIVAL)
+        if isinstance(gathered, CheckpointError):
+            raise gathered
+        assembly = self._assemble(FixedJson(self._plan, self._request), gathered, waves=True)
         waves = self._waves = Waves(arena, self._plan, self._request, assembly)
         self._job = waves.place_job()
         self._show_progress(assembly)
@@ -168,22 +178,38 @@ class Save:
                 self._staging += time.perf_counter() - begun
                 if self._snapshot.error is not None:
                     raise self._snapshot.error
+            self._meeting.gather(self._submit)
+        except BaseException as error:
+            self._staging_failed(error)
+
+    # -- staging thread, or that of the ranks
+
+    def _submit(self, gathered: Gathered) -> None:
+        """All that belongs to the checkpoint is there, or the reason why it will not be."""
+        try:
+            if isinstance(gathered, CheckpointError):
+                raise gathered
             image: Image = self.arena.image
-            assembly = self._assemble(image.fixed)
+            assembly = self._assemble(image.fixed, gathered)
             self._place(assembly)
             self._show_progress(assembly)
             self._emit("stage", "complete", self._staging)
             self._context.supervisor.check()
             self._context.supervisor.submit(self)
-        except CheckpointError as error:
-            self.failed(error)
         except BaseException as error:
-            failure = StageError(f"{self.handle.path} could not be staged: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self.failed(failure)
+            self._staging_failed(error)
 
-    def _assemble(self, fixed: FixedJson, *, waves: bool = False) -> Assembly:
-        return assemble(self._request, self._plan, self._context.retention, fixed, waves=waves)
+    def _staging_failed(self, error: BaseException) -> None:
+        if isinstance(error, CheckpointError):
+            self.failed(error)
+            return
+        failure = StageError(f"{self.handle.path} could not be staged: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        self.failed(failure)
+
+    def _assemble(self, fixed: FixedJson, gathered: Files, *, waves: bool = False) -> Assembly:
+        files = merge(self._request.files, gathered)
+        return assemble(self._request, files, self._plan, self._context.retention, fixed, waves=waves)
 
     def _place(self, assembly: Assembly) -> None:
         if assembly.end + len(assembly.job) > self.arena.size:
@@ -212,6 +238,7 @@ class Save:
             self._waves.go_on()
         else:
             self.handle._move(SaveState.STAGED)
+            self._meeting.say(SaveState.STAGED)
 
     def writing(self) -> None:
         if self._waves is None:
@@ -266,6 +293,7 @@ class Save:
         # The arena is free before the handle ends: whoever waited for it may save again at once.
         self._context.release(self.arena)
         self.handle._move(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
+        self._meeting.say(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
         self._context.ended(self.handle, error)
         if self._waves is not None:
             self._waves.go_on()

@@ -21,7 +21,7 @@ import anyio
 import xxhash
 
 from .._arena.arena import Arena
-from .._store.fs import LocalFilesystem
+from .._store.fs import INSTEAD, Filesystem, LocalFilesystem
 from .._store.lock import RootLock
 from .._writer import server
 from .._writer.memory import populate
@@ -100,14 +100,14 @@ class Supervisor:
         kind: WriterKind,
         arenas: Callable[[], list[Arena]],
         reporter: Reporter,
-        filesystem: LocalFilesystem | None = None,
+        filesystem: Filesystem | None = None,
     ) -> None:
         self._root = root
         self._lock = lock
         self._kind = kind
         self._arenas = arenas
         self._reporter = reporter
-        self._filesystem = filesystem or LocalFilesystem()
+        self._filesystem = filesystem or INSTEAD.get() or LocalFilesystem()
         self._inbox: deque[Callable[[], None]] = deque()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._posting = threading.Lock()

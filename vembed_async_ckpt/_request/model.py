@@ -7,23 +7,24 @@ itself (conversions between formats): such a model is read anew for every save.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
+import sys
 import tempfile
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, is_
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from .._plan.plan import BytesContent, Content, TensorContent
 from .._store import names
 from ..errors import PlanError
+from .capture import SINK, Files, Watch, quiet_progress_bars
 from .dtypes import spec
 from .processor import read_files
 
@@ -47,97 +48,82 @@ class ModelState:
 
 def unwrap(model: Any) -> torch.nn.Module:
     """The module inside DistributedDataParallel, torch.compile and the like. Raises `PlanError` for what is no module."""
-    return _unwrapped(model)[0]
-
-
-def _unwrapped(model: Any) -> tuple[torch.nn.Module, str]:
-    """The module, and what its wrappers put before the names in its state_dict."""
-    prefix = ""
     while isinstance(model, torch.nn.Module):
         inner = getattr(model, "_orig_mod", None)
-        if inner is not None:
-            prefix += "_orig_mod."
-        elif isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
-            prefix += "module."
+        if inner is None and isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
             inner = model.module
-        else:
-            return model, prefix
+        if inner is None:
+            return model
         model = inner
     raise PlanError(f"model: a {type(model).__module__}.{type(model).__qualname__} is not a torch.nn.Module")
 
 
-_Part = tuple[torch.Size, tuple[int, ...], int]
+def sharded(module: torch.nn.Module) -> str | None:
+    """What of a module this process holds only a share of, and why; None if it holds the whole."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for path, part in module.named_modules():
+        if fsdp is not None and isinstance(part, fsdp.FullyShardedDataParallel):
+            return f"{path or type(part.module).__qualname__} is wrapped by FullyShardedDataParallel"
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if hasattr(tensor, "full_tensor"):
+            return f"{name} is a DTensor"
+        if hasattr(tensor, "ds_tensor"):
+            return f"{name} is partitioned by DeepSpeed ZeRO-3"
+    return None
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a tensor of a file is found again: an entry of a module's dict, or a strided part of it."""
-
-    holder: dict[str, torch.Tensor | None]
-    key: str
-    shape: torch.Size
-    dtype: torch.dtype
-    stride: tuple[int, ...]
-    part: _Part | None  # size, stride, offset in elements from the owner's first
+_Part = tuple[torch.Size, tuple[int, ...], int]  # size, stride, offset in elements from the owner's first
 
 
 @dataclass
 class _Learned:
+    """What holds for every save until `still_true` says otherwise.
+
+    `owners` and `tensors` run in the order of the contents: the live tensor or None, and what is to be copied, to be replaced by
+    a fresh view where `parts` says so: (place among the tensors, place among `divided`, part). `lasting`: holds for later saves
+    too; otherwise values of this very call are in `tensors` or in the files' bytes.
+    """
+
     contents: tuple[Content, ...]
-    sources: list[_Source]
     labels: list[str]
     names: dict[str, Any]
     volatile: frozenset[int]
-    structure: list[tuple[dict[str, Any], str, Any]]
-    sizes: list[tuple[Sized, int]]
-    ties: list[tuple[torch.Tensor, torch.Tensor]]
-    configuration: Any
-    lasting: (
-        bool  # holds for later saves too; otherwise values of this very call are in `computed` or in the files' bytes
-    )
-    computed: dict[int, torch.Tensor]  # by place among all tensors; values of this very call
-    empty: dict[int, torch.Tensor]
+    owners: list[torch.Tensor | None]
+    tensors: list[torch.Tensor]
+    parts: list[tuple[int, int, _Part]]
+    divided: list[torch.Tensor]
+    truth: _Truth
+    lasting: bool
 
 
 class ModelReader:
     """Reads one model again and again. Holds on to nothing of a model that is gone."""
 
-    def __init__(
-        self, prefix: str, max_shard_size: str | int, save_original_format: bool, state_dict_file: str | None = None
-    ) -> None:
-        """`prefix`: directory of its files inside the checkpoint, "" for the top. `state_dict_file`: not as `save_pretrained`
-        would, but the state_dict as it is, wrappers' prefixes included, in this one file."""
+    def __init__(self, prefix: str, max_shard_size: str | int, save_original_format: bool) -> None:
+        """`prefix`: directory of its files inside the checkpoint, "" for the top."""
         self._prefix = prefix
         self._options = {"max_shard_size": max_shard_size, "save_original_format": save_original_format}
-        self._state_dict_file = state_dict_file
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._learned: _Learned | None = None
 
     def read(self, model: Any) -> ModelState:
         """The model as it is now. Raises `PlanError` naming the tensor that cannot be saved."""
-        module, wrappers = _unwrapped(model)
+        module = unwrap(model)
         learned = self._learned
-        if learned is None or self._model is None or self._model() is not module or not _still_true(learned, module):
-            learned = self._learn(module, wrappers)
-        owners: list[Any] = [source.holder[source.key] for source in learned.sources]
-        tensors: list[torch.Tensor] = [
-            owner if source.part is None else _part(owner, source.part)
-            for owner, source in zip(owners, learned.sources, strict=True)
-        ]
-        for index, tensor in sorted((learned.computed | learned.empty).items()):
-            tensors.insert(index, tensor)
-            owners.insert(index, None)
+        if learned is None or self._model is None or self._model() is not module or not learned.truth.holds():
+            learned = self._learn(module)
+        tensors = learned.tensors.copy()
+        if learned.parts:
+            wholes = [(owner.detach(), owner.storage_offset()) for owner in learned.divided]
+            for place, index, (size, stride, offset) in learned.parts:
+                whole, start = wholes[index]
+                tensors[place] = whole.as_strided(size, stride, start + offset)
         if not learned.lasting:
             self._learned = None
-        return ModelState(learned.contents, tensors, learned.labels, owners, learned.volatile, learned.names)
+        return ModelState(learned.contents, tensors, learned.labels, learned.owners, learned.volatile, learned.names)
 
-    def _learn(self, module: torch.nn.Module, wrappers: str) -> _Learned:
-        if self._state_dict_file is None:
-            files, side_files = _files_of(module, self._options)
-        else:
-            state = {wrappers + name: tensor for name, tensor in _plain_state(module).items()}
-            files, side_files = {self._state_dict_file: (state, {"format": "pt"})}, ()
-        learned = _learn(module, self._prefix, files, side_files)
+    def _learn(self, module: torch.nn.Module) -> _Learned:
+        learned = _learn(module, self._prefix, self._options)
         self._learned = learned
 
         def forget(_: Any) -> None:
@@ -147,115 +133,293 @@ class ModelReader:
         return learned
 
 
-def _part(owner: torch.Tensor, part: _Part) -> torch.Tensor:
-    size, stride, offset = part
-    return owner.detach().as_strided(size, stride, owner.storage_offset() + offset)
+class _Truth:
+    """What was true of a module when it was learned. Looked at before every save, so all of it in loops that run in C."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        watched: Sequence[torch.Tensor],
+        divided: Sequence[torch.Tensor],
+        empty: Sequence[torch.Tensor],
+        left_out: Sequence[torch.Tensor],
+        ties: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """`watched` are stored, `divided` are those of them that are stored in parts, `left_out` are frozen and not stored."""
+        holders: list[dict[str, Any]] = [h for m in module.modules() for h in (m._modules, m._parameters, m._buffers)]
+        entries = [(holder, key, value) for holder in holders for key, value in holder.items()]
+        self._holders = [holder for holder, _, _ in entries]
+        self._keys = [key for _, key, _ in entries]
+        self._values = [value for _, _, value in entries]
+        sets = [m._non_persistent_buffers_set for m in module.modules()]
+        self._vacant = [holder for holder in (*holders, *sets) if not holder]
+        self._filled = [holder for holder in holders if holder]
+        self._counts = [len(holder) for holder in self._filled]
+        self._sets = [names for names in sets if names]
+        self._copies = [set(names) for names in self._sets]
+        self._watched = list(watched)
+        self._shapes = [tensor.shape for tensor in watched]
+        self._dtypes = [tensor.dtype for tensor in watched]
+        self._divided = list(divided)
+        self._strides = [tensor.stride() for tensor in divided]
+        self._empty = list(empty)
+        self._left_out = list(left_out)
+        self._one = [one for one, _ in ties]
+        self._other = [other for _, other in ties]
+        self._settings = _Settings(module)
+
+    @property
+    def stable(self) -> bool:
+        return self._settings.stable
+
+    def holds(self) -> bool:
+        """Whether structure, identity, shape, dtype, ties and configuration are still those that were learned."""
+        return (
+            all(map(is_, map(dict.get, self._holders, self._keys), self._values))
+            and not any(self._vacant)
+            and list(map(len, self._filled)) == self._counts
+            and self._sets == self._copies
+            and list(map(torch.Tensor.size, self._watched)) == self._shapes
+            and list(map(_DTYPE, self._watched)) == self._dtypes
+            and list(map(torch.Tensor.stride, self._divided)) == self._strides
+            and not any(map(torch.Tensor.numel, self._empty))
+            and not any(map(_REQUIRES_GRAD, self._left_out))
+            and list(map(torch.Tensor.data_ptr, self._one)) == list(map(torch.Tensor.data_ptr, self._other))
+            and self._settings.unchanged()
+        )
 
 
-def _still_true(learned: _Learned, module: torch.nn.Module) -> bool:
-    for holder, key, value in learned.structure:
-        if holder.get(key) is not value:
+_DTYPE = attrgetter("dtype")
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
+
+class _Settings:
+    """The configs that a `save_pretrained` in the module writes, and the containers in them, as they were."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._attributes: list[tuple[Any, str, Any]] = []
+        self._containers: dict[int, tuple[Any, Any, list[type]]] = {}
+        for part in module.modules():
+            if part is module or callable(getattr(type(part), "save_pretrained", None)):
+                for name in ("config", "generation_config", "peft_config"):
+                    value = getattr(part, name, None)
+                    self._attributes.append((part, name, value))
+                    self._keep(value)
+        self.stable = self.unchanged()  # a config that is made anew at every look is not
+
+    def _keep(self, value: Any) -> None:
+        if isinstance(value, tuple):
+            inner: Any = value
+        elif isinstance(value, dict | list | set):
+            if id(value) in self._containers:
+                return
+            inner = value.values() if isinstance(value, dict) else value
+            self._containers[id(value)] = (value, value.copy(), list(map(type, inner)))
+        elif callable(getattr(value, "to_dict", None)) and hasattr(value, "__dict__"):
+            inner = (vars(value),)
+        else:
+            return
+        for item in inner:
+            self._keep(item)
+
+    def unchanged(self) -> bool:
+        try:
+            return all(getattr(part, name, None) is value for part, name, value in self._attributes) and all(
+                live == copy and list(map(type, live.values() if type(live) is dict else live)) == types
+                for live, copy, types in self._containers.values()
+            )
+        except (ValueError, RuntimeError):  # what has no plain truth value was replaced
             return False
-    for sized, count in learned.sizes:
-        if len(sized) != count:
-            return False
-    for source in learned.sources:
-        tensor = source.holder[source.key]
-        assert tensor is not None
-        if tensor.shape != source.shape or tensor.dtype is not source.dtype:
-            return False
-        if source.part is not None and tensor.stride() != source.stride:
-            return False
-    for one, other in learned.ties:
-        if one.data_ptr() != other.data_ptr():
-            return False
-    return bool(_configuration(module) == learned.configuration)
-
-
-def _configuration(module: torch.nn.Module) -> Any:
-    configs = (getattr(module, "config", None), getattr(module, "generation_config", None))
-    return [_settings(config) for config in configs]
-
-
-def _settings(value: Any) -> Any:
-    """A copy of the containers of a config and of the configs in it, for comparing; other objects stand for themselves."""
-    if isinstance(value, dict):
-        return {key: _settings(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_settings(item) for item in value]
-    if callable(getattr(value, "to_dict", None)) and hasattr(value, "__dict__"):
-        return _settings(vars(value))
-    return value
 
 
 @dataclass(frozen=True)
 class _Live:
+    """A parameter or buffer, its name in the whole module, and the module that it belongs to directly."""
+
     name: str
-    holder: dict[str, torch.Tensor | None]
-    key: str
     tensor: torch.Tensor
+    owner: torch.nn.Module
 
 
-def _learn(module: torch.nn.Module, prefix: str, files: _Files, side_files: tuple[BytesContent, ...]) -> _Learned:
+def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any]) -> _Learned:
+    share = sharded(module)
+    if share is not None:
+        raise PlanError(
+            f"model: {share}: this process holds only a share of it. Gather the whole model first, "
+            "or save it with accelerator.save_state or torch.distributed.checkpoint"
+        )
     live = list(_live_tensors(module))
-    by_storage: dict[int, list[_Live]] = {}
     for item in live:
-        if item.tensor.layout is torch.strided and not item.tensor.is_meta and not _has_no_storage(item.tensor):
-            by_storage.setdefault(item.tensor.untyped_storage().data_ptr(), []).append(item)
-    where = prefix + "/" if prefix else ""
-    contents: list[Content] = []
-    sources: list[_Source] = []
-    labels: list[str] = []
-    computed: dict[int, torch.Tensor] = {}
-    empty: dict[int, torch.Tensor] = {}
-    renamed: dict[str, Any] = {}
-    stored: set[str] = set()
+        if is_lazy(item.tensor):
+            raise PlanError(f"model: {item.name} is not initialized yet; run a forward pass first")
+    files, side_files, serialized = _files_of(module, options)
+    book = _Book(live, prefix + "/" if prefix else "")
     for file, (tensors, metadata) in files.items():
-        specs = tuple(spec(name, tensor, file=where + file) for name, tensor in tensors.items())
-        contents.append(TensorContent(where + file, specs, metadata))
-        for name, tensor in tensors.items():
-            labels.append(f"{where}{file}: {name}")
-            if tensor.numel() == 0:
-                empty[len(labels) - 1] = torch.empty_like(tensor)
-                continue
-            found = _resolve(name, tensor, by_storage)
-            if found is None:
-                computed[len(labels) - 1] = tensor
-                continue
-            item, part = found
-            sources.append(
-                _Source(item.holder, item.key, item.tensor.shape, item.tensor.dtype, item.tensor.stride(), part)
-            )
-            stored.add(item.name)
-            if part is not None or item.name != name:
-                renamed[name] = [item.name, None if part is None else [list(part[0]), list(part[1]), part[2]]]
-    contents += [BytesContent(where + content.name, content.data) for content in side_files]
-    aliases, ties = _ties(live, stored)
+        book.enter(file, tensors, metadata)
+    stored_in = list(book.file_names)
+    left_out: list[_Live] = []
+    by_name = not book.computed
+    if callable(getattr(module, "save_pretrained", None)) and not _is_transformers_own(module):
+        by_name = True
+        missing, left_out = _uncovered(module, live, book.covered, serialized)
+        if missing:
+            book.enter(names.UNCOVERED, {item.name: item.tensor for item in missing}, {"format": "pt"})
+    contents = [*book.contents, *(BytesContent(book.where + content.name, content.data) for content in side_files)]
+    aliases, ties = _ties(live, book.covered)
+    truth = _Truth(
+        module,
+        watched=list({id(owner): owner for owner in book.owners if owner is not None}.values()),
+        divided=book.divided,
+        empty=[item.tensor for item in live if not item.tensor.numel()],
+        left_out=[item.tensor for item in left_out if isinstance(item.tensor, torch.nn.Parameter)],
+        ties=ties,
+    )
     return _Learned(
         contents=tuple(contents),
-        sources=sources,
-        labels=labels,
+        labels=book.labels,
         names={
-            "files": [where + file for file in files],
-            "renamed": renamed,
+            "files": stored_in,
+            "uncovered": book.file_names[len(stored_in) :],
+            "renamed": book.renamed,
             "ties": aliases,
-            "computed": [labels[index] for index in computed],
+            "computed": book.computed,
+            "by_name": by_name,
+            "left_out": [item.name for item in left_out],
         },
-        volatile=frozenset(id(item.tensor) for item in live if _changed_by_forward(item, module)),
-        structure=[(m._modules, key, child) for m in module.modules() for key, child in m._modules.items()]
-        + [
-            (d, key, tensor) for m in module.modules() for d in (m._parameters, m._buffers) for key, tensor in d.items()
-        ],
-        sizes=[
-            (holder, len(holder))
-            for m in module.modules()
-            for holder in (m._modules, m._parameters, m._buffers, m._non_persistent_buffers_set)
-        ],
-        ties=ties,
-        configuration=_configuration(module),
-        lasting=not computed and not any(_holds_values(content) for content in side_files),
-        computed=computed,
-        empty=empty,
+        volatile=frozenset(id(item.tensor) for item in live if _changed_by_forward(item)),
+        owners=book.owners,
+        tensors=book.tensors,
+        parts=book.parts,
+        divided=book.divided,
+        truth=truth,
+        lasting=not book.computed and not any(_holds_values(content) for content in side_files) and truth.stable,
+    )
+
+
+class _Book:
+    """The tensors of the files, one after the other, and where in the model each of them lives.
+
+    `computed`: for each file the names that live nowhere. `renamed`: for each file {name: [its name in the model, part or None]}
+    where it is not that name. `covered`: names of the live tensors that are in the files as a whole.
+    """
+
+    def __init__(self, live: Sequence[_Live], where: str) -> None:
+        self.where = where
+        self.contents: list[Content] = []
+        self.file_names: list[str] = []
+        self.labels: list[str] = []
+        self.owners: list[torch.Tensor | None] = []
+        self.tensors: list[torch.Tensor] = []
+        self.parts: list[tuple[int, int, _Part]] = []
+        self.divided: list[torch.Tensor] = []
+        self.computed: dict[str, list[str]] = {}
+        self.renamed: dict[str, dict[str, Any]] = {}
+        self.covered: set[str] = set()
+        self._numbers: dict[int, int] = {}  # id of a tensor: its place in `divided`
+        self._by_storage: dict[int, list[_Live]] = {}
+        self._filled: dict[str, dict[_Part, int]] = {}  # elements of a live tensor that its parts in the files cover
+        self._empty = {item.name for item in live if not item.tensor.numel()}
+        for item in live:
+            if item.tensor.layout is torch.strided and not item.tensor.is_meta and not _has_no_storage(item.tensor):
+                self._by_storage.setdefault(item.tensor.untyped_storage().data_ptr(), []).append(item)
+
+    def enter(self, file: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        """Enter a file with its tensors by name. Raises `PlanError` for a tensor that cannot be saved."""
+        file = self.where + file
+        self.file_names.append(file)
+        self.contents.append(
+            TensorContent(file, tuple(spec(name, tensor, file=file) for name, tensor in tensors.items()), metadata)
+        )
+        for name, tensor in tensors.items():
+            self._enter_tensor(file, name, tensor)
+
+    def _enter_tensor(self, file: str, name: str, tensor: torch.Tensor) -> None:
+        self.labels.append(f"{file}: {name}")
+        if not tensor.numel():
+            self.owners.append(None)
+            self.tensors.append(torch.empty_like(tensor))
+            self.covered |= {name} & self._empty
+            return
+        found = _resolve(name, tensor, self._by_storage)
+        if found is None:
+            self.owners.append(None)
+            self.tensors.append(tensor)
+            self.computed.setdefault(file, []).append(name)
+            return
+        item, part = found
+        self.owners.append(item.tensor)
+        self.tensors.append(item.tensor)
+        if part is not None:
+            self._note_part(item, part)
+        else:
+            self.covered.add(item.name)
+        if part is not None or item.name != name:
+            described = None if part is None else [list(part[0]), list(part[1]), part[2]]
+            self.renamed.setdefault(file, {})[name] = [item.name, described]
+
+    def _note_part(self, item: _Live, part: _Part) -> None:
+        index = self._numbers.setdefault(id(item.tensor), len(self.divided))
+        if index == len(self.divided):
+            self.divided.append(item.tensor)
+        self.parts.append((len(self.tensors) - 1, index, part))
+        filled = self._filled.setdefault(item.name, {})
+        filled[part] = part[0].numel()
+        if sum(filled.values()) >= item.tensor.numel():
+            self.covered.add(item.name)
+
+
+def _uncovered(
+    module: torch.nn.Module, live: Sequence[_Live], covered: set[str], serialized: set[int]
+) -> tuple[list[_Live], list[_Live]]:
+    """Of what belongs to a module's state and is in none of its safetensors files: what must be saved besides them so that
+    `load` can bring the module back without unpickling, and what its `save_pretrained` leaves out on purpose.
+
+    Left out on purpose is what is frozen and appears in no other file either, and the buffers of a model that PEFT freezes
+    (they may be quantized weights) unless they are running statistics.
+    """
+    state = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    storages = {value.untyped_storage().data_ptr() for value in state.values() if not _has_no_storage(value)}
+    ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
+    adapted = [path for path, part in module.named_modules() if getattr(part, "peft_config", None)]
+    held = {_memory(item) for item in live if item.name in covered}
+    missing: list[_Live] = []
+    left_out: list[_Live] = []
+    for item in live:
+        if item.name in covered or item.name in ignored or (item.tensor.numel() and _memory(item) in held):
+            continue
+        storage = 0 if _has_no_storage(item.tensor) else item.tensor.untyped_storage().data_ptr()
+        if item.name not in state and storage not in storages:
+            continue
+        if storage in serialized:
+            needed = True
+        elif isinstance(item.tensor, torch.nn.Parameter):
+            needed = item.tensor.requires_grad
+        else:
+            needed = isinstance(item.owner, _NormBase) or not any(_is_below(item.name, path) for path in adapted)
+        if needed:
+            missing.append(item)
+            held.add(_memory(item))
+        else:
+            left_out.append(item)
+    return missing, left_out
+
+
+def _is_below(name: str, path: str) -> bool:
+    return not path or name.startswith(path + ".")
+
+
+def _memory(item: _Live) -> tuple[int, torch.Size]:
+    return (0 if _has_no_storage(item.tensor) else item.tensor.data_ptr(), item.tensor.shape)
+
+
+def _is_transformers_own(module: torch.nn.Module) -> bool:
+    """Whether `save_pretrained` is transformers' and writes the whole model, so that `from_pretrained` brings it back."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    return (
+        transformers is not None
+        and isinstance(module, transformers.PreTrainedModel)
+        and type(module).save_pretrained is transformers.PreTrainedModel.save_pretrained
+        and not getattr(module, "_hf_peft_config_loaded", False)
     )
 
 
@@ -264,7 +428,7 @@ def _live_tensors(module: torch.nn.Module) -> Iterator[_Live]:
         for holder in (part._parameters, part._buffers):
             for key, tensor in holder.items():
                 if tensor is not None:
-                    yield _Live(f"{path}.{key}" if path else key, holder, key, tensor)
+                    yield _Live(f"{path}.{key}" if path else key, tensor, part)
 
 
 def _has_no_storage(tensor: torch.Tensor) -> bool:
@@ -317,61 +481,59 @@ def _ties(live: Sequence[_Live], stored: set[str]) -> tuple[dict[str, str], list
     return aliases, pairs
 
 
-def _changed_by_forward(item: _Live, module: torch.nn.Module) -> bool:
-    parent = module.get_submodule(item.name.rpartition(".")[0])
-    return getattr(parent, "max_norm", None) is not None  # Embedding(max_norm) renormalizes its weight in forward
+def _changed_by_forward(item: _Live) -> bool:
+    return getattr(item.owner, "max_norm", None) is not None  # Embedding(max_norm) renormalizes its weight in forward
 
 
-_Files = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
-
-
-def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[_Files, tuple[BytesContent, ...]]:
-    """The safetensors files of a model as (tensors, metadata), and the other files as bytes.
+def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[Files, tuple[BytesContent, ...], set[int]]:
+    """The safetensors files of a model as (tensors, metadata), the other files as bytes, and the addresses of the storages that
+    were written into any of them.
 
     A `save_pretrained` that is not transformers' or PEFT's may write what it likes, in its own pickles too: it runs on this
     thread, and all it writes but safetensors is taken as it is.
     """
     save_pretrained = getattr(module, "save_pretrained", None)
     if not callable(save_pretrained):
-        return {names.WEIGHTS: (_plain_state(module), {"format": "pt"})}, ()
+        return {names.WEIGHTS: (_plain_state(module), {"format": "pt"})}, (), set()
     accepted = inspect.signature(save_pretrained).parameters
     chosen = {key: value for key, value in options.items() if key in accepted or "kwargs" in accepted}
     if "save_original_format" not in accepted:
         chosen.pop("save_original_format", None)  # only the newer transformers know it
-    _SINK.install()
+    SINK.install()
     try:
         try:
-            files, side_files = _captured(save_pretrained, chosen, in_place=True)
-            compute = _parts_would_be_sharded(files, options["max_shard_size"])
+            captured = _captured(save_pretrained, chosen, in_place=True)
+            compute = _parts_would_be_sharded(captured[0], options["max_shard_size"])
         except RuntimeError:
             compute = True  # a conversion needed the contiguous copy that was withheld
         if compute:  # at the price of doing so for every save
-            files, side_files = _captured(save_pretrained, chosen, in_place=False)
+            captured = _captured(save_pretrained, chosen, in_place=False)
     except PlanError:
         raise
     except Exception as error:
         raise PlanError(
             f"model: {type(module).__qualname__}.save_pretrained failed: {type(error).__name__}: {error}"
         ) from error
+    files, side_files, _ = captured
     if not files and not any(_holds_values(content) for content in side_files):
         raise PlanError(
             f"model: {type(module).__qualname__}.save_pretrained wrote no weights; "
             "this version of safetensors or transformers is not supported"
         )
-    return files, side_files
+    return captured
 
 
 def _captured(
     save_pretrained: Callable[..., Any], options: Mapping[str, Any], *, in_place: bool
-) -> tuple[_Files, tuple[BytesContent, ...]]:
-    mode = _ContiguousInPlace() if in_place else contextlib.nullcontext()
+) -> tuple[Files, tuple[BytesContent, ...], set[int]]:
     with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
-        with torch.no_grad(), _SINK.collecting() as files, _quiet_progress_bars(), mode:
+        with torch.no_grad(), SINK.collecting() as files, quiet_progress_bars(), Watch(in_place=in_place) as watch:
             save_pretrained(directory, **options)
-        return {os.path.relpath(path, directory): file for path, file in files.items()}, read_files(directory)
+        relative = {os.path.relpath(path, directory): file for path, file in files.items()}
+        return relative, read_files(directory), watch.serialized - {0}
 
 
-def _parts_would_be_sharded(files: _Files, max_shard_size: str | int) -> bool:
+def _parts_would_be_sharded(files: Files, max_shard_size: str | int) -> bool:
     """Whether some of the tensors are parts of one and there are several shards: transformers puts what shares memory into
     one shard, which copies would not have done."""
     from transformers.utils.hub import convert_file_size_to_int
@@ -404,76 +566,3 @@ def _plain_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
             seen.add(identity)
         kept[name] = tensor
     return kept
-
-
-class _ContiguousInPlace(TorchFunctionMode):
-    """`contiguous()` gives the tensor itself: whatever its strides are, staging copies it into contiguous memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.contiguous:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-class _Sink:
-    """Stands in safetensors.torch between `save_file` and the disk. Threads that are not collecting pass through."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._installed = False
-        self._local = threading.local()
-
-    def install(self) -> None:
-        """Put it in place, once per process. Raises `PlanError` if this version of safetensors has no such place."""
-        with self._lock:
-            if self._installed:
-                return
-            flatten = getattr(safetensors.torch, "_flatten_as_ptr", None)
-            serialize_file = getattr(safetensors.torch, "serialize_file", None)
-            if flatten is None or serialize_file is None:
-                raise PlanError("this version of safetensors is not supported; install safetensors>=0.8")
-
-            def sink_flatten(tensors: dict[str, torch.Tensor], keep: Any) -> Any:
-                if self._files() is None:
-                    return flatten(tensors, keep)
-                self._local.tensors = dict(tensors)
-                return {}
-
-            def sink_serialize(flat: Any, filename: Any, metadata: Any = None) -> None:
-                files = self._files()
-                if files is None:
-                    serialize_file(flat, filename, metadata=metadata)
-                    return
-                files[os.fspath(filename)] = (self._local.tensors, dict(metadata or {}))
-
-            safetensors.torch._flatten_as_ptr = sink_flatten
-            safetensors.torch.serialize_file = sink_serialize
-            self._installed = True
-
-    def _files(self) -> _Files | None:
-        return getattr(self._local, "files", None)
-
-    @contextlib.contextmanager
-    def collecting(self) -> Iterator[_Files]:
-        self._local.files = {}
-        try:
-            yield self._local.files
-        finally:
-            self._local.files = None
-            self._local.tensors = None
-
-
-_SINK = _Sink()
-
-
-@contextlib.contextmanager
-def _quiet_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -7,7 +7,7 @@ import platform
 import time
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -54,7 +54,7 @@ class Request:
 class Objects:
     """What a caller hands over to be saved, as `AsyncCheckpointer.save` has it.
 
-    `files`: further files by name, as bytes. `weights_name`: a second name for the weights file, if there is just one.
+    `files`: further files by name, as bytes, or what gives them. `weights_name`: a second name for the weights file, if there is just one.
     `older_readers`: also write the processor files that transformers 4 wrote and older readers open.
     `state_dicts`: models (one, or a mapping) whose whole state_dict is to be saved as `accelerator.save_state` does, under the
     names of the state_dict, at the top. `dialect`: which program, beside our `load`, the training state is written for.
@@ -70,12 +70,15 @@ class Objects:
     config: Any = None
     extra: Any = None
     metrics: Any = None
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[str, bytes] | Callable[[], Mapping[str, bytes]] = field(default_factory=dict)
     weights_name: str | None = None
     older_readers: bool = False
     state_dicts: Any = None
     dialect: Dialect = field(default_factory=Accelerate)
     of_every_rank: bool = True
+
+    def further_files(self) -> list[tuple[str, bytes]]:
+        return list((self.files() if callable(self.files) else self.files).items())
 
 
 class RequestReader:
@@ -120,7 +123,7 @@ class RequestReader:
         contents += [optimizer.content for optimizer in optimizers.values()]
         if objects.processor is not None:
             contents += self._processor.contents(objects.processor, older_readers=objects.older_readers)
-        files = list(objects.files.items())
+        files = objects.further_files()
         if objects.config is not None:
             files.append((names.CONFIG, _render_config(objects.config)))
         _refuse_clashes(contents, state, files)

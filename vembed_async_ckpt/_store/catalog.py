@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from ..errors import CheckpointError, CorruptCheckpoint
 from . import manifest as manifests
 from . import names
 from .manifest import Manifest, Verify
+
+_MOMENT = 0.05  # seconds that a directory is given to come back under its name
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,15 @@ class Entry:
     path: str
     manifest: Manifest | None
     error: CorruptCheckpoint | None = None
+    order: tuple[int, int] = (-1, -1)  # newest is largest; unknown is oldest
 
 
 def scan(root: str) -> list[Entry]:
     """Everything under `root` that is a checkpoint or claims to be one, broken ones first, then oldest to newest.
 
-    A directory claims it by its name (`names.parse_checkpoint`) or by holding a manifest. A root that does not exist is
-    empty. Raises `CheckpointError` if it cannot be listed: then nobody knows what is there.
+    A directory claims it by its name (`names.parse_checkpoint`) or by holding a manifest. One whose replacement was interrupted
+    (only on file systems without exchange) is broken until the next start brings it back. A root that does not exist is empty.
+    Raises `CheckpointError` if it cannot be listed: then nobody knows what is there.
     """
     try:
         with os.scandir(root) as found:
@@ -35,7 +41,19 @@ def scan(root: str) -> list[Entry]:
         return []
     except OSError as error:
         raise CheckpointError(f"{root}: cannot be listed ({error.strerror}): what is there is unknown") from error
-    return sorted(map(_read, candidates), key=lambda e: (e.manifest.order if e.manifest else (-1, -1), e.path))
+    return sorted([*map(_read, candidates), *_interrupted(root)], key=lambda entry: (entry.order, entry.path))
+
+
+def _interrupted(root: str) -> Iterator[Entry]:
+    """The checkpoints that made way for another one which never came."""
+    replaced = names.replaced_directory(root)
+    for name in os.listdir(replaced) if os.path.isdir(replaced) else ():
+        parsed = names.parse_swap(name)
+        if parsed is None or os.path.lexists(target := os.path.join(root, parsed[1])):
+            continue
+        found = _read(os.path.join(replaced, name))
+        reason = "its replacement was interrupted; `vembed-ckpt sweep`, or the next AsyncCheckpointer there, brings it back"
+        yield Entry(target, None, CorruptCheckpoint(f"{target}: {reason}"), found.order)
 
 
 def _claims(item: os.DirEntry[str]) -> bool:
@@ -48,7 +66,8 @@ def _claims(item: os.DirEntry[str]) -> bool:
 
 def _read(path: str) -> Entry:
     try:
-        return Entry(path, manifests.read(path))
+        found = manifests.read(path)
+        return Entry(path, found, order=found.order)
     except CorruptCheckpoint as error:
         return Entry(path, None, error)
 
@@ -82,7 +101,8 @@ def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
                 error = found
         assert error is not None
         if retries and not os.path.lexists(entry.path):
-            return _newest(root, verify, retries - 1)  # retention of a live run moved it while we looked
+            time.sleep(_MOMENT)
+            return _newest(root, verify, retries - 1)  # a live run moved or is replacing it while we looked
         broken.append(error)
     else:
         if not entries:

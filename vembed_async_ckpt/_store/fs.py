@@ -1,6 +1,9 @@
-"""The operating system as one small interface: every call that changes the disk goes through a `Filesystem`.
+"""The operating system as one small interface: every call that changes a checkpoint goes through a `Filesystem`.
 
 Each method says what it promises; nothing here decides anything. Errors are `OSError` with errno and path.
+
+What does not go through it: the root, its work directory and the lock file in there (`make_directories_durable`, `RootLock`), made
+by the trainer before there is a writer; and the note of an orphan's failure (`ORPHAN_LOG`), on which nothing rests.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Literal, Protocol
 
 RenameMode = Literal["noreplace", "exchange", "plain"]
@@ -40,8 +44,11 @@ class Filesystem(Protocol):
     def truncate(self, fd: int, size: int) -> None:
         """Set the file's size in bytes."""
 
+    def set_mode(self, fd: int, mode: int) -> None:
+        """Set the permission bits of a file."""
+
     def sync(self, fd: int) -> None:
-        """When this returns, data and size survive a power cut. After an error they may not, and must be written anew."""
+        """When this returns, data, size and mode survive a power cut. After an error they may not, and must be written anew."""
 
     def close(self, fd: int) -> None:
         """Close a descriptor from `create`."""
@@ -57,6 +64,9 @@ class Filesystem(Protocol):
 
     def link(self, source: str, target: str) -> None:
         """Give a file a second name (hard link)."""
+
+    def symlink(self, text: str, path: str) -> None:
+        """Create a symbolic link that says `text`; raises FileExistsError if anything has the name."""
 
     def unlink(self, path: str) -> None:
         """Remove one name of a file; a symbolic link itself, never what it points to."""
@@ -93,6 +103,9 @@ class LocalFilesystem:
     def truncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
+    def set_mode(self, fd: int, mode: int) -> None:
+        os.fchmod(fd, mode)
+
     def sync(self, fd: int) -> None:
         os.fsync(fd)
 
@@ -120,11 +133,18 @@ class LocalFilesystem:
     def link(self, source: str, target: str) -> None:
         os.link(source, target, follow_symlinks=False)
 
+    def symlink(self, text: str, path: str) -> None:
+        os.symlink(text, path)
+
     def unlink(self, path: str) -> None:
         os.unlink(path)
 
     def remove_directory(self, path: str) -> None:
         os.rmdir(path)
+
+
+# What thread writers started in this context use instead of the real one; set by `testing.use_filesystem`.
+INSTEAD: ContextVar[Filesystem | None] = ContextVar("vembed_async_ckpt_filesystem", default=None)
 
 
 def read_regular(path: str, limit: int | None = None) -> bytes:

@@ -21,6 +21,7 @@ CONFIG = "vembed_config.json"
 TRAINING_STATE = "vembed_training_state.json"
 TRAINING_TENSORS = "vembed_training_state.safetensors"
 WEIGHTS = "model.safetensors"
+UNCOVERED = "vembed_uncovered.safetensors"
 SCALER = "scaler.pt"
 
 _CHECKPOINT = re.compile(r"checkpoint(?:-|_|-step-|-epoch-)(0|[1-9][0-9]*)")
@@ -36,7 +37,7 @@ _OURS = re.compile(
     r"|(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|(?:optimizer|scheduler|scaler)\.pt"
     r"|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl|rng_state(?:_[0-9]+)?\.pth"
     r"|trainer_state\.json|training_args\.bin"
-    r"|vembed_(?:manifest|config|training_state|rank_state_[0-9]+)\.json|vembed_training_state\.safetensors"
+    r"|vembed_(?:manifest|config|training_state|rank_state_[0-9]+)\.json|vembed_(?:training_state|uncovered)\.safetensors"
     r")"
 )
 

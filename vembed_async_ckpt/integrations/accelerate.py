@@ -27,14 +27,17 @@ def refuse_what_is_sharded(accelerator: Any) -> None:
     kind = str(getattr(accelerator, "distributed_type", "NO")).rpartition(".")[2]
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise PlanError(f"states sharded by {kind} cannot be saved yet; use accelerator.save_state for them")
-    if accelerator.num_processes > 1:
-        raise PlanError(f"{accelerator.num_processes} processes cannot save together yet; use accelerator.save_state")
+    if accelerator.project_configuration.save_on_each_node:
+        raise PlanError("save_on_each_node is not supported: the first rank writes for all; use accelerator.save_state")
 
 
 def registered_files(accelerator: Any) -> dict[str, bytes]:
-    """What `accelerator.save_state` writes besides models, optimizers, schedulers, scaler and random states: registered objects,
-    samplers, stateful dataloaders, and whatever save hooks put into the directory they are given."""
+    """What `accelerator.save_state` writes on this rank besides models, optimizers, schedulers, scaler and random states:
+    whatever save hooks put into the directory they are given, and on the main process registered objects, samplers and stateful
+    dataloaders."""
     files = _hook_files(accelerator)
+    if not accelerator.is_main_process:
+        return files
     for number, value in enumerate(accelerator._custom_objects):
         files[names.custom_checkpoint(number)] = torch_save(value.state_dict())
     for number, dataloader in enumerate(accelerator._dataloaders):

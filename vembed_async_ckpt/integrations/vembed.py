@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer
+from .._engine.checkpointer import AsyncCheckpointer
 from .._engine.handle import CheckpointInfo, SaveHandle, SaveState, Timings
 from .._request import config as configs
 from .._request.dialect import Accelerate
@@ -19,6 +18,7 @@ from .._store import names
 from .._store.fs import walk_files
 from ..errors import PlanError
 from . import accelerate as accelerates
+from .shared import close_shared, shared
 
 # What vembed's inference reads at the top level of vembed_config.json, and what it expects where a key is missing.
 CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -36,8 +36,7 @@ CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-_SHARED: dict[str, AsyncCheckpointer] = {}  # one for each parent directory
-_LOCK = threading.Lock()
+__all__ = ["save_checkpoint", "close_shared", "CONFIG_DEFAULTS"]
 
 
 def save_checkpoint(
@@ -59,6 +58,9 @@ def save_checkpoint(
     `accelerator.load_state(path)` and `vembed_async_ckpt.load(path, ...)` go on from it. The weights file has a second name,
     `{prefix or "model"}_state_dict.safetensors`. `step` None means the last integer in the name of `path`, if any.
 
+    Under DDP every rank calls it: the first writes, and the random states of all are in the directory. Only with
+    `training_state=False` may the first rank call it alone.
+
     An existing directory is replaced at once by the new one; files in it that are not ours stay with it. The saves of one parent
     directory share one checkpointer, which is drained by `accelerator.end_training()` and at interpreter exit; `checkpointer`
     names another one, whose root must be that parent.
@@ -75,7 +77,7 @@ def save_checkpoint(
         return _save_at_once(os.fspath(path), model, accelerator, processor, config, step)
     accelerates.refuse_what_is_sharded(accelerator)
     if checkpointer is None:
-        checkpointer = _shared(root)
+        checkpointer = shared(root)
         _drain_at_end_of_training(accelerator)
     elif checkpointer.root != Path(root):
         raise PlanError(
@@ -88,10 +90,11 @@ def save_checkpoint(
         scaler=accelerator.scaler if training_state else None,
         processor=processor or None,
         config=_complete(config) if config else None,
-        files=accelerates.registered_files(accelerator) if training_state else {},
+        files=(lambda: accelerates.registered_files(accelerator)) if training_state else {},
         weights_name=names.state_dict(prefix),
         older_readers=True,
         dialect=Accelerate(accelerator.step),
+        of_every_rank=training_state,
     )
     return checkpointer.save_as(directory, step, objects)
 
@@ -109,14 +112,6 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
-def _shared(root: str) -> AsyncCheckpointer:
-    with _LOCK:
-        known = _SHARED.get(root)
-        if known is None or known.closed:
-            known = _SHARED[root] = AsyncCheckpointer(root)
-        return known
-
-
 def _drain_at_end_of_training(accelerator: Any) -> None:
     """Once per accelerator: `end_training()` first waits for the pending saves, and raises what failed."""
     if getattr(accelerator, "_vembed_async_ckpt_drains", False):
@@ -131,21 +126,6 @@ def _drain_at_end_of_training(accelerator: Any) -> None:
 
     accelerator.end_training = drain_and_end_training
     accelerator._vembed_async_ckpt_drains = True
-
-
-def close_shared(timeout: float = EXIT_DEADLINE) -> None:
-    """Drain and close the checkpointers that `save_checkpoint` made. Raises what failed, after all are closed."""
-    with _LOCK:
-        checkpointers = list(_SHARED.values())
-        _SHARED.clear()
-    failures: list[Exception] = []
-    for checkpointer in checkpointers:
-        try:
-            checkpointer.close(timeout)
-        except Exception as error:
-            failures.append(error)
-    if failures:
-        raise failures[0]
 
 
 def _save_at_once(

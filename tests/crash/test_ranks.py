@@ -1,0 +1,231 @@
+"""Several ranks of one DDP training: all of them save, or none, and all of them know which."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vembed_async_ckpt import latest, verify
+from vembed_async_ckpt._store.catalog import scan
+
+from .nursery import Child, Nursery
+
+SHORT = {"BEAT": 0.2, "SILENCE": 2.0, "ARRIVAL": 3.0, "PATIENCE": 4.0}  # seconds, instead of minutes
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery("rank_trainers")
+    yield nursery
+    nursery.close()
+
+
+class Job:
+    """The ranks of one training, told what to do one by one or all at once."""
+
+    def __init__(self, ranks: list[Child]) -> None:
+        self.ranks = ranks
+
+    def ask(self, rank: int, method: str, *arguments: Any) -> str:
+        self.tell(rank, method, *arguments)
+        return self.answer(rank)
+
+    def tell(self, rank: int, method: str, *arguments: Any) -> None:
+        self.ranks[rank].tell(json.dumps([method, arguments]))
+
+    def answer(self, rank: int) -> str:
+        return self.ranks[rank].expect("ANSWER")
+
+    def all(self, method: str, *arguments: Any, ranks: list[int] | None = None) -> list[str]:
+        chosen = range(len(self.ranks)) if ranks is None else ranks
+        for rank in chosen:
+            self.tell(rank, method, *arguments)
+        return [self.answer(rank) for rank in chosen]
+
+
+@contextlib.contextmanager
+def job(nursery: Nursery, root: Path, world_size: int, **arguments: Any) -> Iterator[Job]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                nursery.child("run", root=str(root), rank=rank, world_size=world_size, port=port, **arguments)
+            )
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.expect("READY")
+        yield Job(ranks)
+
+
+def visible(root: Path) -> list[int | None]:
+    """The steps under the root, each verified."""
+    entries = scan(os.fspath(root))
+    for entry in entries:
+        verify(entry.path)
+    return [entry.manifest.step for entry in entries if entry.manifest]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_rank_resumes_where_it_was(nursery: Nursery, root: Path, world_size: int) -> None:
+    """Random states and data positions of every rank are in the directory; each takes back its own."""
+    with job(nursery, root, world_size) as ranks:
+        assert set(ranks.all("step")) == {"done"}
+        assert set(ranks.all("save", 1)) == {"called"}
+        drawn = ranks.all("draw")
+        answers = ranks.all("result", 1)
+        assert len(set(answers)) == 1, "every rank knows the same"
+        assert answers[0].startswith("COMMITTED")
+        ranks.all("draw")
+        ranks.all("close")
+    assert len(set(drawn)) == world_size
+    names = {
+        name for rank in range(world_size) for name in (f"random_states_{rank}.pkl", f"vembed_rank_state_{rank}.json")
+    }
+    assert names - {"vembed_rank_state_0.json"} <= set(os.listdir(root / "checkpoint-1"))
+    with job(nursery, root, world_size) as ranks:
+        assert set(ranks.all("restore", str(root / "checkpoint-1"))) == {"restored"}
+        assert ranks.all("draw") == drawn
+        ranks.all("close")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_cannot_save_fails_everywhere(nursery: Nursery, root: Path, rank: int) -> None:
+    """Its own call raises; the others' handles say who and why; nothing is visible, and the next save works."""
+    with job(nursery, root, 2) as ranks:
+        ranks.tell(1 - rank, "save", 1)
+        refused = ranks.ask(rank, "save", 1, "unsavable")
+        assert refused.startswith("PlanError")
+        assert ranks.answer(1 - rank) == "called"
+        failed = ranks.ask(1 - rank, "result", 1)
+        assert failed.startswith("FAILED")
+        assert "object" in failed
+        assert rank == 0 or "rank 1" in failed
+        assert visible(root) == []
+        ranks.all("save", 2, 7)
+        assert all(answer.startswith("COMMITTED") for answer in ranks.all("result", 2))
+        ranks.all("close")
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_rank_that_dies_before_it_comes_fails_the_save(nursery: Nursery, root: Path, rank: int) -> None:
+    """The others learn of it from its silence; the checkpoint before stays the newest."""
+    with job(nursery, root, 3, patience={**SHORT, "ARRIVAL": 60.0}) as ranks:
+        ranks.all("save", 1)
+        ranks.all("result", 1)
+        ranks.ranks[rank].kill()
+        others = [other for other in range(3) if other != rank]
+        assert set(ranks.all("save", 2, ranks=others)) == {"called"}
+        for answer in ranks.all("result", 2, ranks=others):
+            assert answer.startswith("FAILED StageError")
+            assert f"rank {rank} has not been heard of" in answer
+        assert visible(root) == [1]
+
+
+def test_a_rank_that_does_not_call_fails_the_save(nursery: Nursery, root: Path) -> None:
+    """After the deadline the error says which rank, and that every rank must call."""
+    with job(nursery, root, 3, patience=SHORT) as ranks:
+        ranks.all("save", 1, ranks=[0, 1])
+        for answer in ranks.all("result", 1, ranks=[0, 1]):
+            assert "rank 2 of 3 did not call save()" in answer
+            assert "Every rank must call it" in answer
+        assert visible(root) == []
+        ranks.all("save", 2)
+        assert all(answer.startswith("COMMITTED") for answer in ranks.all("result", 2))
+        ranks.all("close")
+
+
+def test_the_first_rank_that_does_not_call_is_not_waited_for_for_ever(nursery: Nursery, root: Path) -> None:
+    """The other's handle fails, and its part does not get into what the first saves later."""
+    with job(nursery, root, 2, patience=SHORT) as ranks:
+        assert ranks.ask(1, "save", 1) == "called"
+        assert "rank 0, which writes, did not call save()" in ranks.ask(1, "result", 1)
+        ranks.ask(0, "save", 1)
+        assert "rank 1 cannot take part" in ranks.ask(0, "result", 1)
+        assert visible(root) == []
+
+
+def test_the_first_rank_dies_before_all_came(nursery: Nursery, root: Path) -> None:
+    """Nothing becomes visible, the others' handles fail, and a new job saves on."""
+    with job(nursery, root, 2, patience={**SHORT, "ARRIVAL": 60.0, "PATIENCE": 60.0}) as ranks:
+        ranks.all("save", 1)
+        ranks.all("result", 1)
+        ranks.ask(0, "save", 2)
+        ranks.ranks[0].kill()
+        ranks.ranks[0].wait()
+        ranks.ask(1, "save", 2)
+        answer = ranks.ask(1, "result", 2)
+        assert answer.startswith("FAILED StageError")
+        assert "has not been heard of" in answer or "cannot speak to each other" in answer
+    assert latest(root) == root / "checkpoint-1"
+    with job(nursery, root, 2) as ranks:
+        ranks.all("save", 3)
+        ranks.all("result", 3)
+        ranks.all("close")
+    assert visible(root) == [1, 3]
+
+
+def test_staged_survives_the_death_of_every_rank(nursery: Nursery, root: Path) -> None:
+    """Once staged on the first rank the checkpoint, with every rank's state, is committed by the writer alone."""
+    with job(nursery, root, 2, floats=1 << 20) as ranks:
+        ranks.all("save", 1)
+        ranks.all("staged", 1)
+        for rank in ranks.ranks:
+            rank.kill()
+    assert latest(root) == root / "checkpoint-1"
+    verify(root / "checkpoint-1")
+    assert (root / "checkpoint-1" / "random_states_1.pkl").exists()
+
+
+def test_a_skipped_save_is_skipped_everywhere(nursery: Nursery, root: Path) -> None:
+    """While the writer stands still the second save finds no arena; no rank takes it for saved."""
+    with job(nursery, root, 2, when_busy="skip") as ranks:
+        ranks.all("save", 1)
+        ranks.all("result", 1)
+        writer = int(ranks.ask(0, "writer"))
+        os.kill(writer, signal.SIGSTOP)
+        try:
+            ranks.all("save", 2)
+            ranks.all("save", 3)
+            for answer in ranks.all("result", 3):
+                assert answer.startswith("SKIPPED CheckpointerBusy")
+        finally:
+            os.kill(writer, signal.SIGCONT)
+        assert all(answer.startswith("COMMITTED") for answer in ranks.all("result", 2))
+        ranks.all("close")
+    assert visible(root) == [1, 2]
+
+
+def test_nothing_piles_up_in_the_store(nursery: Nursery, root: Path) -> None:
+    """The keys of a save are taken back when every rank has read its end; the same directory may be saved again."""
+    with job(nursery, root, 2) as ranks:
+        for step in (1, 1, 1):
+            ranks.all("save", step)
+            ranks.all("result", step)
+        before = int(ranks.ask(0, "keys"))
+        for step in (2, 3, 4, 5, 6, 7, 8, 9):
+            ranks.all("save", step)
+            ranks.all("result", step)
+        assert int(ranks.ask(0, "keys")) <= before + 4, "at most the last save's keys and the beats"
+        assert set(ranks.all("close")) == {"closed"}
+        assert int(ranks.ask(1, "keys")) <= before
+
+
+def test_a_state_that_passes_in_parts_has_every_rank(nursery: Nursery, root: Path) -> None:
+    """A small arena: the first rank waits for the others inside the call, then passes all of it."""
+    with job(nursery, root, 2, floats=6 << 20, max_host_bytes=16 << 20) as ranks:
+        ranks.all("step")
+        assert set(ranks.all("save", 1)) == {"called"}
+        assert all(answer.startswith("COMMITTED") for answer in ranks.all("result", 1))
+        ranks.all("close")
+    assert (root / "checkpoint-1" / "vembed_rank_state_1.json").exists()

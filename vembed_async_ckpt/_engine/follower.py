@@ -1,0 +1,107 @@
+"""A rank that does not write: it adds its own random states and data position to the first rank's checkpoint, and its handles
+tell what became of it. What all ranks hold alike (weights, optimizers) is copied on the first alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .._request.request import Objects
+from .._request.training_state import capture_rank
+from ..errors import CheckpointError, StageError
+from ..events import Event, Phase, Reporter
+from .handle import CheckpointInfo, SaveHandle, SaveState
+from .ledger import Ledger
+from .options import Options
+from .ranks import Files, Ranks
+
+
+class Follower:
+    """The counterpart of `Leader` on the other ranks. Holds no lock, no arena and no writer."""
+
+    def __init__(
+        self, options: Options, ranks: Ranks, ledger: Ledger, reporter: Reporter, allowed: Callable[[], None]
+    ) -> None:
+        self._options = options
+        self._ranks = ranks
+        self._ledger = ledger
+        self._reporter = reporter
+        self._allowed = allowed
+
+    def save(self, directory: str, step: int | None, objects: Objects, begun: float) -> SaveHandle:
+        handle = SaveHandle(step, Path(self._options.root) / directory, self._reporter.call)
+        following = _Following(handle, self._ledger, self._reporter)
+        self._ledger.begun(handle, self._allowed)
+        try:
+            state = capture_rank(objects.dialect, objects.dataloader)
+            further = objects.further_files()
+        except BaseException as error:
+            self._ledger.withdrawn(handle)
+            failure = error if isinstance(error, CheckpointError) else StageError(f"{type(error).__name__}: {error}")
+            self._ranks.join(directory, objects.of_every_rank, _raising(failure), following.ignore)
+            raise
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        following.stall = time.perf_counter() - begun
+
+        def render() -> Files:
+            return [*state.render(rank, world_size), *further]
+
+        self._ranks.join(directory, objects.of_every_rank, render, following.heard)
+        return handle
+
+    def prewarm(self, model: Any, optimizer: Any) -> None:
+        """Nothing is copied here."""
+
+    def check(self) -> None:
+        """The ranks' thread ends every save that it cannot follow."""
+
+    @property
+    def prewarming(self) -> bool:
+        return False
+
+    def statistics(self) -> dict[str, Any]:
+        return {"arenas_free": 0, "arenas_busy": 0, "host_bytes": 0, "overlap": False, "writer_pid": None}
+
+    def close(self, deadline: float) -> bool:
+        self._ranks.close(max(deadline - time.monotonic(), 0.1))
+        return True
+
+    def forget(self) -> None:
+        pass
+
+
+class _Following:
+    """One save, as the first rank tells of it."""
+
+    def __init__(self, handle: SaveHandle, ledger: Ledger, reporter: Reporter) -> None:
+        self._handle = handle
+        self._ledger = ledger
+        self._reporter = reporter
+        self.stall = 0.0
+
+    def heard(self, state: SaveState, info: CheckpointInfo | None, error: CheckpointError | None) -> None:
+        handle = self._handle
+        if info is not None:
+            info = dataclasses.replace(info, timings=dataclasses.replace(info.timings, stall=self.stall))
+        if state is SaveState.SKIPPED:
+            self._ledger.skipped(handle)
+            handle._mark_read()
+        handle._move(state, info, error)
+        if state in (SaveState.COMMITTED, SaveState.FAILED):
+            self._ledger.ended(handle, error)
+            phase: Phase = "failed" if error else "complete"
+            size = info.total_bytes if info else 0
+            self._reporter.emit(Event("save", phase, step=handle.step, bytes=size, detail=str(error or "")))
+
+    def ignore(self, state: SaveState, info: CheckpointInfo | None, error: CheckpointError | None) -> None:
+        """The call itself raised; nobody has the handle."""
+
+
+def _raising(error: CheckpointError) -> Callable[[], Files]:
+    def render() -> Files:
+        raise error
+
+    return render

@@ -1,0 +1,284 @@
+"""The rank that writes: the only one of most trainings, the first of a distributed one. Request, plan, arena, staging, writer."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from operator import is_not
+from typing import Any
+
+from .._arena.arena import Arena, ArenaPool
+from .._arena.barrier import GATE, Division, Earned, all_now
+from .._arena.staging import StagingThread, TornSnapshot
+from .._plan.plan import Content, SavePlan, plan
+from .._request.optimizer import unwrap as unwrap_optimizer
+from .._request.request import Objects, Request, RequestReader, named
+from .._store.lock import RootLock
+from ..errors import CheckpointerBusy, CheckpointError, StageError, WriteError
+from ..events import Event, Reporter, logger
+from .assembly import required_bytes
+from .handle import SaveHandle, SaveState
+from .ledger import Ledger
+from .options import MIN_HOST_BYTES, Options
+from .ranks import Alone, Meeting, Ranks
+from .saving import Context, Save
+from .supervisor import Supervisor
+
+
+class Leader:
+    """Holds the root's lock, the arenas and the writer. Raises what `AsyncCheckpointer` says, from its constructor on."""
+
+    def __init__(
+        self, options: Options, ranks: Ranks | None, ledger: Ledger, reporter: Reporter, allowed: Callable[[], None]
+    ) -> None:
+        """`allowed` raises if nothing may begin any more."""
+        self._options = options
+        self._ranks = ranks
+        self._ledger = ledger
+        self._reporter = reporter
+        self._allowed = allowed
+        os.makedirs(options.root, exist_ok=True)
+        self._lock = RootLock.acquire(options.root)
+        world_size = 1 if ranks is None else ranks.world_size
+        self._reader = RequestReader(options.max_shard_size, options.save_original_format, world_size)
+        self._earned = Earned()
+        self._staging_thread = StagingThread()
+        self._pool = ArenaPool(options.max_in_flight, options.max_host_bytes, self._arena_added, self._arena_dropped)
+        self._supervisor = Supervisor(options.root, self._lock, options.writer, self._pool.arenas, reporter)
+        self._context = Context(
+            root=options.root,
+            retention=None if options.retention is None else options.retention.spec(),
+            supervisor=self._supervisor,
+            reporter=reporter,
+            release=self._pool.release,
+            ended=self._save_ended,
+        )
+        self._serials = itertools.count(1)
+        self._saving = threading.Lock()  # one save() at a time goes from request to staged copy
+        self._saver = 0  # the thread inside
+        # touched under _saving only:
+        self._plan: SavePlan | None = None
+        self._planned: tuple[Content, ...] = ()
+        self._overlap = options.staging == "overlap"
+        self._warned_of_waves = False
+        self.closed = False
+        GATE.install()
+
+    def save(self, directory: str, step: int | None, objects: Objects, begun: float) -> SaveHandle:
+        """`begun`: time.perf_counter() of the call."""
+        with self._alone():
+            meeting = self._meeting(directory, objects)
+            try:
+                return self._save(directory, step, objects, begun, meeting)
+            except CheckpointError as error:
+                meeting.say(SaveState.FAILED, error=error)
+                raise
+            except BaseException as error:
+                meeting.say(SaveState.FAILED, error=StageError(f"rank 0: {type(error).__name__}: {error}"))
+                raise
+
+    def _meeting(self, directory: str, objects: Objects) -> Meeting:
+        return Alone() if self._ranks is None else self._ranks.meet(directory, objects.of_every_rank)
+
+    def _save(self, directory: str, step: int | None, objects: Objects, begun: float, meeting: Meeting) -> SaveHandle:
+        request = self._reader.read(directory, step, objects)
+        save_plan = self._plan_for(request)
+        save = Save(next(self._serials), request, save_plan, begun, self._context, meeting)
+        self._ledger.begun(save.handle, self._allowed)
+        try:
+            self._start(save, request, required_bytes(save_plan, request) + meeting.room)
+        except CheckpointerBusy as error:
+            self._ledger.skipped(save.handle)
+            if self._options.when_busy == "error":
+                raise
+            save.handle._skip(error)
+            meeting.say(SaveState.SKIPPED, error=error)
+            self._reporter.emit(Event("backpressure", "failed", request.save_id, step, detail=str(error)))
+        except (StageError, WriteError) as error:
+            if self._options.on_error == "raise":
+                self._ledger.withdrawn(save.handle)
+                raise
+            self._save_ended(save.handle, error)
+            save.handle._move(SaveState.FAILED, error=error)
+            meeting.say(SaveState.FAILED, error=error)
+        except BaseException:
+            self._ledger.withdrawn(save.handle)
+            raise
+        save.stalled(time.perf_counter() - begun)
+        return save.handle
+
+    def _start(self, save: Save, request: Request, needed: int) -> None:
+        self._supervisor.check()
+        self._staging_thread.check()
+        arena = self._acquire(request, needed)
+        save.arena = arena
+        try:
+            self._fill(save, request, arena, needed)
+        except BaseException as error:
+            save.abandon()
+            if isinstance(error, RuntimeError):  # torch could not copy
+                raise StageError(f"step {request.step}: the state could not be copied: {error}") from error
+            raise
+
+    def _fill(self, save: Save, request: Request, arena: Arena, needed: int) -> None:
+        if arena.size < needed:
+            self._warn_of_waves(arena.size, needed)
+            save.pass_in_waves()
+            return
+        save.stage(self._divide(request))
+        self._staging_thread.submit(save.hand_over())
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time; a signal handler that interrupts its own thread's `save()` is refused instead of waiting for it."""
+        if self._saver == threading.get_ident():
+            raise CheckpointerBusy(
+                "save() was called while this thread is inside save(), by a signal handler perhaps; "
+                "let the handler set a flag, and save at the next step"
+            )
+        with self._saving:
+            self._saver = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._saver = 0
+
+    def _divide(self, request: Request) -> Division:
+        if not self._overlap:
+            return all_now(len(request.tensors))
+        key = tuple(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
+        return self._earned.divide(key, request.tensors, request.labels, request.owners, request.volatile)
+
+    def _plan_for(self, request: Request) -> SavePlan:
+        known = self._planned
+        if self._plan is None or len(known) != len(request.contents) or any(map(is_not, known, request.contents)):
+            with self._reporter.stage("plan", request.save_id, request.step):
+                self._plan = plan(request.contents)
+                self._planned = request.contents  # held: as long as they are, nothing else has their identity
+        return self._plan
+
+    def _acquire(self, request: Request, needed: int) -> Arena:
+        try:
+            try:
+                arena = self._pool.acquire(needed, "error", self._supervisor.check)
+            except CheckpointerBusy:
+                if self._options.when_busy != "wait":
+                    raise
+                with self._reporter.stage("backpressure", request.save_id, request.step, needed):
+                    arena = self._pool.acquire(needed, "wait", self._supervisor.check)
+        except (MemoryError, OSError) as error:
+            raise StageError(f"step {request.step}: no host memory for {needed} bytes of state: {error}") from error
+        if arena.size < min(needed, MIN_HOST_BYTES):
+            self._pool.release(arena)
+            raise StageError(
+                f"step {request.step}: {needed} bytes of host memory are needed, only {arena.size} can be had; "
+                "free host memory or raise max_host_bytes"
+            )
+        return arena
+
+    def _warn_of_waves(self, allowed: int, needed: int) -> None:
+        if not self._warned_of_waves:
+            self._warned_of_waves = True
+            warnings.warn(
+                f"the state needs an arena of {needed} bytes, {allowed} are allowed or available: every save passes through it "
+                "in parts while training waits",
+                stacklevel=6,
+            )
+
+    def prewarm(self, model: Any, optimizer: Any) -> None:
+        with self._alone():
+            self.reserve(model, optimizer)
+        waiting = [
+            o for o in map(unwrap_optimizer, named("optimizer", optimizer).values()) if not getattr(o, "state", True)
+        ]
+        if waiting:
+            GATE.add(_AfterFirstStep(self, model, optimizer, waiting))
+
+    def reserve(self, model: Any, optimizer: Any) -> None:
+        with self._reporter.stage("prewarm"):
+            request = self._reader.read("", None, Objects(model=model, optimizer=optimizer))
+            needed = required_bytes(plan(request.contents), request)
+            try:
+                self._pool.release(self._pool.acquire(needed, "error", self._supervisor.check))
+            except CheckpointerBusy:
+                pass  # a save is under way; the arena it has, or the next, is what there is to warm
+
+    def check(self) -> None:
+        self._supervisor.check()
+
+    @property
+    def prewarming(self) -> bool:
+        return self._supervisor.populating
+
+    def statistics(self) -> dict[str, Any]:
+        return {**self._pool.statistics(), "overlap": self._overlap, "writer_pid": self._supervisor.writer_pid}
+
+    def close(self, deadline: float) -> bool:
+        self.closed = True
+        self._staging_thread.close(max(deadline - time.monotonic(), 0.1))
+        ended = self._supervisor.close(max(deadline - time.monotonic(), 0.1))
+        if ended:
+            self._pool.close()
+        if self._ranks is not None:
+            self._ranks.close(max(deadline - time.monotonic(), 0.1))
+        self._lock.close()
+        return ended
+
+    def forget(self) -> None:
+        self.closed = True
+        self._lock.close()
+        self._supervisor.forget()
+        self._pool.forget()
+
+    # -- bookkeeping
+
+    def _save_ended(self, handle: SaveHandle, error: CheckpointError | None) -> None:
+        if isinstance(error, TornSnapshot):
+            self._overlap = False
+        self._ledger.ended(handle, error)
+
+    def _arena_added(self, arena: Arena) -> None:
+        self._supervisor.add_arena(arena)
+        self._reporter.emit(Event("arena", "complete", bytes=arena.size))
+
+    def _arena_dropped(self, arena: Arena) -> None:
+        self._supervisor.drop_arena(arena)
+
+
+class _AfterFirstStep:
+    """Waits at the barrier for the first step of optimizers that had no state, then has the arena sized again."""
+
+    def __init__(self, leader: Leader, model: Any, optimizer: Any, waiting: Sequence[Any]) -> None:
+        self._leader = weakref.ref(leader)
+        self._waiting = [weakref.ref(inner) for inner in waiting]
+        self._objects = [
+            (name, weakref.ref(value)) for what in (model, optimizer) for name, value in named("object", what).items()
+        ]
+        self._models = len(named("model", model))
+
+    def barrier(self) -> None:
+        leader = self._leader()
+        over = leader is None or leader.closed
+        if not over and any(inner is not None and not inner.state for inner in (ref() for ref in self._waiting)):
+            return
+        GATE.remove(self)
+        alive = [(name, ref()) for name, ref in self._objects]
+        if leader is None or over or any(value is None for _, value in alive):
+            return
+        model, optimizer = (_unnamed(part) for part in (alive[: self._models], alive[self._models :]))
+        try:
+            with leader._alone():
+                leader.reserve(model, optimizer)
+        except Exception as error:  # not the training step's business; `save()` will raise it
+            logger.warning("%s: prewarming after the first step failed: %s", leader._options.root, error)
+
+
+def _unnamed(objects: Sequence[tuple[str, Any]]) -> Any:
+    """The inverse of `named`."""
+    return objects[0][1] if [name for name, _ in objects] == [""] else dict(objects)

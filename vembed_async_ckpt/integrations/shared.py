@@ -1,0 +1,44 @@
+"""The checkpointers that integrations make behind the scenes: one for each directory of checkpoints, drained together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from typing import Any
+
+from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer
+
+_SHARED: dict[str, tuple[AsyncCheckpointer, dict[str, Any]]] = {}  # by root; what each was made with
+_LOCK = threading.Lock()
+
+
+def shared(root: str, options: dict[str, Any] | None = None) -> AsyncCheckpointer:
+    """The open checkpointer of `root`, made with `options` (None: with any). One that was made with others is drained and
+    closed first. Raises what `AsyncCheckpointer` raises."""
+    with _LOCK:
+        known, made_with = _SHARED.get(root, (None, {}))
+        if known is not None and not known.closed and (options is None or options == made_with):
+            return known
+    if known is not None:
+        known.close()  # outside of the lock: it waits
+    with _LOCK:
+        known, _ = _SHARED.get(root, (None, {}))
+        if known is None or known.closed:
+            known = AsyncCheckpointer(root, **(options or {}))
+            _SHARED[root] = known, options or {}
+        return known
+
+
+def close_shared(timeout: float = EXIT_DEADLINE, roots: Collection[str] | None = None) -> None:
+    """Drain and close the checkpointers of `roots` (None: all of them). Raises what failed, after all are closed."""
+    with _LOCK:
+        chosen = [root for root in _SHARED if roots is None or root in roots]
+        checkpointers = [_SHARED.pop(root)[0] for root in chosen]
+    failures: list[Exception] = []
+    for checkpointer in checkpointers:
+        try:
+            checkpointer.close(timeout)
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
