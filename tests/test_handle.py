@@ -7,10 +7,11 @@ import errno
 import functools
 import logging
 import os
+import subprocess
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import pytest
@@ -25,6 +26,7 @@ from vembed_async_ckpt import (
     SaveHandle,
     SaveState,
     WriteError,
+    latest,
 )
 from vembed_async_ckpt._engine import leader as engine
 from vembed_async_ckpt._store.fs import LocalFilesystem
@@ -587,3 +589,38 @@ def test_events_are_frozen_and_timed(root: Path, model: torch.nn.Module):
     with pytest.raises(AttributeError):
         complete.step = 5  # type: ignore[misc]
     assert [e.time for e in seen] == sorted(e.time for e in seen)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB, which is not looked at afterwards."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_disk_that_is_too_small_is_named_before_anything_is_staged(
+    small_disk: Path, on_error: Literal["raise", "warn"]
+) -> None:
+    """The error has the numbers; room that was made since is seen at once, and the save works."""
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(20 << 20))
+    model = torch.nn.Linear(1000, 2000)
+    seen: list[Event] = []
+    with AsyncCheckpointer(small_disk / "root", on_error=on_error, sinks=[seen.append]) as checkpointer:
+        checkpointer.save(1, extra={"the writer": "has looked at the disk"}).result(60)
+        if on_error == "raise":
+            with pytest.raises(WriteError, match=r"at least 8\d{6} bytes are needed, \d+ are free"):
+                checkpointer.save(2, model=model)
+        else:
+            error = checkpointer.save(2, model=model).exception(60)
+            assert isinstance(error, WriteError)
+            assert checkpointer.statistics()["last_error"] == str(error)
+        assert latest(small_disk / "root") == small_disk / "root" / "checkpoint-1"
+        ballast.unlink()
+        checkpointer.save(2, model=model).result(60)
+    assert [event.step for event in seen if (event.stage, event.phase) == ("stage", "complete")] == [1, 2]

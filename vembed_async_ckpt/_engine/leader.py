@@ -30,6 +30,8 @@ from .ranks import Alone, Meeting, Ranks
 from .saving import Context, Save
 from .supervisor import Supervisor
 
+_SPACE_PATIENCE = 1.0  # seconds that training waits to be told that the disk has room again
+
 
 class Leader:
     """Holds the root's lock, the arenas and the writer. Raises what `AsyncCheckpointer` says, from its constructor on."""
@@ -92,7 +94,7 @@ class Leader:
         save = Save(next(self._serials), request, save_plan, begun, self._context, meeting)
         self._ledger.begun(save.handle, self._allowed)
         try:
-            self._start(save, request, required_bytes(save_plan, request) + meeting.room)
+            self._start(save, request, save_plan, meeting.room)
         except CheckpointerBusy as error:
             self._ledger.skipped(save.handle)
             if self._options.when_busy == "error":
@@ -113,9 +115,11 @@ class Leader:
         save.stalled(time.perf_counter() - begun)
         return save.handle
 
-    def _start(self, save: Save, request: Request, needed: int) -> None:
+    def _start(self, save: Save, request: Request, save_plan: SavePlan, room: int) -> None:
+        needed = required_bytes(save_plan, request) + room
         self._supervisor.check()
         self._staging_thread.check()
+        self._refuse_if_disk_is_too_small(save, save_plan.end)
         arena = self._acquire(request, needed)
         save.arena = arena
         try:
@@ -125,6 +129,16 @@ class Leader:
             if isinstance(error, RuntimeError):  # torch could not copy
                 raise StageError(f"step {request.step}: the state could not be copied: {error}") from error
             raise
+
+    def _refuse_if_disk_is_too_small(self, save: Save, needed: int) -> None:
+        lacking = self._supervisor.missing_space(needed, patience=_SPACE_PATIENCE)
+        if lacking is not None:
+            missing, free = lacking
+            raise WriteError(
+                f"{save.handle.path}: the disk is too small: at least {needed} bytes are needed, {free} are free. Nothing was "
+                f"staged, and the checkpoints there are untouched. Free {missing} bytes; a checkpoint that retention will delete "
+                "goes only when the new one is durable"
+            )
 
     def _fill(self, save: Save, request: Request, arena: Arena, needed: int) -> None:
         if arena.size < needed:

@@ -115,6 +115,9 @@ class Supervisor:
         self._writer: _Writer | None = None
         self._jobs: dict[int, Job] = {}  # sent or to be sent, in order; touched by the supervisor thread only
         self._populating: set[int] = set()
+        self._space: int | None = None  # bytes free where the root is, when the writer last looked
+        self._questions = 0
+        self._told = threading.Event()  # the last question was answered
         self._closing = False
         self._broken: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="vembed-ckpt-supervisor", daemon=True)
@@ -144,6 +147,18 @@ class Supervisor:
         self._populating.discard(arena.number)
         number = arena.number
         self._post(lambda: self._send(Command(Kind.DROP, number)))
+
+    def missing_space(self, needed: int, patience: float) -> tuple[int, int] | None:
+        """(bytes missing, bytes free) if `needed` bytes do not fit where the root is. What the writer said last is asked again
+        before it is believed; if it does not answer within `patience` seconds, None."""
+        if self._space is None or self._space >= needed:
+            return None
+        self._told.clear()
+        self._questions = question = self._questions + 1
+        self._post(lambda: self._send(Command(Kind.SPACE, 0, question)))
+        if not self._told.wait(patience) or self._space >= needed:
+            return None
+        return needed - self._space, self._space
 
     @property
     def populating(self) -> bool:
@@ -354,13 +369,17 @@ class Supervisor:
     def _handle(self, reply: dict[str, Any]) -> None:
         event = reply["event"]
         job = self._jobs.get(reply.get("serial", -1))
-        if event == "ready":
+        if event in ("ready", "swept"):
             for line in reply["swept"]:
                 logger.warning("%s: %s", self._root, line)
                 self._report("complete", line)
             if "error" in reply:
                 logger.warning("%s: %s", self._root, reply["error"])
                 self._report("failed", reply["error"])
+        elif event == "space":
+            self._space = reply["free"]
+            if reply["question"] == self._questions:
+                self._told.set()
         elif event == "populated":
             self._populate_here(reply["arena"])
         elif event == "warning":

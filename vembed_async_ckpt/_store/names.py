@@ -69,26 +69,33 @@ def trailing_number(name: str) -> int | None:
 
 
 def work_directory(root: str) -> str:
-    return os.path.join(root, WORK)
+    """Where everything of a root lies that is no checkpoint: in the root, unless there is one beside it."""
+    beside = work_directory_beside(root)
+    return beside if os.path.isdir(beside) else os.path.join(root, WORK)
+
+
+def work_directory_beside(root: str) -> str:
+    """The work directory of a root in which nothing may lie but checkpoints."""
+    return os.path.join(os.path.dirname(root), f"{WORK}.{os.path.basename(root)}")
 
 
 def lock_file(root: str) -> str:
-    return os.path.join(root, WORK, LOCK)
+    return os.path.join(work_directory(root), LOCK)
 
 
 def save_directory(root: str, save_id: str, attempt: int) -> str:
     """Where a save is built before it is published."""
-    return os.path.join(root, WORK, f"work-{save_id}.{attempt}")
+    return os.path.join(work_directory(root), f"work-{save_id}.{attempt}")
 
 
 def trash_directory(root: str, save_id: str) -> str:
     """Where retention moves a checkpoint before it deletes it."""
-    return os.path.join(root, WORK, f"trash-{save_id}")
+    return os.path.join(work_directory(root), f"trash-{save_id}")
 
 
 def replaced_directory(root: str) -> str:
     """Where things wait that are not ours to delete."""
-    return os.path.join(root, WORK, REPLACED)
+    return os.path.join(work_directory(root), REPLACED)
 
 
 def parse_work_entry(name: str) -> WorkEntry | None:
@@ -101,7 +108,7 @@ def parse_work_entry(name: str) -> WorkEntry | None:
 
 def swap_directory(root: str, save_id: str, name: str) -> str:
     """Where the old directory `name` waits while a file system without exchange gets the new one of save `save_id`."""
-    return os.path.join(root, WORK, REPLACED, f"swap-{save_id}.{name}")
+    return os.path.join(work_directory(root), REPLACED, f"swap-{save_id}.{name}")
 
 
 def parse_swap(name: str) -> tuple[str, str] | None:
@@ -112,7 +119,7 @@ def parse_swap(name: str) -> tuple[str, str] | None:
 
 def kept_directory(root: str, save_id: str, name: str) -> str:
     """Where what remains of the replaced directory `name` is kept: files we did not write and cannot carry over."""
-    return os.path.join(root, WORK, REPLACED, f"kept-{save_id}.{name}")
+    return os.path.join(work_directory(root), REPLACED, f"kept-{save_id}.{name}")
 
 
 def optimizer(index: int) -> str:

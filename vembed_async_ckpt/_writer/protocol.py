@@ -28,6 +28,7 @@ class Kind(IntEnum):
     DROP = 2  # arena
     JOB = 3  # arena, serial, offset and length of the job's JSON in the arena
     WAVE = 4  # arena, serial, start and end of the part of the plan that now lies at DATA_START; end 0: there will be no more
+    SPACE = 5  # 0, number of the question: how much room has the root's file system now?
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ The trainer's death ends nothing that was accepted: the jobs are finished, then 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -30,6 +31,7 @@ from .memory import map_arena, populate
 from .protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply
 
 TRIES = 3  # a failed write is repeated from the arena into new files
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Server:
         self._waiting_for_waves: dict[int, _Pending] = {}
         self._threads = IOThreads()
         self._committed = Committed(root)
+        self._litter = False  # something should have been removed and could not be
 
     def serve(self) -> None:
         """Returns when the trainer closed the socket or died and the last accepted job has ended."""
@@ -116,6 +119,11 @@ class Server:
                 self._waiting_for_waves[command.first] = pending
             self._jobs.put(pending)
             self._send(event="accepted", serial=command.first)
+        elif command.kind is Kind.SPACE:
+            # Not here: on a mount that hangs the question hangs too.
+            threading.Thread(
+                target=self._say_space, args=(command.first,), name="vembed-ckpt-space", daemon=True
+            ).start()
         elif command.kind is Kind.WAVE:
             waiting = self._waiting_for_waves.get(command.first)  # None: it has failed already, and said so
             if waiting is not None:
@@ -125,13 +133,23 @@ class Server:
         populate(memory, size)
         self._send(event="populated", arena=arena)
 
+    def _say_space(self, question: int = 0) -> None:
+        try:
+            found = os.statvfs(self._root)
+        except OSError:
+            return  # then nobody knows; the write itself will say what is wrong
+        self._send(event="space", question=question, free=found.f_bavail * found.f_frsize)
+
     def _work(self) -> None:
+        self._say_space()
         try:
             self._send(event="ready", swept=removal.sweep(self._fs, self._root))
         except Exception as error:
+            self._litter = True
             self._send(event="ready", swept=[], error=f"leftovers could not be swept: {type(error).__name__}: {error}")
         while (pending := self._jobs.get()) is not None:
             self._run(pending)
+            self._say_space()
             self._waiting_for_waves.pop(pending.serial, None)
             del pending
 
@@ -145,6 +163,7 @@ class Server:
         try:
             self._tidy(pending, replaced)
         except Exception as error:
+            self._litter = True
             self._send(event="warning", serial=pending.serial, message=f"{type(error).__name__}: {error}")
 
     def _failed(self, pending: _Pending, error: Exception) -> None:
@@ -180,13 +199,21 @@ class Server:
             try:
                 return self._attempt(pending, work, sequence)
             except CommitError:
+                self._litter = True
                 raise
-            except (OSError, WriteError) as error:
-                if os.path.isdir(work):
-                    removal.remove_work(self._fs, work)
-                if attempt + 1 == tries or isinstance(error, WriteError):
+            except Exception as error:
+                self._discard(work, job["save_id"])
+                if attempt + 1 == tries or not isinstance(error, OSError):
                     raise
         raise AssertionError("unreachable")
+
+    def _discard(self, work: str, save_id: str) -> None:
+        """Drop what a failed attempt has left. What cannot be dropped now waits for a better moment: the failure is what counts."""
+        try:
+            if os.path.isdir(work):
+                removal.remove_work(self._fs, work, save_id)
+        except OSError:
+            self._litter = True
 
     def _attempt(self, pending: _Pending, work: str, sequence: int) -> tuple[str | None, dict[str, Any]]:
         job, fs = pending.job, self._fs
@@ -200,6 +227,8 @@ class Server:
                 fs.link(os.path.join(work, source), os.path.join(work, further))
                 records[further] = records[source]
             except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
                 self._send(
                     event="warning",
                     serial=pending.serial,
@@ -246,7 +275,7 @@ class Server:
             sync_all(writers, self._threads)
         finally:
             for writer in writers:
-                writer.close()
+                writer.abandon()
         return writers
 
     def _make_parents(self, work: str, name: str) -> None:
@@ -271,7 +300,7 @@ class Server:
             covered = wave[1]
 
     def _tidy(self, pending: _Pending, replaced: str | None) -> None:
-        """After the commit, in this order: what was replaced goes, then what retention does not keep."""
+        """After the commit, in this order: what was replaced goes, what retention does not keep, and what could not go earlier."""
         job = pending.job
         if replaced is not None:
             target = os.path.join(self._root, job["name"])
@@ -280,6 +309,10 @@ class Server:
         if job["retention"] is not None:
             policy = from_spec(job["retention"])
             pruned = removal.prune(self._fs, self._root, policy, self._committed.refresh())
+        if self._litter:
+            swept = removal.sweep(self._fs, self._root)
+            self._litter = False
+            self._send(event="swept", swept=swept)
         self._send(event="tidy", serial=pending.serial, pruned=pruned)
 
     def _send(self, **reply: Any) -> None:

@@ -1,4 +1,5 @@
-"""accelerate: what an `Accelerator` has prepared and registered, and its own `load_state` on our directories."""
+"""accelerate: `save_state` in the background, what an `Accelerator` has prepared and registered, and its own `load_state` on our
+directories."""
 
 from __future__ import annotations
 
@@ -8,11 +9,98 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import restore
+from .._engine.checkpointer import AsyncCheckpointer
+from .._engine.handle import SaveHandle
+from .._request.dialect import Accelerate
 from .._request.processor import read_files
+from .._request.request import Objects
 from .._request.training_state import torch_save
 from .._store import manifest as manifests
 from .._store import names
+from .._store.retention import KeepLast
 from ..errors import CorruptCheckpoint, PlanError
+from .shared import close_shared, shared
+
+
+def save_state(
+    accelerator: Any,
+    output_dir: str | os.PathLike[str] | None = None,
+    *,
+    step: int | None = None,
+    checkpointer: AsyncCheckpointer | None = None,
+) -> SaveHandle:
+    """`accelerator.save_state(output_dir)` without stopping the training: the same files under the same names, so that stock
+    `accelerator.load_state` resumes from them (and so does our `load(path, accelerator=...)`). Every rank calls it.
+
+    With `ProjectConfiguration(automatic_checkpoint_naming=True)` it goes to `{project_dir}/checkpoints/checkpoint_{iteration}`,
+    and once it is durable the oldest of ours beyond `total_limit` go. What is under way lies beside `checkpoints/`, never in it.
+    Otherwise an existing `output_dir` is replaced at once. `step` None means the last integer in the directory's name, if any.
+
+    The saves of one parent directory share a checkpointer, drained by `accelerator.end_training()` and at interpreter exit;
+    `checkpointer` names another one, whose root must be that parent. Raises what `AsyncCheckpointer.save` raises.
+    """
+    refuse_what_is_sharded(accelerator)
+    project = accelerator.project_configuration
+    if project.automatic_checkpoint_naming:
+        output_dir = _next_in_line(accelerator)
+    elif output_dir is None:
+        raise PlanError("output_dir is None; name the directory, or let ProjectConfiguration name them")
+    root, directory = os.path.split(os.path.realpath(os.fspath(output_dir)))
+    if not directory or directory.startswith(names.WORK):
+        raise PlanError(f"output_dir is {os.fspath(output_dir)!r}, which cannot be the directory of a checkpoint")
+    if checkpointer is None:
+        checkpointer = shared(root, _options(accelerator, root) if project.automatic_checkpoint_naming else None)
+        drain_at_end_of_training(accelerator)
+    elif str(checkpointer.root) != root:
+        raise PlanError(f"{output_dir} does not lie directly in the root of the checkpointer, {checkpointer.root}")
+    objects = Objects(
+        state_dicts=in_order(accelerator._models),
+        optimizer=in_order(accelerator._optimizers),
+        scheduler=in_order(accelerator._schedulers),
+        scaler=accelerator.scaler,
+        files=lambda: registered_files(accelerator),
+        dialect=Accelerate(accelerator.step),
+    )
+    handle = checkpointer.save_as(directory, names.trailing_number(directory) if step is None else step, objects)
+    if project.automatic_checkpoint_naming:
+        project.iteration += 1
+    return handle
+
+
+def _next_in_line(accelerator: Any) -> str:
+    if accelerator.project_dir is None:
+        raise PlanError("automatic_checkpoint_naming needs a project_dir: ProjectConfiguration(project_dir=...)")
+    path = os.path.join(accelerator.project_dir, "checkpoints", f"checkpoint_{accelerator.save_iteration}")
+    if accelerator.is_main_process and os.path.lexists(path):
+        raise PlanError(
+            f"{path}: already exists; resume with accelerator.load_state() and set "
+            "accelerator.project_configuration.iteration to the number to go on with"
+        )
+    return path
+
+
+def _options(accelerator: Any, root: str) -> dict[str, Any]:
+    if accelerator.is_main_process:
+        # accelerate reads a number out of the name of everything in its automatic folder: no work directory in there.
+        os.makedirs(names.work_directory_beside(root), exist_ok=True)
+    limit = accelerator.project_configuration.total_limit
+    return {} if limit is None else {"retention": KeepLast(limit)}
+
+
+def drain_at_end_of_training(accelerator: Any) -> None:
+    """Once per accelerator: `end_training()` first waits for the pending saves, and raises what failed."""
+    if getattr(accelerator, "_vembed_async_ckpt_drains", False):
+        return
+    end_training = accelerator.end_training
+
+    def drain_and_end_training() -> None:
+        try:
+            close_shared()
+        finally:
+            end_training()
+
+    accelerator.end_training = drain_and_end_training
+    accelerator._vembed_async_ckpt_drains = True
 
 
 def in_order(values: Sequence[Any]) -> Any:

@@ -69,7 +69,7 @@ def save_checkpoint(
     handle returned is done. Raises what `AsyncCheckpointer.save` raises.
     """
     root, directory = os.path.split(os.path.realpath(os.fspath(path)))
-    if not directory or directory == names.WORK:
+    if not directory or directory.startswith(names.WORK):
         raise PlanError(f"path is {os.fspath(path)!r}, which cannot be the directory of a checkpoint; name another one")
     if step is None:
         step = names.trailing_number(directory)
@@ -78,7 +78,7 @@ def save_checkpoint(
     accelerates.refuse_what_is_sharded(accelerator)
     if checkpointer is None:
         checkpointer = shared(root)
-        _drain_at_end_of_training(accelerator)
+        accelerates.drain_at_end_of_training(accelerator)
     elif checkpointer.root != Path(root):
         raise PlanError(
             f"{os.fspath(path)!r} does not lie directly in the root of the checkpointer, {checkpointer.root}"
@@ -110,22 +110,6 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     complete = {**CONFIG_DEFAULTS, **config}
     complete["topk_tokens"] = int(complete["topk_tokens"] or 0)
     return complete
-
-
-def _drain_at_end_of_training(accelerator: Any) -> None:
-    """Once per accelerator: `end_training()` first waits for the pending saves, and raises what failed."""
-    if getattr(accelerator, "_vembed_async_ckpt_drains", False):
-        return
-    end_training = accelerator.end_training
-
-    def drain_and_end_training() -> None:
-        try:
-            close_shared()
-        finally:
-            end_training()
-
-    accelerator.end_training = drain_and_end_training
-    accelerator._vembed_async_ckpt_drains = True
 
 
 def _save_at_once(
