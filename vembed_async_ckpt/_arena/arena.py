@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from .._writer.memory import address_of, map_arena
 from ..errors import CheckpointerBusy
+from . import cuda
 
 _F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 2, 4  # linux/fcntl.h
 _ROUND = 2 << 20  # one huge page
@@ -38,6 +39,8 @@ class Arena:
             raise
         self.address = address_of(self.memory)
         self.image: Any = None
+        self._pinning = threading.Lock()
+        self._pinned: bool | None = None  # None: not tried yet
 
     def write(self, start: int, data: bytes) -> None:
         """Put `data` at `start`."""
@@ -47,9 +50,23 @@ class Arena:
         """Zero the range."""
         ctypes.memset(self.address + start, 0, end - start)
 
+    def pin(self) -> None:
+        """Have CUDA devices copy into it by themselves; once, as it takes as long as faulting the pages in."""
+        with self._pinning:
+            if self._pinned is None:
+                self._pinned = cuda.pin(self.address, self.size)
+
+    def forget(self) -> None:
+        """In a forked child: the memory is the parent's."""
+        self._pinned = None
+        self.close()
+
     def close(self) -> None:
         """Give the memory back once the last view of it is gone."""
         self.image = None
+        if self._pinned:
+            cuda.unpin(self.address)
+            self._pinned = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -164,7 +181,7 @@ class ArenaPool:
         for ever, for their end would unmap whatever the child has put in the same place."""
         for arena in (*self._free, *self._busy):
             _FORGOTTEN.append(arena.memory)
-            arena.close()
+            arena.forget()
 
     def close(self) -> None:
         """Close every arena, free or not."""

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .cuda import is_capturing, is_on_device
+
 
 class Pending(Protocol):
     """A snapshot that is not complete yet."""
@@ -31,6 +33,7 @@ class _Gate:
         self._lock = threading.Lock()
         self._installed = False
         self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.captured: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.generation = 0  # grows when an optimizer is seen for the first time
         self.pending: tuple[Pending, ...] = ()
 
@@ -46,10 +49,15 @@ class _Gate:
             self.seen.add(optimizer)
             self.generation += 1
 
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Those seen so far that are still there."""
+    def note_captured(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
-            return list(self.seen)
+            self.captured.add(optimizer)
+            self.generation += 1
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those seen so far that are still there, but for those whose step a CUDA graph repeats without the hook."""
+        with self._lock:
+            return [optimizer for optimizer in self.seen if optimizer not in self.captured]
 
     def add(self, snapshot: Pending) -> None:
         with self._lock:
@@ -72,6 +80,8 @@ GATE = _Gate()
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if optimizer not in GATE.seen:
         GATE.note(optimizer)
+    if is_capturing() and optimizer not in GATE.captured:
+        GATE.note_captured(optimizer)
     for snapshot in GATE.pending:
         snapshot.barrier()
 
@@ -104,7 +114,7 @@ class Earned:
         """Divide the tensors of a save. `key` is equal as long as names, owners and their order are the same.
 
         Copied at once: buffers, frozen parameters, copies that nobody steps, computed values, parameters in `volatile`, what is
-        not contiguous in host memory, and everything of optimizers that have not been seen.
+        not contiguous, and everything of optimizers that have not been seen or whose step a CUDA graph repeats.
         """
         seen = GATE.optimizers()
         groups = [group["params"] for optimizer in seen for group in optimizer.param_groups]
@@ -125,4 +135,9 @@ def all_now(count: int) -> Division:
 
 
 def _can_be_late(tensor: torch.Tensor) -> bool:
-    return tensor.is_cpu and tensor.numel() > 0 and tensor.is_contiguous() and not tensor.is_inference()
+    return (
+        (tensor.is_cpu or is_on_device(tensor))
+        and tensor.numel() > 0
+        and tensor.is_contiguous()
+        and not tensor.is_inference()
+    )

@@ -13,14 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import StageError
 from ..events import logger
+from . import cuda
 from .arena import Arena
 from .barrier import GATE, Division
+from .cuda import DeviceCopies
 
 GROUP_BYTES = 64 << 20  # per call of _foreach_copy_, which holds no GIL: few calls, few waits for the GIL
 BARRIER_DEADLINE = 600.0  # seconds; a host copy of any state takes a fraction of it
@@ -62,7 +65,7 @@ def _contiguous_strides(shape: Sequence[int]) -> list[int]:
 
 
 def copy(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy tensor by tensor, in few calls. Returns when every byte has arrived; CUDA sources are waited for."""
+    """Copy tensor by tensor within host memory, in few calls. Returns when every byte has arrived."""
     group_to: list[torch.Tensor] = []
     group_from: list[torch.Tensor] = []
     size = 0
@@ -93,22 +96,50 @@ class Late:
     def capture(cls, division: Division, destinations: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Late:
         """Alias the late `tensors` and note version and last bytes of each: two nets, neither a proof.
 
-        Version counters are blind to fused optimizers, `.data` and numpy; the last bytes to writes elsewhere in a tensor.
+        Version counters are blind to fused optimizers, `.data` and numpy; the last bytes to writes elsewhere in a tensor, and
+        they are those of tensors in host memory only.
         """
         aliases = [tensor.detach() for tensor in tensors]
         versions = [alias._version for alias in aliases]
-        return cls(division.names, division.sizes, destinations, aliases, versions, last_bytes(aliases, division.sizes))
+        late = cls(division.names, division.sizes, destinations, aliases, versions, None)
+        late.last_bytes = late._last_bytes(aliases)
+        return late
 
-    def check(self) -> str | None:
-        """The name of a tensor that was changed between the call and the end of the copy, if one shows it."""
+    def _last_bytes(self, tensors: Sequence[torch.Tensor]) -> bytes | None:
+        return last_bytes(self._host(tensors), self._host(self.sizes))
+
+    def _host(self, values: Sequence[Any]) -> list[Any]:
+        return [value for value, alias in zip(values, self.aliases, strict=True) if not cuda.is_on_device(alias)]
+
+    def device_part(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(destinations, sources) of the copies from CUDA devices."""
+        pairs = [
+            (to, alias) for to, alias in zip(self.destinations, self.aliases, strict=True) if cuda.is_on_device(alias)
+        ]
+        return [to for to, _ in pairs], [alias for _, alias in pairs]
+
+    def host_part(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(destinations, sources) of the copies within host memory."""
+        return self._host(self.destinations), self._host(self.aliases)
+
+    def changed_version(self) -> str | None:
+        """The name of a tensor that was changed since the call, if its version counter shows it."""
         for name, alias, version in zip(self.names, self.aliases, self.versions, strict=True):
             if alias._version != version:
                 return name
-        copied = last_bytes(self.destinations, self.sizes)
+        return None
+
+    def check(self) -> str | None:
+        """The name of a tensor that was changed between the call and the end of the copy, if one shows it."""
+        changed = self.changed_version()
+        if changed is not None:
+            return changed
+        copied = self._last_bytes(self.destinations)
         if self.last_bytes is None or copied is None or self.last_bytes == copied:
             return None
         at = 0
-        for name, alias, size in zip(self.names, self.aliases, self.sizes, strict=True):
+        names: list[str] = self._host(self.names)
+        for name, alias, size in zip(names, self._host(self.aliases), self._host(self.sizes), strict=True):
             end = at + min(size, PROBE_BYTES)
             if self.last_bytes[at:end] != copied[at:end] and alias.is_contiguous():
                 return name
@@ -144,14 +175,19 @@ class TornSnapshot(StageError):
 
 
 class Snapshot:
-    """One overlapped copy: the staging thread runs it, optimizers wait for it.
+    """One overlapped copy: the staging thread runs it, optimizers wait for it. Until the last byte has arrived it stands at the
+    barrier.
 
     `waited`: seconds that steps were held up by it. After `run`, `error` is None or says why the copy is no snapshot.
     """
 
-    def __init__(self, late: Late) -> None:
+    def __init__(self, late: Late, device: DeviceCopies | None = None) -> None:
+        """`device` issues the copies from CUDA devices, if there are any."""
         self._late: Late | None = late
-        self._copied = threading.Event()
+        self._device = device
+        self._copied = threading.Event()  # what is in host memory; copies from devices are issued
+        self._arrived = threading.Event()
+        self._passed = False  # an optimizer has gone on
         self.waited = 0.0
         self.error: BaseException | None = None
 
@@ -160,8 +196,16 @@ class Snapshot:
         late = self._late
         assert late is not None
         try:
-            copy(late.destinations, late.aliases)
+            if self._device is not None:
+                self._device.issue(*late.device_part())
+            copy(*late.host_part())
             changed = late.check()
+            self._copied.set()
+            if self._device is not None:
+                self._device.wait()
+                later = late.changed_version()
+                if not self._passed:  # else an optimizer may have stepped already, behind the copies
+                    changed = changed or later
             if changed is not None:
                 self.error = TornSnapshot(
                     f"{changed!r} was changed while it was being copied, without passing through a torch optimizer's step; "
@@ -173,28 +217,31 @@ class Snapshot:
         finally:
             self._late = None
             del late
-            GATE.remove(self)
-            self._copied.set()
+            self._end()
 
     def abandon(self) -> None:
         """The save is off before it was submitted: nobody waits for it, nothing is held."""
         self._late = None
+        self._end()
+
+    def _end(self) -> None:
         GATE.remove(self)
         self._copied.set()
+        self._arrived.set()
 
     def barrier(self) -> None:
-        if self._copied.is_set():
-            return
-        begun = time.perf_counter()
-        if not self._copied.wait(BARRIER_DEADLINE):
-            raise StageError(
-                f"the copy of the state did not end within {BARRIER_DEADLINE:.0f} s; is the host out of memory?"
-            )
-        self.waited += time.perf_counter() - begun
-
-    @property
-    def finished(self) -> bool:
-        return self._copied.is_set()
+        # A graph that is being recorded cannot wait for what is outside of it.
+        awaited = self._arrived if cuda.is_capturing() else self._copied
+        if not awaited.is_set():
+            begun = time.perf_counter()
+            if not awaited.wait(BARRIER_DEADLINE):
+                raise StageError(
+                    f"the copy of the state did not end within {BARRIER_DEADLINE:.0f} s; is the host out of memory?"
+                )
+            self.waited += time.perf_counter() - begun
+        if self._device is not None and not self._arrived.is_set():
+            self._device.hold_back()
+        self._passed = True
 
 
 class StagingThread:

@@ -145,7 +145,7 @@ class Leader:
             self._warn_of_waves(arena.size, needed)
             save.pass_in_waves()
             return
-        save.stage(self._divide(request))
+        save.stage(self._divide(request), blocking=not self._overlap)
         self._staging_thread.submit(save.hand_over())
 
     @contextlib.contextmanager

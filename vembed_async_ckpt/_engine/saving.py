@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -11,8 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from .._arena.arena import Arena
 from .._arena.barrier import GATE, Division
+from .._arena.cuda import DeviceCopies, is_on_device
 from .._arena.staging import Destinations, Late, Snapshot, copy
 from .._plan.plan import SavePlan, pages
 from .._request.request import Request
@@ -80,6 +84,7 @@ class Save:
         self._stall = 0.0
         self._staging = 0.0
         self._snapshot: Snapshot | None = None
+        self._device: DeviceCopies | None = None
         self._waves: Waves | None = None
         self._job = (0, 0)
         self._deaths = 0
@@ -91,20 +96,45 @@ class Save:
 
     # -- training thread
 
-    def stage(self, division: Division) -> None:
-        """Copy into the arena everything but the tensors that are late; `finish` copies those. Raises what a copy raises."""
+    def stage(self, division: Division, *, blocking: bool) -> None:
+        """Copy into the arena everything but the tensors that are late; `finish` copies those. Raises what a copy raises.
+
+        Copies from CUDA devices are under way when this returns, and the caller's streams come after them; with `blocking`
+        they have arrived.
+        """
         request = self._request
         image = prepare(self.arena, self._plan, request)
         begun = time.perf_counter()
         places, tensors = image.destinations.tensors, request.tensors
-        copy([places[n] for n in division.now], [tensors[n] for n in division.now])
-        self._copy_training_tensors()
-        self._staging = time.perf_counter() - begun
+        to, sources = self._training_tensors()
+        to += [places[n] for n in division.now]
+        sources += [tensors[n] for n in division.now]
+        late = None
         if division.late:
             late = Late.capture(division, [places[n] for n in division.late], [tensors[n] for n in division.late])
-            self._snapshot = Snapshot(late)
+        self._device = DeviceCopies.of(sources if late is None else [*sources, *late.aliases])
+        if self._device is not None:
+            self.arena.pin()
+            to, sources = self._issue(self._device, to, sources)
+        copy(to, sources)
+        if late is not None:
+            self._snapshot = Snapshot(late, self._device)
             GATE.add(self._snapshot)
+        elif self._device is not None and blocking:
+            self._device.wait()
+        self._staging = time.perf_counter() - begun
         self._let_go()
+
+    def _issue(
+        self, device: DeviceCopies, to: list[torch.Tensor], sources: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Start the copies from devices; returns those within host memory."""
+        pairs = list(zip(to, sources, strict=True))
+        on_device = [pair for pair in pairs if is_on_device(pair[1])]
+        device.issue([to for to, _ in on_device], [source for _, source in on_device])
+        device.hold_back()
+        in_host = [pair for pair in pairs if not is_on_device(pair[1])]
+        return [to for to, _ in in_host], [source for _, source in in_host]
 
     def hand_over(self) -> Callable[[], None]:
         """`finish`, for the staging thread; from now on the save ends by itself."""
@@ -117,7 +147,16 @@ class Save:
             return
         if self._snapshot is not None:
             self._snapshot.abandon()
+        self._let_devices_end()
         self._context.release(self.arena)
+
+    def _let_devices_end(self) -> None:
+        """Nothing writes into the arena any more."""
+        if self._device is not None:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # a device that failed does not write either; the save has failed already
+                self._device.wait()
 
     def _let_go(self) -> None:
         """Nothing of the live state is held any longer than its copy takes."""
@@ -125,11 +164,11 @@ class Save:
         self._request.owners.clear()
         self._request.state.tensors.clear()
 
-    def _copy_training_tensors(self) -> None:
+    def _training_tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         state = self._request.state
         tensors = list(state.tensors.values())
         offsets = [self._plan.end + state.layout.offsets[name] for name in state.tensors]
-        copy(Destinations(self.arena, tensors, offsets).tensors, tensors)
+        return Destinations(self.arena, tensors, offsets).tensors, tensors
 
     def pass_in_waves(self) -> None:
         """The arena is smaller than the plan: fill it and have it written, again and again, until all of the state has passed.
@@ -178,6 +217,10 @@ class Save:
                 self._staging += time.perf_counter() - begun
                 if self._snapshot.error is not None:
                     raise self._snapshot.error
+            if self._device is not None:
+                begun = time.perf_counter()
+                self._device.wait()
+                self._staging += time.perf_counter() - begun
             self._meeting.gather(self._submit)
         except BaseException as error:
             self._staging_failed(error)
@@ -200,6 +243,7 @@ class Save:
             self._staging_failed(error)
 
     def _staging_failed(self, error: BaseException) -> None:
+        self._let_devices_end()
         if isinstance(error, CheckpointError):
             self.failed(error)
             return
