@@ -62,7 +62,7 @@ def test_saves_beside_a_training(root: Path, staging: Any, options: dict[str, bo
 
 def test_a_replayed_step_is_not_overlapped(root: Path) -> None:
     """A step inside a CUDA graph runs without its hook: its tensors are copied before the caller's stream goes on."""
-    model, optimizer, step = trained(3, lambda parameters: adamw(parameters, capturable=True))
+    model, optimizer, _ = trained(3, lambda parameters: adamw(parameters, capturable=True))
     graph = torch.cuda.CUDAGraph()
     inputs = torch.randn(64, 512, device="cuda")
     optimizer.zero_grad(set_to_none=False)
