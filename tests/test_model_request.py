@@ -17,135 +17,8 @@ from vembed_async_ckpt import AsyncCheckpointer, PlanError, load
 from vembed_async_ckpt._request import model as models
 from vembed_async_ckpt._store import names
 
-BOUND = 30
-OURS = {names.MANIFEST, names.TRAINING_STATE, names.TRAINING_TENSORS, names.random_states(0)}
-
-TEXT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-VISION = {
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 16,
-    "patch_size": 8,
-}  # fmt: skip
-GROUPED = {**TEXT, "num_key_value_heads": 1}
-ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-
-
-def whisper() -> Any:
-    layers = {
-        f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))
-    }
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8, "vocab_size": 60}
-    positions = {"max_source_positions": 16, "max_target_positions": 16}
-    return hf.WhisperForConditionalGeneration(hf.WhisperConfig(**layers, **tokens, **sizes, **positions))
-
-
-def qwen2_vl() -> Any:
-    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
-    text = {**GROUPED, "rope_parameters": ROPE}
-    return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=text, vision_config=vision))
-
-
-def qwen3_vl() -> Any:
-    vision = {
-        "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "patch_size": 8, "out_hidden_size": 16,
-        "deepstack_visual_indexes": [0],
-    }  # fmt: skip
-    config = hf.Qwen3VLConfig(text_config={**GROUPED, "head_dim": 8}, vision_config=vision)
-    return hf.Qwen3VLForConditionalGeneration(config)
-
-
-ARCHITECTURES: dict[str, Callable[[], Any]] = {
-    "Bert": lambda: hf.BertModel(hf.BertConfig(**TEXT)),
-    "BertForMaskedLM, tied": lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)),
-    "DistilBert": lambda: hf.DistilBertModel(
-        hf.DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=24)
-    ),
-    "CLIP": lambda: hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)),
-    "SigLIP": lambda: hf.SiglipModel(hf.SiglipConfig(text_config=TEXT, vision_config=VISION)),
-    "GPT2, tied": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    ),
-    "T5, tied": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
-    ),
-    "Qwen3, tied": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=8, tie_word_embeddings=True)),
-    "Qwen2-VL": qwen2_vl,
-    "Qwen3-VL": qwen3_vl,
-    "Mixtral, parts": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4)),
-    "LLaVA, renamed": lambda: hf.LlavaForConditionalGeneration(
-        hf.LlavaConfig(text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**VISION))
-    ),
-    "ViT": lambda: hf.ViTModel(hf.ViTConfig(**VISION)),
-    "Dinov2": lambda: hf.Dinov2Model(
-        hf.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
-    ),
-    "Whisper": whisper,
-    "Mamba": lambda: hf.MambaForCausalLM(
-        hf.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
-    ),
-    "Two towers": lambda: hf.VisionTextDualEncoderModel(
-        hf.VisionTextDualEncoderConfig.from_vision_text_configs(hf.ViTConfig(**VISION), hf.BertConfig(**TEXT))
-    ),
-}
-
-
-def build(name: str) -> Any:
-    torch.manual_seed(11)
-    return ARCHITECTURES[name]().eval()
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    """What `save_pretrained` would have written of a checkpoint."""
-    found = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if name not in OURS}
-
-
-def stock(model: Any, directory: Path, **options: Any) -> dict[str, bytes]:
-    """What `save_pretrained` writes."""
-    model.save_pretrained(directory, **options)
-    return files(directory)
-
-
-def change(module: torch.nn.Module) -> None:
-    """Every parameter and buffer, in place, unseen by any version counter."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            tensor.data.add_(0.5)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_directory_is_what_save_pretrained_writes(root: Path, tmp_path: Path, name: str):
-    """The same files with the same bytes, learned and replayed, though all live weights changed right after save()."""
-    model = build(name)
-    with AsyncCheckpointer(root, writer="thread", staging="blocking") as checkpointer:
-        for step in (1, 2):
-            expected = stock(model, tmp_path / str(step))
-            handle = checkpointer.save(step, model=model)
-            change(model)
-            assert files(handle.result(BOUND).path) == expected, step
-    assert expected != stock(model, tmp_path / "changed")
-
-
-@pytest.mark.parametrize("name", ["CLIP", "Mixtral, parts", "LLaVA, renamed", "Dinov2"])
-def test_without_the_original_format_too(root: Path, tmp_path: Path, name: str):
-    """`save_original_format=False` means what it means to save_pretrained."""
-    model = build(name)
-    expected = stock(model, tmp_path / "stock", save_original_format=False)
-    with AsyncCheckpointer(root, writer="thread", save_original_format=False) as checkpointer:
-        assert files(checkpointer.save(1, model=model).result(BOUND).path) == expected
-
-
-@pytest.mark.parametrize("name", ["Bert", "GPT2, tied", "Mixtral, parts"])
-def test_shards_and_their_index(root: Path, tmp_path: Path, name: str):
-    """Beyond max_shard_size there are the shards and the index that save_pretrained writes."""
-    model = build(name)
-    with AsyncCheckpointer(root, writer="thread", max_shard_size="10KB") as checkpointer:
-        for step in (1, 2):
-            expected = stock(model, tmp_path / str(step), max_shard_size="10KB")
-            assert "model.safetensors.index.json" in expected
-            assert len([name for name in expected if name.endswith(".safetensors")]) > 1
-            assert files(checkpointer.save(step, model=model).result(BOUND).path) == expected
-            change(model)
+from .parity.architectures import build
+from .parity.checks import BOUND, change, files, stock
 
 
 @pytest.fixture
@@ -301,12 +174,16 @@ def test_a_plain_module_is_one_safetensors_file_of_its_state_dict(root: Path, st
 
 
 def test_an_expanded_buffer_is_written_out(root: Path):
-    """Stride 0 is a stride like any other."""
+    """Stride 0 is a stride like any other; and loaded into one, each place is filled once."""
     module = torch.nn.Module()
     module.register_buffer("mask", torch.ones(1, 3).expand(4, 3))
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
         path = checkpointer.save(1, model=module).result(BOUND).path
     assert (path / "model.safetensors").read_bytes() == plain_image(module)
+    fresh = torch.nn.Module()
+    fresh.register_buffer("mask", torch.zeros(1, 3).expand(4, 3))
+    load(path, model=fresh)
+    assert torch.equal(fresh.mask, module.mask)
 
 
 @pytest.mark.parametrize(

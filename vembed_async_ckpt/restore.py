@@ -6,6 +6,7 @@ Weights and optimizer tensors are mapped from their files at the offsets that he
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import mmap
 import os
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 
+from ._arena.barrier import GATE
 from ._plan import safetensors
 from ._plan.plan import is_safe_relative
 from ._plan.safetensors import BITS
+from ._request import accelerator as accelerators
 from ._request import random_state, tree
 from ._request.dtypes import TO_TORCH
 from ._request.model import sharded
@@ -57,8 +60,9 @@ def load(
     """Put a checkpoint back into the objects given, as they were given to `save()` (one object, or a mapping of names).
 
     The random number generators are set too when anything but a model is given: training goes on exactly where it was.
-    With `accelerator`, its prepared models, optimizers and schedulers take the place of those not given. `verify`: compare
-    "size"s, "full" hashes, or "none", before anything is changed. The checkpoint is safe from retention while it is read.
+    With `accelerator`, its prepared models, optimizers, schedulers and scaler take the place of those not given; its registered
+    objects, places in dataloaders and count of micro-batches are restored too, if they were saved. `verify`: compare "size"s,
+    "full" hashes, or "none", before anything is changed. The checkpoint is safe from retention while it is read.
 
     Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` when the objects do not fit what was saved; both
     before any object is changed.
@@ -70,6 +74,22 @@ def load(
         with contextlib.ExitStack() as stack:
             source = _Source(directory, manifest, stack)
             return _restore(source, model, optimizer, scheduler, dataloader, scaler, accelerator)
+
+
+def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict[str, torch.Tensor], Restored]:
+    """A checkpoint for hosts that put states back themselves: copies of the weights under the names that their files have
+    (of tied ones every name, sharing one tensor), and what `load` returns. Raises `CorruptCheckpoint` as `load` does."""
+    directory = os.fspath(path)
+    with _held(directory), contextlib.ExitStack() as stack:
+        manifest = manifests.read(directory)
+        manifests.check(directory, manifest, verify)
+        source = _Source(directory, manifest, stack)
+        weights: dict[str, torch.Tensor] = {}
+        for described in manifest.names.values():
+            for file in described["files"]:
+                weights |= {key: source.tensor(file, key).clone() for key in source.entries(file)}
+            weights |= {alias: weights[kept] for alias, kept in described["ties"].items() if kept in weights}
+        return weights, _restore(source, None, None, None, None, None, None)
 
 
 def _restore(
@@ -100,13 +120,44 @@ def _restore(
             if state is None:
                 raise CheckpointError(f"{source.directory}: was saved without a {what}; load it without {what}=")
             steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
+    if accelerator is not None:
+        steps += _plan_accelerator(source, saved, accelerator)
     extra = tree.decode(saved["extra"], source.training_tensor)
     config = source.config()
+    wait_for_copies()
     for step in steps:
         step()
     if rng is not None:
         random_state.restore(rng)
     return Restored(source.manifest.step, config, extra, source.manifest.metrics)
+
+
+def wait_for_copies() -> None:
+    """Return when no save of this process is still copying what is about to change."""
+    for snapshot in GATE.pending:
+        snapshot.barrier()
+
+
+def _plan_accelerator(source: _Source, saved: Mapping[str, Any], accelerator: Any) -> list[Callable[[], None]]:
+    """What will restore registered objects, dataloaders and step. Raises before anything is changed."""
+    known = tree.decode(saved.get("accelerator"), source.training_tensor)
+    if known is None:
+        return []
+    objects, entries = accelerator._custom_objects, saved["registered"]
+    if len(objects) != len(entries):
+        raise CheckpointError(
+            f"{source.directory}: holds {len(entries)} registered objects, the accelerator has {len(objects)}"
+        )
+    steps: list[Callable[[], None]] = []
+    for value, entry in zip(objects, entries, strict=True):
+        if entry["rest"] is None:
+            raise CheckpointError(
+                f"{source.directory}: {entry['file']} is a pickle, because the state of the registered "
+                f"{type(value).__qualname__} is more than data: only accelerator.load_state restores it"
+            )
+        state = tree.decode(entry["rest"], functools.partial(source.listed_copy, entry["file"]))
+        steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
+    return [*steps, lambda: accelerators.restore(accelerator, known)]
 
 
 def _of_this_rank(source: _Source, saved: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -227,6 +278,9 @@ class _Source:
                 f"{self.path(file)}: the manifest's entry for {key!r} cannot be used: {error}"
             ) from error
 
+    def listed_copy(self, file: str, key: str) -> torch.Tensor:
+        return self.listed_tensor(file, key).clone()
+
     def _view(self, file: str, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> torch.Tensor:
         data = self._map(file)
         if offset < 0 or offset + nbytes > len(data):
@@ -278,7 +332,8 @@ def _plan_model(source: _Source, name: str, module: torch.nn.Module) -> Callable
         renamed, computed = described["renamed"].get(file, {}), described["computed"].get(file, ())
         for key in source.entries(file):
             if key not in computed:
-                places.fill(*renamed.get(key, (key, None)), source.tensor(file, key))
+                target, part = renamed.get(key, (key, None))
+                places.fill(target, part, source.tensor(file, key))
     _refuse_misfits(source, name, places.wrong + places.missing(described["left_out"]))
     return lambda: _copy_all(places.moves)
 
@@ -325,6 +380,12 @@ class _Places:
         if place.shape != saved.shape:
             self.wrong.append(f"{name} has shape {tuple(place.shape)}, saved was {tuple(saved.shape)}")
             return
+        if 0 in place.stride():  # expanded: many elements in one place
+            once = tuple(slice(1) if step == 0 else slice(None) for step in place.stride())
+            if not torch.equal(saved[once].expand_as(saved), saved):
+                self.wrong.append(f"{name} is expanded, but was saved with different values in one place")
+                return
+            place, saved = place[once], saved[once]
         if place.numel():
             other, value = self._filled.setdefault((place.data_ptr(), place.shape, place.stride()), (name, saved))
             if value is not saved and not _same_bytes(value, saved):
@@ -374,15 +435,15 @@ def _plan_computed(
     source: _Source, name: str, module: torch.nn.Module, described: Mapping[str, Any]
 ) -> Callable[[], None]:
     """The files hold values that saving computed: the model's own way back computes them anew."""
-    from_pretrained = getattr(type(module), "from_pretrained", None)
     state: dict[str, Any]
-    if from_pretrained is None:
+    if not described["from_pretrained"]:
         state = {key: source.tensor(file, key) for file in described["files"] for key in source.entries(file)}
         state |= {alias: state[kept] for alias, kept in described["ties"].items() if kept in state}
     else:
         directory = os.path.join(source.directory, name) if name else source.directory
         with torch.random.fork_rng(devices=()):
-            state = from_pretrained(directory, dtype=_widest_dtype(module)).state_dict()
+            kind: Any = type(module)
+            state = kind.from_pretrained(directory, dtype=_widest_dtype(module)).state_dict()
     wanted = module.state_dict()
     wrong = [f"{key} was not saved" for key in wanted.keys() - state.keys()]
     wrong += [f"{key} is not in the model" for key in state.keys() - wanted.keys()]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -42,14 +45,44 @@ def tally(request: pytest.FixtureRequest) -> Tally:
     return found
 
 
+KINDS = {
+    "test_kill_sweep": "SIGKILL before a call that changes the disk",
+    "test_random_kills": "SIGKILL at a random moment of a real training",
+    "test_power_cut": "power cut before a call, ext4 and xfs",
+    "test_block_replay": "power cut, the disk put together from its block log",
+    "test_power_states": "power cut, every disk that may be found",
+    "test_io_errors": "a call that fails",
+    "test_devices": "a disk that is full, broken or refuses",
+    "test_writer_death": "a writer that dies or stops; no memory, no process",
+    "test_exits": "an end of the training",
+    "test_order": "calls followed by the order oracle",
+    "test_mutants": "planted bugs, each noticed",
+}
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     tallies = config.stash.get(_TALLIES, [])
-    if tallies:
-        terminalreporter.section("faults")
-        for tally in tallies:
-            terminalreporter.write_line(
-                f"{tally.faults:5} {tally.what}, {len(tally.violations)} violations: {tally.kind}"
-            )
+    if not tallies:
+        return
+    terminalreporter.section("faults")
+    for tally in tallies:
+        terminalreporter.write_line(f"{tally.faults:6} {tally.what}, {len(tally.violations)} violations: {tally.kind}")
+    terminalreporter.write_line("")
+    by_kind: dict[str, list[Tally]] = {}
+    for tally in tallies:
+        module = tally.kind.partition(".py")[0]
+        by_kind.setdefault(KINDS.get(module, module), []).append(tally)
+    for kind, group in by_kind.items():
+        terminalreporter.write_line(f"{sum(tally.faults for tally in group):6} {kind}")
+    violations = sum(len(tally.violations) for tally in tallies)
+    terminalreporter.write_line(f"{sum(tally.faults for tally in tallies):6} in all, {violations} violations")
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """An empty directory in memory, for what is about thousands of states of a disk and not about the disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

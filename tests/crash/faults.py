@@ -106,24 +106,28 @@ def trace_options(log: str) -> list[str]:
 
 
 def kill_options(point: Point, root: str) -> list[str]:
-    inject = f"{point.name}:signal=KILL:when={point.k}"
-    return [
-        "-f",
-        "-o",
-        "/dev/null",
-        "-P",
-        os.path.normpath(os.path.join(root, point.path)),
-        "-e",
-        f"trace={point.name}",
-        "-e",
-        f"inject={inject}",
-    ]
+    return inject_options(point, root, f"signal=KILL:when={point.k}")
+
+
+def inject_options(point: Point, root: str, what: str) -> list[str]:
+    """Injects `what` into the calls like that of `point`, on its path."""
+    path = os.path.normpath(os.path.join(root, point.path))
+    return ["-f", "-o", "/dev/null", "-P", path, "-e", f"trace={point.name}", "-e", f"inject={point.name}:{what}"]
 
 
 @contextmanager
 def attached(child: Child, options: list[str]) -> Iterator[None]:
     """strace watches `child`, which waits for a word, from before that word to its end."""
-    strace = subprocess.Popen(["strace", *options, "-p", str(child.pid)], stderr=subprocess.PIPE, text=True)
+    with watched(child.pid, options) as strace:
+        child.tell("go")
+        yield
+        strace.wait(PATIENCE)
+
+
+@contextmanager
+def watched(pid: int, options: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """strace watches a process, with all its threads, for as long as the block lasts."""
+    strace = subprocess.Popen(["strace", *options, "-p", str(pid)], stderr=subprocess.PIPE, text=True)
     assert strace.stderr is not None
     try:
         for line in strace.stderr:
@@ -131,8 +135,8 @@ def attached(child: Child, options: list[str]) -> Iterator[None]:
                 break
         else:
             raise AssertionError("strace did not attach")
-        child.tell("go")
-        yield
+        yield strace
+        strace.terminate()  # it lets go of what it watches; killed, it would leave that stopped
         strace.wait(PATIENCE)
     finally:
         strace.kill()
@@ -154,8 +158,12 @@ def tracer_script(directory: Path, options: list[str]) -> str:
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN, _IOR('X', 125, __u32)
 POWER_CUTS = {"logflush": 1, "nologflush": 2}  # the journal reaches the disk, the data do not; neither does
 _MKFS = {
-    "ext4": (16, ["mkfs.ext4", "-q", "-F", "-m0", "-E", "lazy_itable_init=0,lazy_journal_init=0"]),
-    "xfs": (64, ["mkfs.xfs", "-q", "-f"]),
+    "ext4": (
+        16,
+        ["mkfs.ext4", "-q", "-F", "-m0", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"],
+    ),
+    "ext4 without journal": (16, ["mkfs.ext4", "-q", "-F", "-m0", "-O", "^has_journal", "-E", "nodiscard"]),
+    "xfs": (64, ["mkfs.xfs", "-q", "-f", "-K"]),
 }
 
 
@@ -168,11 +176,44 @@ def missing(kind: str) -> str:
     return ""
 
 
+def megabytes(kind: str) -> int:
+    """A size that file systems of this kind can have."""
+    return _MKFS[kind][0]
+
+
+def make_file_system(kind: str, image: str) -> None:
+    # mkfs.xfs makes one below 300 MB only for the tests of xfs.
+    small = {"TEST_DIR": "1", "TEST_DEV": "1", "QA_CHECK_FS": "1"}
+    run(*_MKFS[kind][1], image, env={**os.environ, **small})
+
+
+@contextmanager
+def mounted(kind: str, image: str, path: str, *options: str) -> Iterator[str]:
+    """The file system in `image`, a file or a loop device, on `path`."""
+    os.makedirs(path, exist_ok=True)
+    loop = [] if stat.S_ISBLK(os.stat(image).st_mode) else ["loop"]
+    mount = ["-o", ",".join([*loop, *options])] if loop or options else []
+    run("mount", "-t", kind.split()[0], *mount, image, path)
+    try:
+        yield path
+    finally:
+        unmount(path)
+
+
+def unmount(path: str) -> None:
+    """Unmount; the last descriptor of a killed process closes late."""
+    deadline = time.monotonic() + PATIENCE
+    while (done := subprocess.run(["umount", path], capture_output=True, text=True)).returncode:
+        assert time.monotonic() < deadline, done.stderr
+        time.sleep(0.005)
+
+
 class Disk:
     """A small file system of its own, mounted on `path`, whose power can be cut."""
 
-    def __init__(self, directory: Path, kind: str) -> None:
+    def __init__(self, directory: Path, kind: str, megabytes: int | None = None) -> None:
         self.path = str(directory / "mounted")
+        self._megabytes = megabytes or _MKFS[kind][0]
         self._kind = kind
         self._memory = str(directory / "memory")  # the image lies in memory: a busy disk has no say in these tests
         self._image = os.path.join(self._memory, "image")
@@ -181,7 +222,7 @@ class Disk:
     def __enter__(self) -> Disk:
         os.mkdir(self.path)
         os.mkdir(self._memory)
-        _run("mount", "-t", "tmpfs", "none", self._memory)
+        run("mount", "-t", "tmpfs", "none", self._memory)
         try:
             self._make()
         except BaseException:
@@ -190,30 +231,21 @@ class Disk:
         return self
 
     def _make(self) -> None:
-        megabytes, make = _MKFS[self._kind]
         with open(self._image, "wb") as image:
-            image.truncate(megabytes << 20)
-        # mkfs.xfs makes one below 300 MB only for the tests of xfs.
-        small = {"TEST_DIR": "1", "TEST_DEV": "1", "QA_CHECK_FS": "1"}
-        _run(*make, self._image, env={**os.environ, **small})
-        self._loop = _run("losetup", "-f", "--show", self._image)
+            image.truncate(self._megabytes << 20)
+        make_file_system(self._kind, self._image)
+        self._loop = run("losetup", "-f", "--show", self._image)
         self._mount()
 
     def __exit__(self, *_: object) -> None:
         if os.path.ismount(self.path):
-            self._unmount(self.path)
+            unmount(self.path)
         if self._loop:
-            _run("losetup", "-d", self._loop)
-        self._unmount(self._memory)
+            run("losetup", "-d", self._loop)
+        unmount(self._memory)
 
     def _mount(self) -> None:
-        _run("mount", "-t", self._kind, self._loop, self.path)
-
-    def _unmount(self, path: str) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while (done := subprocess.run(["umount", path], capture_output=True, text=True)).returncode:
-            assert time.monotonic() < deadline, done.stderr  # the last descriptor of a killed process closes late
-            time.sleep(0.005)
+        run("mount", "-t", self._kind.split()[0], self._loop, self.path)
 
     def cut_power(self, how: str) -> None:
         """What was not synced is lost; afterwards it is mounted again, as at the next boot."""
@@ -224,12 +256,12 @@ class Disk:
             os.close(fd)
         with pytest.raises(OSError, match=re.escape(os.strerror(errno.EIO))):  # else the power was not cut
             os.mkdir(os.path.join(self.path, "proof"))
-        self._unmount(self.path)
+        unmount(self.path)
         self._mount()
 
     def sync(self) -> None:
-        _run("sync", "-f", self.path)
+        run("sync", "-f", self.path)
 
 
-def _run(*command: str, **options: dict[str, str]) -> str:
+def run(*command: str, **options: dict[str, str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout.strip()

@@ -130,7 +130,8 @@ def wait_for_end(pidfd: int, timeout: float) -> bool:
 class Nursery:
     """The warm process. Its children see the package that this process sees."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, directory: str = "") -> None:
+        """`directory`: where the module is, if not beside this file."""
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # One thread each: what these libraries start at import would not survive the fork.
         one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -139,7 +140,7 @@ class Nursery:
             [sys.executable, os.path.abspath(__file__), str(theirs.fileno()), module],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **one, "PYTHONPATH": package},
+            env={**os.environ, **one, "PYTHONPATH": os.pathsep.join(filter(None, (package, directory)))},
         )
         theirs.close()
         self._asking = threading.Lock()  # tests run several children at once, each from a thread

@@ -16,9 +16,9 @@ import vembed_async_ckpt
 from vembed_async_ckpt import latest
 from vembed_async_ckpt._store import names
 
-from .checks import leftovers
+from .dialogue import ask, assert_resumable, delayed, staged
 from .faults import needs_strace, tracer_script
-from .nursery import PATIENCE, Child, Nursery, wait_for_end
+from .nursery import PATIENCE, Nursery, wait_for_end
 
 pytestmark = needs_strace
 
@@ -40,33 +40,6 @@ def slow(tmp_path: Path) -> str:
 def slow_to_commit(tmp_path: Path) -> str:
     """A writer that takes a while before it publishes."""
     return delayed(tmp_path, "renameat2", 2.0)
-
-
-def delayed(directory: Path, call: str, seconds: float) -> str:
-    inject = f"{call}:delay_enter={int(seconds * 1e6)}"
-    return tracer_script(directory, ["-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={inject}"])
-
-
-def ask(child: Child, word: str) -> str:
-    child.tell(word)
-    return child.expect("ANSWER")
-
-
-def staged(child: Child) -> int:
-    """Have one save staged; returns the pid of the writer."""
-    writer = int(child.expect("WRITER"))
-    assert ask(child, "save") == "done"
-    assert ask(child, "staged") == "done"
-    return writer
-
-
-def assert_resumable(trainers: Nursery, root: Path, step: int) -> list[str]:
-    """The next start finds `step`, saves, and leaves nothing over; returns what it said."""
-    with trainers.child("resume", root=str(root)) as child:
-        assert child.wait() == 0, child
-        assert child.last("FOUND") == step, child
-    assert leftovers(str(root)) == []
-    return child.messages
 
 
 # -- orphans

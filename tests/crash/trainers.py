@@ -5,10 +5,12 @@ Every weight is a count of the optimizer steps made so far, so a torn or stale s
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
 import queue
+import resource
 import signal
 import sys
 import threading
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
 import torch
 
-import vembed_async_ckpt._engine.checkpointer  # noqa: F401
+import vembed_async_ckpt._engine.checkpointer as engine
 from vembed_async_ckpt import (
     AsyncCheckpointer,
     CheckpointerBusy,
@@ -25,6 +27,7 @@ from vembed_async_ckpt import (
     Event,
     KeepLast,
     SaveHandle,
+    SaveState,
     latest,
     load,
 )
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from .nursery import Talk
 
 _FLOATS = 1 << 19  # per tensor
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 1 << 18  # linux/sched.h, linux/mount.h
 
 
 class Counting(torch.nn.Module):
@@ -67,6 +71,8 @@ class Training:
     def _heard(self, event: Event) -> None:
         if event.stage == "writer" and event.detail.startswith("pid "):
             self._talk.say(f"WRITER {event.detail.removeprefix('pid ')}")
+        elif event.stage == "backpressure":
+            self._talk.say(f"BACKPRESSURE {event.phase}")
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -127,11 +133,25 @@ def refused(talk: Talk, root: str) -> None:
         talk.say(f"BUSY {error}")
 
 
-def obey(talk: Talk, root: str, tracer: str | None = None) -> None:
-    """Do what the test says, one word at a time, and answer each; with `tracer`, writers run under it until `untraced`."""
+def obey(
+    talk: Talk,
+    root: str,
+    tracer: str | None = None,
+    options: dict[str, Any] | None = None,
+    exit_deadline: float | None = None,
+    shared_memory: str = "",
+) -> None:
+    """Do what the test says, one word at a time, and answer each; with `tracer`, writers run under it until `untraced`.
+
+    `options` are the checkpointer's, `exit_deadline` replaces its own, `shared_memory` is the size of /dev/shm.
+    """
+    if shared_memory:
+        _shrink_shared_memory(shared_memory)
+    if exit_deadline is not None:
+        engine.EXIT_DEADLINE = exit_deadline
     interpreter = sys.executable
     sys.executable = tracer or interpreter
-    training = Training(talk, root)
+    training = Training(talk, root, **(options or {}))
     handles: list[SaveHandle] = []
     while word := talk.listen():
         answer = "done"
@@ -139,6 +159,9 @@ def obey(talk: Talk, root: str, tracer: str | None = None) -> None:
             if word == "save":
                 training.step()
                 handles.append(training.save())
+            elif word == "save until accepted":
+                while training.save().state is SaveState.SKIPPED:
+                    training.checkpointer.wait(100)
             elif word == "staged":
                 handles[-1].wait_staged(100)
             elif word == "result":
@@ -147,8 +170,22 @@ def obey(talk: Talk, root: str, tracer: str | None = None) -> None:
                 handles[-1].result(0.2)
             elif word == "untraced":
                 sys.executable = interpreter
-            elif word == "close":
-                training.checkpointer.close()
+            elif word == "close in the end":
+                break
+            elif word.startswith("close"):
+                training.checkpointer.close(float(word.removeprefix("close") or 100))
+            elif word == "load data":
+                _load_data(training, handles)
+            elif word == "save without memory":
+                training.step()
+                resource.setrlimit(resource.RLIMIT_AS, (_address_space(), resource.RLIM_INFINITY))
+                try:
+                    handles.append(training.save())
+                finally:
+                    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            elif word == "save at exit":
+                atexit.register(training.save)
+                atexit.register(training.step)  # the last one registered comes first
             elif word.startswith("fork"):
                 answer = f"forked {_fork(word)}"
             elif word.startswith("end"):
@@ -157,6 +194,35 @@ def obey(talk: Talk, root: str, tracer: str | None = None) -> None:
             answer = f"{type(error).__name__}: {error}"
         talk.say(f"ANSWER {answer}")
     _end(word, training)
+
+
+def _shrink_shared_memory(size: str) -> None:
+    """A /dev/shm of that size, for this process and its children only."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for call, *arguments in (
+        (libc.unshare, _CLONE_NEWNS),
+        (libc.mount, b"none", b"/", None, _MS_REC | _MS_PRIVATE, None),
+        (libc.mount, b"none", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode()),
+    ):
+        if call(*arguments):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _address_space() -> int:
+    """Bytes mapped now: with this as limit, nothing large can be added."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize() + (1 << 20)
+
+
+def _load_data(training: Training, handles: list[SaveHandle]) -> None:
+    """Epochs with forked workers, and a save while they live; twice."""
+    numbers = torch.utils.data.TensorDataset(torch.arange(32))
+    for _ in range(2):
+        for n, _ in enumerate(torch.utils.data.DataLoader(numbers, batch_size=4, num_workers=2)):
+            training.step()
+            if n == 3:
+                handles.append(training.save())
+    assert all(handle.result(100) for handle in handles)
 
 
 def _fork(word: str) -> int:
@@ -173,6 +239,8 @@ def _fork(word: str) -> int:
 
 
 def _end(word: str, training: Training) -> None:
+    if word == "close in the end":
+        training.checkpointer.close()
     if word == "end os._exit":
         os._exit(7)
     if word == "end sys.exit":

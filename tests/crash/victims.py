@@ -16,6 +16,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
@@ -49,6 +50,30 @@ def contents(n: int) -> dict[str, bytes]:
     }
 
 
+def place(arena: Arena, n: int, step: int, keep: int) -> tuple[int, int]:
+    """Put save `n` into `arena`, files and job; returns offset and length of the job."""
+    start, slots = DATA_START, []
+    for name, data in contents(n).items():
+        arena.clear(start, start + pages(len(data)))
+        arena.write(start, data)
+        slots.append({"name": name, "start": start, "size": len(data)})
+        start += pages(len(data))
+    job = {
+        "save_id": f"{n:032x}",
+        "step": step,
+        "name": f"checkpoint-{step}",
+        "files": slots,
+        "checksums": {},
+        "links": [list(LINK)],
+        "manifest": {},
+        "retention": KeepLast(keep).spec(),
+        "waves": False,
+    }
+    encoded = json.dumps(job).encode()
+    arena.write(start, encoded)
+    return start, len(encoded)
+
+
 class _Save:
     """A `supervisor.Job`: save `n`, placed in `arena`; its progress is said over the line."""
 
@@ -57,26 +82,7 @@ class _Save:
         self.ended = threading.Event()
         self._talk = talk
         self._deaths = 0
-        start, slots = DATA_START, []
-        for name, data in contents(n).items():
-            arena.clear(start, start + pages(len(data)))
-            arena.write(start, data)
-            slots.append({"name": name, "start": start, "size": len(data)})
-            start += pages(len(data))
-        job = {
-            "save_id": f"{n:032x}",
-            "step": step,
-            "name": f"checkpoint-{step}",
-            "files": slots,
-            "checksums": {},
-            "links": [list(LINK)],
-            "manifest": {},
-            "retention": KeepLast(keep).spec(),
-            "waves": False,
-        }
-        encoded = json.dumps(job).encode()
-        self._location = (start, len(encoded))
-        arena.write(self._location[0], encoded)
+        self._location = place(arena, n, step, keep)
 
     def location(self) -> tuple[int, int]:
         return self._location
@@ -97,10 +103,12 @@ class _Save:
 
     def committed(self, reply: dict[str, Any]) -> None:
         self._talk.say(f"ACK {self.n}")
+        self._talk.say(f"ENDED {self.n}")
         self.ended.set()
 
     def failed(self, error: Exception) -> None:
         self._talk.say(f"ERR {self.n} {error}")
+        self._talk.say(f"ENDED {self.n}")
         self.ended.set()
 
 
@@ -121,6 +129,12 @@ class _Supervisor(Supervisor):
 
     tracer: str | None = None
     dies_too = False
+    tidied: Callable[[], None] = staticmethod(lambda: None)  # what follows a commit is over, well or not
+
+    def _handle(self, reply: dict[str, Any]) -> None:
+        super()._handle(reply)
+        if reply["event"] == "tidy" or (reply["event"] == "warning" and reply["serial"] not in self._jobs):
+            self.tidied()
 
     def _start(self) -> Any:
         interpreter = sys.executable
@@ -168,6 +182,26 @@ def save(
     lock.close()
     reporter.close(PATIENCE)
     talk.say("CLOSED")
+
+
+def obey(talk: Talk, root: str, writer: str = "process", keep: int = 1, direct: bool = True) -> None:
+    """Do what the test says: `save N STEP` (ENDED is said when it has ended, TIDIED when what follows has too), `close`."""
+    logging.getLogger("vembed_async_ckpt").addHandler(talk.log_handler())
+    os.makedirs(root, exist_ok=True)
+    lock = RootLock.acquire(root)
+    reporter = Reporter([lambda event: talk.say(f"EVENT {event.stage} {event.phase} {event.detail}")])
+    arena = Arena(1, _ARENA)
+    _Supervisor.tidied = staticmethod(lambda: talk.say("TIDIED"))
+    filesystem = LocalFilesystem() if direct else _Buffered()
+    supervisor = _Supervisor(root, lock, writer, lambda: [arena], reporter, filesystem)
+    while word := talk.listen():
+        verb, *numbers = word.split()
+        if verb == "save":
+            supervisor.submit(_Save(talk, arena, *map(int, numbers), keep))
+        elif verb == "close":
+            talk.say(f"CLOSED {supervisor.close(float(numbers[0]) if numbers else PATIENCE)}")
+    lock.close()
+    reporter.close(PATIENCE)
 
 
 def idle(talk: Talk, root: str) -> None:

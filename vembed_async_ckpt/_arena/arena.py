@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from .._writer.memory import address_of, map_arena
 from ..errors import CheckpointerBusy
-from . import cuda
 
 _F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 2, 4  # linux/fcntl.h
 _ROUND = 2 << 20  # one huge page
@@ -52,6 +51,8 @@ class Arena:
 
     def pin(self) -> None:
         """Have CUDA devices copy into it by themselves; once, as it takes as long as faulting the pages in."""
+        from . import cuda  # torch: only whoever has used a device needs it
+
         with self._pinning:
             if self._pinned is None:
                 self._pinned = cuda.pin(self.address, self.size)
@@ -65,6 +66,8 @@ class Arena:
         """Give the memory back once the last view of it is gone."""
         self.image = None
         if self._pinned:
+            from . import cuda
+
             cuda.unpin(self.address)
             self._pinned = None
         if self.fd >= 0:

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import anyio
 import xxhash
 
-from .._arena import cuda
 from .._arena.arena import Arena
 from .._store.fs import INSTEAD, Filesystem, LocalFilesystem
 from .._store.lock import RootLock
@@ -410,8 +409,11 @@ class Supervisor:
 
         def run() -> None:
             populate(arena.memory, arena.size)
-            if cuda.in_use():
-                arena.pin()
+            if "torch" in sys.modules:  # else nobody can have used a device
+                from .._arena import cuda
+
+                if cuda.in_use():
+                    arena.pin()
             self._populating.discard(number)
 
         threading.Thread(target=run, name="vembed-ckpt-populate", daemon=True).start()

@@ -1,16 +1,18 @@
 """`save_pretrained` run with the disk taken away: what it would have written as safetensors, and what it pickles.
 
-safetensors' and PEFT's functions are replaced once per process; only the thread that is collecting, while it is collecting, gets
-anything else than the originals.
+safetensors', PEFT's and torch's functions are replaced once per process; only the thread that is collecting, while it is
+collecting, gets anything else than the originals.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -20,27 +22,46 @@ from torch.overrides import TorchFunctionMode
 from ..errors import PlanError
 
 Files = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
+Pickle = tuple[Any, tuple[Any, ...], dict[str, Any]]  # the object given to torch.save, and its other arguments
 
 
-class Watch(TorchFunctionMode):
-    """Notes in `serialized` the addresses of the storages that somebody asks for, as everything does that writes or pickles a
-    tensor. With `in_place`, `contiguous()` gives the tensor itself: whatever its strides are, staging copies it into contiguous
-    memory."""
+@dataclass
+class Captured:
+    """What one `save_pretrained` wrote. Paths are those it used; `serialized` are the addresses of the storages that it wrote into
+    whatever file, `pickled` those of them that torch.save wrote; `looked`: it turned values of tensors into numbers, and may have
+    written those."""
 
-    def __init__(self, *, in_place: bool) -> None:
+    files: Files = field(default_factory=dict)
+    pickles: dict[str, Pickle] = field(default_factory=dict)
+    serialized: set[int] = field(default_factory=set)
+    pickled: set[int] = field(default_factory=set)
+    looked: bool = False
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which storages somebody asks for, as everything does that writes or pickles a tensor. With `in_place`, `contiguous()`
+    gives the tensor itself: whatever its strides are, staging copies it into contiguous memory."""
+
+    def __init__(self, captured: Captured, *, in_place: bool) -> None:
         super().__init__()
+        self._captured = captured
         self._in_place = in_place
-        self.serialized: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.contiguous and self._in_place:
             return args[0]
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.untyped_storage:
-            self.serialized.add(result.data_ptr())
+            self._captured.serialized.add(result.data_ptr())
         elif func is torch.Tensor.numpy:
-            self.serialized.add(args[0].untyped_storage().data_ptr())
+            self._captured.serialized.add(args[0].untyped_storage().data_ptr())
+            self._captured.looked = True
+        elif func in _LOOKS:
+            self._captured.looked = True
         return result
+
+
+_LOOKS = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__int__}
 
 
 class Sink:
@@ -53,6 +74,7 @@ class Sink:
 
     def install(self) -> None:
         """Put it in place, once per process. Raises `PlanError` if this version of safetensors has no such place."""
+        save = torch.save
         with self._lock:
             self._take_peft_off_the_network()
             if self._installed:
@@ -63,20 +85,36 @@ class Sink:
                 raise PlanError("this version of safetensors is not supported; install safetensors>=0.8")
 
             def sink_flatten(tensors: dict[str, torch.Tensor], keep: Any) -> Any:
-                if self._files() is None:
+                if self._captured() is None:
                     return flatten(tensors, keep)
                 self._local.tensors = dict(tensors)
                 return {}
 
             def sink_serialize(flat: Any, filename: Any, metadata: Any = None) -> None:
-                files = self._files()
-                if files is None:
+                captured = self._captured()
+                if captured is None:
                     serialize_file(flat, filename, metadata=metadata)
                     return
-                files[os.fspath(filename)] = (self._local.tensors, dict(metadata or {}))
+                captured.files[os.fspath(filename)] = (self._local.tensors, dict(metadata or {}))
+
+            @functools.wraps(save)
+            def noting_save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+                captured = self._captured()
+                if captured is None or not isinstance(f, str | os.PathLike):
+                    save(obj, f, *args, **kwargs)
+                    return
+                before = captured.serialized
+                captured.serialized = set()
+                try:
+                    save(obj, f, *args, **kwargs)
+                finally:
+                    captured.pickled |= captured.serialized
+                    captured.serialized |= before
+                captured.pickles[os.fspath(f)] = (obj, args, kwargs)
 
             safetensors.torch._flatten_as_ptr = sink_flatten
             safetensors.torch.serialize_file = sink_serialize
+            torch.save = noting_save
             self._installed = True
 
     def _take_peft_off_the_network(self) -> None:
@@ -87,7 +125,7 @@ class Sink:
             return
 
         def get_peft_model_state_dict(model: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._files() is None:
+            if self._captured() is None:
                 return original(model, *args, **kwargs)
             with contextlib.ExitStack() as stack:
                 for config in model.peft_config.values():
@@ -95,20 +133,23 @@ class Sink:
                 return original(model, *args, **kwargs)
 
         get_peft_model_state_dict._vembed_async_ckpt = True  # type: ignore[attr-defined]
-        for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"]:
+        for module in [module for name, module in tuple(sys.modules.items()) if name.partition(".")[0] == "peft"]:
             if getattr(module, "get_peft_model_state_dict", None) is original:
                 module.get_peft_model_state_dict = get_peft_model_state_dict  # type: ignore[attr-defined]
 
-    def _files(self) -> Files | None:
-        return getattr(self._local, "files", None)
+    def _captured(self) -> Captured | None:
+        return getattr(self._local, "captured", None)
 
     @contextlib.contextmanager
-    def collecting(self) -> Iterator[Files]:
-        self._local.files = {}
+    def collecting(self, *, in_place: bool) -> Iterator[Captured]:
+        """Collect what this thread saves. `in_place`: `contiguous()` makes no copies meanwhile."""
+        captured = self._local.captured = Captured()
         try:
-            yield self._local.files
+            with torch.no_grad(), _quiet_progress_bars(), _Watch(captured, in_place=in_place):
+                yield captured
         finally:
-            self._local.files = None
+            captured.serialized.discard(0)
+            self._local.captured = None
             self._local.tensors = None
 
 
@@ -138,7 +179,7 @@ def _cached_directory(repo: str) -> str | None:
 
 
 @contextlib.contextmanager
-def quiet_progress_bars() -> Iterator[None]:
+def _quiet_progress_bars() -> Iterator[None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

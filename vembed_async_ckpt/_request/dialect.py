@@ -23,7 +23,8 @@ class Dialect(ABC):
     def scheduler(self, index: int) -> str: ...
 
     @abstractmethod
-    def random_states(self, rank: int, world_size: int) -> str: ...
+    def random_states(self, rank: int, world_size: int) -> str | None:
+        """None: no such file."""
 
     @abstractmethod
     def random_values(self, state: dict[str, Any], world_size: int) -> dict[str, Any]:
@@ -59,9 +60,11 @@ class Accelerate(Dialect):
 
 @dataclass(frozen=True)
 class Trainer(Dialect):
-    """transformers' Trainer, which has one optimizer and one scheduler. `device`: the CUDA device of this process."""
+    """transformers' Trainer, which has one optimizer and one scheduler. `device`: the CUDA device of this process, None for the
+    state of all devices, as under torchrun. `random`: whether it is given random states (not with `save_only_model`)."""
 
-    device: int = 0
+    device: int | None = 0
+    random: bool = True
 
     def optimizer(self, index: int) -> str:
         return _only(names.TRAINER_OPTIMIZER, index)
@@ -69,14 +72,31 @@ class Trainer(Dialect):
     def scheduler(self, index: int) -> str:
         return _only(names.TRAINER_SCHEDULER, index)
 
-    def random_states(self, rank: int, world_size: int) -> str:
-        return names.trainer_random_states(rank, world_size)
+    def random_states(self, rank: int, world_size: int) -> str | None:
+        return names.trainer_random_states(rank, world_size) if self.random else None
 
     def random_values(self, state: dict[str, Any], world_size: int) -> dict[str, Any]:
         values = {"python": state["python"], "numpy": state["numpy"], "cpu": state["torch"]}
         if "cuda" in state:
-            values["cuda"] = state["cuda"] if world_size > 1 else state["cuda"][self.device]
+            values["cuda"] = state["cuda"] if world_size > 1 or self.device is None else state["cuda"][self.device]
         return values
+
+
+@dataclass(frozen=True)
+class Own(Dialect):
+    """No other program: only our own `load` resumes from it."""
+
+    def optimizer(self, index: int) -> str:
+        return names.optimizer(index)
+
+    def scheduler(self, index: int) -> str:
+        return names.scheduler(index)
+
+    def random_states(self, rank: int, world_size: int) -> None:
+        return None
+
+    def random_values(self, state: dict[str, Any], world_size: int) -> dict[str, Any]:
+        return {}
 
 
 def _only(name: str, index: int) -> str:

@@ -24,8 +24,9 @@ from torch.nn.parameter import is_lazy
 from .._plan.plan import BytesContent, Content, TensorContent
 from .._store import names
 from ..errors import PlanError
-from .capture import SINK, Files, Watch, quiet_progress_bars
+from .capture import SINK, Captured, Files, Pickle
 from .dtypes import spec
+from .pickles import Replay
 from .processor import read_files
 
 
@@ -35,7 +36,8 @@ class ModelState:
 
     `tensors`, `labels`, `owners` run in parallel, in the order of the contents: the tensor to copy, its name in errors, and the
     parameter or buffer it belongs to (None: computed for this save). `volatile`: ids of owners that forward itself changes.
-    `names`: what the manifest keeps so that `load` finds the way back.
+    `names`: what the manifest keeps so that `load` finds the way back. `files`: (name, bytes) of files that hold values of this
+    moment.
     """
 
     contents: tuple[Content, ...]
@@ -44,12 +46,13 @@ class ModelState:
     owners: Sequence[torch.Tensor | None]
     volatile: frozenset[int]
     names: Mapping[str, Any]
+    files: Sequence[tuple[str, bytes]] = ()
 
 
 def unwrap(model: Any) -> torch.nn.Module:
     """The module inside DistributedDataParallel, torch.compile and the like. Raises `PlanError` for what is no module."""
     while isinstance(model, torch.nn.Module):
-        inner = getattr(model, "_orig_mod", None)
+        inner = model._modules.get("_orig_mod")  # not getattr: PEFT's models answer for their base
         if inner is None and isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
             inner = model.module
         if inner is None:
@@ -80,8 +83,9 @@ class _Learned:
     """What holds for every save until `still_true` says otherwise.
 
     `owners` and `tensors` run in the order of the contents: the live tensor or None, and what is to be copied, to be replaced by
-    a fresh view where `parts` says so: (place among the tensors, place among `divided`, part). `lasting`: holds for later saves
-    too; otherwise values of this very call are in `tensors` or in the files' bytes.
+    a fresh view where `parts` says so: (place among the tensors, place among `divided`, part). `files` hold values of this very
+    call; `replays` make them anew. `lasting`: holds for later saves too; otherwise values of this call are in `tensors` or in
+    files that only `save_pretrained` can make.
     """
 
     contents: tuple[Content, ...]
@@ -93,15 +97,31 @@ class _Learned:
     parts: list[tuple[int, int, _Part]]
     divided: list[torch.Tensor]
     truth: _Truth
+    files: list[tuple[str, bytes]]
+    replays: list[tuple[str, Replay]]
     lasting: bool
+
+    def says_the_same(self, other: _Learned) -> bool:
+        """Whether nothing but values is different."""
+        return (
+            self.contents == other.contents
+            and self.names == other.names
+            and self.volatile == other.volatile
+            and len(self.owners) == len(other.owners)
+            and all(map(is_, self.owners, other.owners))
+        )
 
 
 class ModelReader:
     """Reads one model again and again. Holds on to nothing of a model that is gone."""
 
-    def __init__(self, prefix: str, max_shard_size: str | int, save_original_format: bool) -> None:
-        """`prefix`: directory of its files inside the checkpoint, "" for the top."""
+    def __init__(
+        self, prefix: str, max_shard_size: str | int, save_original_format: bool, state_dict_file: str | None = None
+    ) -> None:
+        """`prefix`: directory of its files inside the checkpoint, "" for the top. `state_dict_file`: not as `save_pretrained`
+        would, but the state_dict as it is, wrappers' prefixes included, in this one file."""
         self._prefix = prefix
+        self._state_dict_file = state_dict_file
         self._options = {"max_shard_size": max_shard_size, "save_original_format": save_original_format}
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._learned: _Learned | None = None
@@ -109,9 +129,12 @@ class ModelReader:
     def read(self, model: Any) -> ModelState:
         """The model as it is now. Raises `PlanError` naming the tensor that cannot be saved."""
         module = unwrap(model)
-        learned = self._learned
-        if learned is None or self._model is None or self._model() is not module or not learned.truth.holds():
-            learned = self._learn(module)
+        learned = self._learned if self._model is not None and self._model() is module else None
+        if learned is not None and learned.lasting and learned.truth.holds():
+            files = [(name, replay.bytes()) for name, replay in learned.replays]
+        else:
+            learned = self._learn(module, model, learned)
+            files, learned.files = learned.files, []
         tensors = learned.tensors.copy()
         if learned.parts:
             wholes = [(owner.detach(), owner.storage_offset()) for owner in learned.divided]
@@ -119,17 +142,23 @@ class ModelReader:
                 whole, start = wholes[index]
                 tensors[place] = whole.as_strided(size, stride, start + offset)
         if not learned.lasting:
-            self._learned = None
-        return ModelState(learned.contents, tensors, learned.labels, learned.owners, learned.volatile, learned.names)
+            learned.tensors = []
+        return ModelState(
+            learned.contents, tensors, learned.labels, learned.owners, learned.volatile, learned.names, files
+        )
 
-    def _learn(self, module: torch.nn.Module) -> _Learned:
-        learned = _learn(module, self._prefix, self._options)
-        self._learned = learned
+    def _learn(self, module: torch.nn.Module, model: torch.nn.Module, before: _Learned | None) -> _Learned:
+        files = None if self._state_dict_file is None else {self._state_dict_file: _plain_file(module, model)}
+        learned = _learn(module, self._prefix, self._options, files)
+        if before is not None and before.says_the_same(learned):
+            learned.contents = before.contents
 
-        def forget(_: Any) -> None:
-            self._learned = None
+        def forget(model: Any) -> None:
+            if self._model is model:  # and not one that was read before it
+                self._learned = None
 
         self._model = weakref.ref(module, forget)
+        self._learned = learned
         return learned
 
 
@@ -194,17 +223,27 @@ _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class _Settings:
-    """The configs that a `save_pretrained` in the module writes, and the containers in them, as they were."""
+    """The configs that a `save_pretrained` in the module writes, the containers in them, and plain attributes of parts that have
+    a `save_pretrained` of their own, as they were."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._attributes: list[tuple[Any, str, Any]] = []
+        self._plain: list[tuple[torch.nn.Module, dict[str, Any]]] = []
         self._containers: dict[int, tuple[Any, Any, list[type]]] = {}
         for part in module.modules():
-            if part is module or callable(getattr(type(part), "save_pretrained", None)):
+            save_pretrained = getattr(type(part), "save_pretrained", None)
+            if part is module or callable(save_pretrained):
                 for name in ("config", "generation_config", "peft_config"):
                     value = getattr(part, name, None)
                     self._attributes.append((part, name, value))
                     self._keep(value)
+            if callable(save_pretrained) and save_pretrained.__module__.partition(".")[0] not in (
+                "transformers",
+                "peft",
+            ):
+                plain = _plain_attributes(part)
+                self._plain.append((part, plain))
+                self._keep(tuple(plain.values()))
         self.stable = self.unchanged()  # a config that is made anew at every look is not
 
     def _keep(self, value: Any) -> None:
@@ -224,12 +263,28 @@ class _Settings:
 
     def unchanged(self) -> bool:
         try:
-            return all(getattr(part, name, None) is value for part, name, value in self._attributes) and all(
-                live == copy and list(map(type, live.values() if type(live) is dict else live)) == types
-                for live, copy, types in self._containers.values()
+            return (
+                all(getattr(part, name, None) is value for part, name, value in self._attributes)
+                and all(_plain_attributes(part) == plain for part, plain in self._plain)
+                and all(
+                    live == copy and list(map(type, live.values() if isinstance(live, dict) else live)) == types
+                    for live, copy, types in self._containers.values()
+                )
             )
         except (ValueError, RuntimeError):  # what has no plain truth value was replaced
             return False
+
+
+def _plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """What else a `save_pretrained` may write: the module's attributes that are data."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name != "training" and not name.startswith("_") and isinstance(value, _DATA)
+    }
+
+
+_DATA = (int, float, str, bytes, dict, list, tuple, set, type(None))
 
 
 @dataclass(frozen=True)
@@ -241,7 +296,8 @@ class _Live:
     owner: torch.nn.Module
 
 
-def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any]) -> _Learned:
+def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], plain: Files | None = None) -> _Learned:
+    """`plain`: these files and no others, instead of what `save_pretrained` writes."""
     share = sharded(module)
     if share is not None:
         raise PlanError(
@@ -252,19 +308,22 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any]) -> 
     for item in live:
         if is_lazy(item.tensor):
             raise PlanError(f"model: {item.name} is not initialized yet; run a forward pass first")
-    files, side_files, serialized = _files_of(module, options)
+    captured, side_files = _files_of(module, options) if plain is None else (Captured(plain), ())
     book = _Book(live, prefix + "/" if prefix else "")
-    for file, (tensors, metadata) in files.items():
+    for file, (tensors, metadata) in captured.files.items():
         book.enter(file, tensors, metadata)
     stored_in = list(book.file_names)
     left_out: list[_Live] = []
-    by_name = not book.computed
-    if callable(getattr(module, "save_pretrained", None)) and not _is_transformers_own(module):
-        by_name = True
-        missing, left_out = _uncovered(module, live, book.covered, serialized)
+    saves_itself = plain is None and callable(getattr(module, "save_pretrained", None))
+    own = saves_itself and _is_transformers_own(module)
+    foreign = saves_itself and not own
+    if foreign:
+        missing, left_out = _uncovered(module, live, book.covered, captured.serialized)
         if missing:
             book.enter(names.UNCOVERED, {item.name: item.tensor for item in missing}, {"format": "pt"})
-    contents = [*book.contents, *(BytesContent(book.where + content.name, content.data) for content in side_files)]
+    passing = [content for content in side_files if _holds_values(content) or content.name in captured.pickles]
+    fixed = [content for content in side_files if content not in passing]
+    replays = [(book.where + content.name, book.replay(content, captured.pickles)) for content in passing]
     aliases, ties = _ties(live, book.covered)
     truth = _Truth(
         module,
@@ -275,7 +334,7 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any]) -> 
         ties=ties,
     )
     return _Learned(
-        contents=tuple(contents),
+        contents=(*book.contents, *(BytesContent(book.where + content.name, content.data) for content in fixed)),
         labels=book.labels,
         names={
             "files": stored_in,
@@ -283,7 +342,8 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any]) -> 
             "renamed": book.renamed,
             "ties": aliases,
             "computed": book.computed,
-            "by_name": by_name,
+            "by_name": foreign or not book.computed,
+            "from_pretrained": own,
             "left_out": [item.name for item in left_out],
         },
         volatile=frozenset(id(item.tensor) for item in live if _changed_by_forward(item)),
@@ -292,7 +352,12 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any]) -> 
         parts=book.parts,
         divided=book.divided,
         truth=truth,
-        lasting=not book.computed and not any(_holds_values(content) for content in side_files) and truth.stable,
+        files=[(book.where + content.name, content.data) for content in passing],
+        replays=[(name, replay) for name, replay in replays if replay is not None],
+        lasting=not book.computed
+        and truth.stable
+        and all(replay is not None for _, replay in replays)
+        and not (foreign and (captured.looked or captured.serialized - book.addresses - captured.pickled)),
     )
 
 
@@ -315,6 +380,7 @@ class _Book:
         self.computed: dict[str, list[str]] = {}
         self.renamed: dict[str, dict[str, Any]] = {}
         self.covered: set[str] = set()
+        self.addresses: set[int] = set()  # of the storages in the files
         self._numbers: dict[int, int] = {}  # id of a tensor: its place in `divided`
         self._by_storage: dict[int, list[_Live]] = {}
         self._filled: dict[str, dict[_Part, int]] = {}  # elements of a live tensor that its parts in the files cover
@@ -341,6 +407,8 @@ class _Book:
             self.covered |= {name} & self._empty
             return
         found = _resolve(name, tensor, self._by_storage)
+        if not _has_no_storage(tensor):
+            self.addresses.add(tensor.untyped_storage().data_ptr())
         if found is None:
             self.owners.append(None)
             self.tensors.append(tensor)
@@ -356,6 +424,21 @@ class _Book:
         if part is not None or item.name != name:
             described = None if part is None else [list(part[0]), list(part[1]), part[2]]
             self.renamed.setdefault(file, {})[name] = [item.name, described]
+
+    def replay(self, content: BytesContent, pickles: Mapping[str, Pickle]) -> Replay | None:
+        """What makes this file again for every save, if it is a pickle of live tensors and nothing else."""
+        if content.name not in pickles:
+            return None
+
+        def find(tensor: torch.Tensor) -> torch.Tensor | None:
+            found = _resolve("", tensor, self._by_storage)
+            return None if found is None or found[1] is not None else found[0].tensor
+
+        try:
+            replay = Replay(content.name, pickles[content.name], find)
+        except ValueError:
+            return None
+        return replay if replay.bytes() == content.data else None
 
     def _note_part(self, item: _Live, part: _Part) -> None:
         index = self._numbers.setdefault(id(item.tensor), len(self.divided))
@@ -424,7 +507,7 @@ def _is_transformers_own(module: torch.nn.Module) -> bool:
 
 
 def _live_tensors(module: torch.nn.Module) -> Iterator[_Live]:
-    for path, part in module.named_modules():
+    for path, part in module.named_modules(remove_duplicate=False):
         for holder in (part._parameters, part._buffers):
             for key, tensor in holder.items():
                 if tensor is not None:
@@ -485,16 +568,15 @@ def _changed_by_forward(item: _Live) -> bool:
     return getattr(item.owner, "max_norm", None) is not None  # Embedding(max_norm) renormalizes its weight in forward
 
 
-def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[Files, tuple[BytesContent, ...], set[int]]:
-    """The safetensors files of a model as (tensors, metadata), the other files as bytes, and the addresses of the storages that
-    were written into any of them.
+def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[Captured, tuple[BytesContent, ...]]:
+    """What `save_pretrained` of a model saves, by the names of its files, and the files that it wrote itself.
 
     A `save_pretrained` that is not transformers' or PEFT's may write what it likes, in its own pickles too: it runs on this
     thread, and all it writes but safetensors is taken as it is.
     """
     save_pretrained = getattr(module, "save_pretrained", None)
     if not callable(save_pretrained):
-        return {names.WEIGHTS: (_plain_state(module), {"format": "pt"})}, (), set()
+        return Captured({names.WEIGHTS: (_plain_state(module), {"format": "pt"})}), ()
     accepted = inspect.signature(save_pretrained).parameters
     chosen = {key: value for key, value in options.items() if key in accepted or "kwargs" in accepted}
     if "save_original_format" not in accepted:
@@ -502,35 +584,35 @@ def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[File
     SINK.install()
     try:
         try:
-            captured = _captured(save_pretrained, chosen, in_place=True)
-            compute = _parts_would_be_sharded(captured[0], options["max_shard_size"])
+            captured, side_files = _captured(save_pretrained, chosen, in_place=True)
+            compute = _parts_would_be_sharded(captured.files, options["max_shard_size"])
         except RuntimeError:
             compute = True  # a conversion needed the contiguous copy that was withheld
         if compute:  # at the price of doing so for every save
-            captured = _captured(save_pretrained, chosen, in_place=False)
+            captured, side_files = _captured(save_pretrained, chosen, in_place=False)
     except PlanError:
         raise
     except Exception as error:
         raise PlanError(
             f"model: {type(module).__qualname__}.save_pretrained failed: {type(error).__name__}: {error}"
         ) from error
-    files, side_files, _ = captured
-    if not files and not any(_holds_values(content) for content in side_files):
+    if not captured.files and not captured.pickles and not any(_holds_values(content) for content in side_files):
         raise PlanError(
             f"model: {type(module).__qualname__}.save_pretrained wrote no weights; "
             "this version of safetensors or transformers is not supported"
         )
-    return captured
+    return captured, side_files
 
 
 def _captured(
     save_pretrained: Callable[..., Any], options: Mapping[str, Any], *, in_place: bool
-) -> tuple[Files, tuple[BytesContent, ...], set[int]]:
+) -> tuple[Captured, tuple[BytesContent, ...]]:
     with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
-        with torch.no_grad(), SINK.collecting() as files, quiet_progress_bars(), Watch(in_place=in_place) as watch:
+        with SINK.collecting(in_place=in_place) as captured:
             save_pretrained(directory, **options)
-        relative = {os.path.relpath(path, directory): file for path, file in files.items()}
-        return relative, read_files(directory), watch.serialized - {0}
+        captured.files = {os.path.relpath(path, directory): file for path, file in captured.files.items()}
+        captured.pickles = {os.path.relpath(path, directory): pickle for path, pickle in captured.pickles.items()}
+        return captured, read_files(directory)
 
 
 def _parts_would_be_sharded(files: Files, max_shard_size: str | int) -> bool:
@@ -546,7 +628,14 @@ def _parts_would_be_sharded(files: Files, max_shard_size: str | int) -> bool:
 
 def _holds_values(content: BytesContent) -> bool:
     """Whether a file that `save_pretrained` wrote itself holds weights as they were at the call."""
-    return content.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz", ".npy", ".h5", ".msgpack"))
+    return content.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle", ".npz", ".npy", ".h5", ".msgpack"))
+
+
+def _plain_file(module: torch.nn.Module, model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state_dict of `model`, whose wrappers (if any) are around `module`, as (tensors, metadata)."""
+    where = next(path for path, part in model.named_modules() if part is module)
+    prefix = where + "." if where else ""
+    return {prefix + name: tensor for name, tensor in _plain_state(module).items()}, {"format": "pt"}
 
 
 def _plain_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -32,7 +32,8 @@ class OptimizerState:
     """An optimizer as it will stand on disk.
 
     `tensors`, `keys` and `owners` run in parallel; an owner is `optimizer` for what only its step changes, None for the rest
-    (a scheduler may write to a tensor `lr`). `tree` is the captured state_dict; `pickled()` makes `data.pkl` of it.
+    (a scheduler may write to a tensor `lr`). `tree` is the captured state_dict; `pickled()` makes `data.pkl` of it. `arrays`:
+    copies of what was no tensor but a numpy array: in the pickle they stand as such, by value.
     """
 
     content: ZipContent
@@ -42,14 +43,15 @@ class OptimizerState:
     owners: Sequence[Any]
     kinds: Sequence[_Kind]
     tree: Mapping[str, Any]
+    arrays: Mapping[str, torch.Tensor]
     state_pickle: bytes | None
 
     def pickled(self) -> bytes:
         """`data.pkl`: torch's own pickle of this state_dict, its tensors being the records 0, 1, ... of the file."""
         refs = dict(zip(self.keys, enumerate(self.kinds), strict=True))
         if self.state_pickle is None or set(self.tree) != {"state", "param_groups"}:
-            return _pickle(self.tree, refs)
-        groups = _inner(_pickle(self.tree["param_groups"], refs))
+            return _pickle(self.tree, refs, self.arrays)
+        groups = _inner(_pickle(self.tree["param_groups"], refs, self.arrays))
         return b"\x80\x02}(" + _text("state") + self.state_pickle + _text("param_groups") + groups + b"u."
 
     def table(self, offsets: Sequence[int]) -> dict[str, Any]:
@@ -63,7 +65,7 @@ class OptimizerState:
         """Everything but the tensors that are direct entries of a parameter's state: those stand in the table."""
         captured = dict(self.tree)
         state = captured.get("state")
-        if isinstance(state, dict):
+        if isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values()):
             captured["state"] = {
                 index: {key: value for key, value in entry.items() if not _is_direct(index, key, value)}
                 for index, entry in state.items()
@@ -106,9 +108,11 @@ class OptimizerReader:
         inner = unwrap(optimizer)
         if not callable(getattr(inner, "state_dict", None)):
             raise PlanError(f"optimizer: a {type(inner).__module__}.{type(inner).__qualname__} has no state_dict()")
-        state = inner.state_dict()
+        return self._read(inner, inner.state_dict())
+
+    def _read(self, inner: Any, state: Any) -> OptimizerState:
         found: list[tuple[str, torch.Tensor]] = []
-        plain = _PlainState.of(state, self._plain)
+        plain = self._plain_state(state)
         if plain is None:
             captured = self._capture(state, lambda key, tensor: found.append((key, tensor)))
         else:
@@ -119,18 +123,19 @@ class OptimizerReader:
             }
         self._plain = plain
         tensors = [tensor for _, tensor in found]
+        arrays = _arrays(captured if plain is None else captured["param_groups"], dict(found))
         # When what is pickled with the tensors has grown to twice its size, the file gets more room for it.
         room = tree.rough_size(
             [value for key, value in captured.items() if key != "state" or plain is None]
         ).bit_length()
         layout = [room, *((key, tensor.dtype, tensor.shape) for key, tensor in found)]
         if self._content is None or layout != self._layout:
-            self._learn(found, captured)
+            self._learn(found, captured, arrays)
             self._layout = layout
         assert self._content is not None
         if plain is not None and plain.pickled is None:
             refs = dict(zip(self._keys, enumerate(self._kinds), strict=True))
-            plain.pickled = _inner(_pickle(plain.refs, refs))
+            plain.pickled = _inner(_pickle(plain.refs, refs, {}))
         return OptimizerState(
             content=self._content,
             optimizer=inner,
@@ -139,8 +144,12 @@ class OptimizerReader:
             owners=[inner if owned else None for owned in self._owned],
             kinds=self._kinds,
             tree=captured,
+            arrays=arrays,
             state_pickle=None if plain is None else plain.pickled,
         )
+
+    def _plain_state(self, state: Any) -> _PlainState | None:
+        return _PlainState.of(state, self._plain)
 
     def _capture(self, state: Any, put: tree.Put) -> dict[str, Any]:
         if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
@@ -158,7 +167,9 @@ class OptimizerReader:
                 result[name] = tree.capture(value, str(name), put)
         return result
 
-    def _learn(self, found: Sequence[tuple[str, torch.Tensor]], captured: Any) -> None:
+    def _learn(
+        self, found: Sequence[tuple[str, torch.Tensor]], captured: Any, arrays: Mapping[str, torch.Tensor]
+    ) -> None:
         keys = [key for key, _ in found]
         if len(set(keys)) != len(keys):
             raise PlanError(f"{self._file}: two values of the state have the same name: {sorted(keys)}")
@@ -170,7 +181,40 @@ class OptimizerReader:
         if self._plain is not None:
             self._plain.pickled = None  # the order of the records has changed
         refs = dict(zip(keys, enumerate(self._kinds), strict=True))
-        self._content = ZipContent(self._file, tuple(kind.nbytes for kind in self._kinds), len(_pickle(captured, refs)))
+        size = len(_pickle(captured, refs, arrays))
+        self._content = ZipContent(self._file, tuple(kind.nbytes for kind in self._kinds), size)
+
+
+class RegisteredReader(OptimizerReader):
+    """Reads the state of any object with a `state_dict()`, again and again, into a file as `torch.save` would write it."""
+
+    def read(self, registered: Any) -> OptimizerState:
+        """The object as it is now; nothing of it is copied late. Raises `PlanError` naming what cannot be saved."""
+        return self._read(None, registered.state_dict())
+
+    def _plain_state(self, state: Any) -> None:
+        return None
+
+    def _capture(self, state: Any, put: tree.Put) -> dict[str, Any]:
+        captured = tree.capture(state, "state_dict", put)
+        if not isinstance(captured, dict):
+            raise PlanError(f"{self._file}: state_dict() gave a {type(state).__qualname__}, not a dict")
+        return captured
+
+
+def _arrays(captured: Any, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of what was found, that which was a numpy array."""
+    if isinstance(captured, Ref):
+        return {captured.name: found[captured.name]} if captured.numpy else {}
+    arrays: dict[str, torch.Tensor] = {}
+    if isinstance(captured, dict):
+        for key, value in captured.items():
+            if key != "params":  # numbers, thousands of them
+                arrays |= _arrays(value, found)
+    elif isinstance(captured, list | tuple):
+        for value in captured:
+            arrays |= _arrays(value, found)
+    return arrays
 
 
 def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:
@@ -275,8 +319,9 @@ class _Pickler(pickle.Pickler):
         return obj.pid if type(obj) is _Storage else None
 
 
-def _pickle(captured: Any, refs: Mapping[str, tuple[int, _Kind]]) -> bytes:
-    tensors = {key: _Tensor(str(index), kind) for key, (index, kind) in refs.items()}
+def _pickle(captured: Any, refs: Mapping[str, tuple[int, _Kind]], arrays: Mapping[str, torch.Tensor]) -> bytes:
+    tensors: dict[str, Any] = {key: _Tensor(str(index), kind) for key, (index, kind) in refs.items()}
+    tensors |= arrays
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(tree.refill(captured, lambda key: tensors[key]))
     return buffer.getvalue()

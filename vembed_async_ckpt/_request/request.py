@@ -17,13 +17,15 @@ import torch
 from .._plan.plan import Content
 from .._store import names
 from ..errors import PlanError
+from . import accelerator as accelerators
 from . import config as configs
 from . import training_state
 from .dialect import Accelerate, Dialect
+from .mapping import MappingReader
 from .model import ModelReader, ModelState
-from .optimizer import OptimizerReader, OptimizerState
+from .optimizer import OptimizerReader, OptimizerState, RegisteredReader
 from .processor import ProcessorFiles
-from .training_state import TrainingState
+from .training_state import TrainingState, torch_save
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,16 @@ class Request:
 class Objects:
     """What a caller hands over to be saved, as `AsyncCheckpointer.save` has it.
 
-    `files`: further files by name, as bytes, or what gives them. `weights_name`: a second name for the weights file, if there is just one.
-    `older_readers`: also write the processor files that transformers 4 wrote and older readers open.
+    `files`: further files by name, as bytes, or what gives them. `weights_name`: a second name for the weights file, if there is
+    just one. `older_readers`: also write the processor files that transformers 4 wrote and older readers open.
+
     `state_dicts`: models (one, or a mapping) whose whole state_dict is to be saved as `accelerator.save_state` does, under the
-    names of the state_dict, at the top. `dialect`: which program, beside our `load`, the training state is written for.
-    `of_every_rank`: whether the state of every rank of a distributed training is saved; otherwise only that of the first.
+    names of the state_dict, at the top; or what gives them, asked after `files`. `tensors`: a state_dict without its module, to be
+    saved under its names as the weights file at the top; all of it is copied before the call returns.
+
+    `accelerator`: whose registered objects, places in dataloaders and count of micro-batches are saved too. `dialect`: which
+    program, beside our `load`, the training state is written for. `of_every_rank`: whether the state of every rank of a
+    distributed training is saved; otherwise only that of the first.
     """
 
     model: Any = None
@@ -74,11 +81,17 @@ class Objects:
     weights_name: str | None = None
     older_readers: bool = False
     state_dicts: Any = None
+    tensors: Mapping[str, torch.Tensor] | None = None
+    accelerator: Any = None
     dialect: Dialect = field(default_factory=Accelerate)
     of_every_rank: bool = True
 
     def further_files(self) -> list[tuple[str, bytes]]:
         return list((self.files() if callable(self.files) else self.files).items())
+
+    def whole_models(self) -> Any:
+        models = self.state_dicts
+        return models() if callable(models) and not isinstance(models, torch.nn.Module) else models
 
 
 class RequestReader:
@@ -90,7 +103,9 @@ class RequestReader:
         self._world_size = world_size
         self._models: dict[str, ModelReader] = {}
         self._state_dicts: dict[int, ModelReader] = {}
+        self._mapping = MappingReader()
         self._optimizers: dict[tuple[str, str], OptimizerReader] = {}
+        self._registered: dict[str, RegisteredReader] = {}
         self._processor = ProcessorFiles()
 
     def read(self, directory: str, step: int | None, objects: Objects) -> Request:
@@ -98,15 +113,22 @@ class RequestReader:
         saved; touches nothing on the disk of the checkpoints."""
         if step is not None and (type(step) is not int or step < 0):
             raise PlanError(f"step is {step!r}; use a whole number of at least 0")
+        files = objects.further_files()
         models = {name: self._read_model(name, value) for name, value in named("model", objects.model).items()}
         plain = {
             name: self._read_state_dict(index, value)
-            for index, (name, value) in enumerate(named("model", objects.state_dicts).items())
+            for index, (name, value) in enumerate(named("model", objects.whole_models()).items())
         }
+        if objects.tensors is not None:
+            plain[""] = self._mapping.read(objects.tensors)
         optimizers = {
             name: self._read_optimizer(name, objects.dialect.optimizer(index), value)
             for index, (name, value) in enumerate(named("optimizer", objects.optimizer).items())
         }
+        registered = {}
+        for index, value in enumerate(getattr(objects.accelerator, "_custom_objects", ())):
+            registered[names.custom_checkpoint(index)] = self._read_registered(index, value, files)
+        zipped = [*optimizers.values(), *filter(None, registered.values())]
         world_size = self._world_size if objects.of_every_rank else 1
         state = training_state.capture(
             objects.dialect,
@@ -117,13 +139,16 @@ class RequestReader:
             objects.scaler,
             objects.dataloader,
             objects.extra,
+            registered,
+            None if objects.accelerator is None else accelerators.state(objects.accelerator),
         )
+        _refuse_second_weights(models, plain)
         states = [*models.values(), *plain.values()]
+        files += [file for m in states for file in m.files]
         contents: list[Content] = [content for m in states for content in m.contents]
-        contents += [optimizer.content for optimizer in optimizers.values()]
+        contents += [state.content for state in zipped]
         if objects.processor is not None:
             contents += self._processor.contents(objects.processor, older_readers=objects.older_readers)
-        files = objects.further_files()
         if objects.config is not None:
             files.append((names.CONFIG, _render_config(objects.config)))
         _refuse_clashes(contents, state, files)
@@ -134,15 +159,18 @@ class RequestReader:
             contents=tuple(contents),
             tensors=[
                 *(t for m in states for t in m.tensors),
-                *(t for o in optimizers.values() for t in o.tensors),
+                *(t for o in zipped for t in o.tensors),
             ],
-            labels=[*(label for m in states for label in m.labels), *_optimizer_labels(optimizers)],
+            labels=[
+                *(label for m in states for label in m.labels),
+                *(f"{o.content.name}: {key}" for o in zipped for key in o.keys),
+            ],
             owners=[
                 *(owner for m in states for owner in m.owners),
-                *(owner for o in optimizers.values() for owner in o.owners),
+                *(owner for o in zipped for owner in o.owners),
             ],
             volatile=frozenset().union(*(m.volatile for m in states)),
-            optimizers=tuple(optimizers.values()),
+            optimizers=tuple(zipped),
             state=state,
             files=files,
             links=_links(models, objects.weights_name),
@@ -175,6 +203,21 @@ class RequestReader:
             reader = self._optimizers[name, file] = OptimizerReader(file)
         return reader.read(optimizer)
 
+    def _read_registered(self, index: int, value: Any, files: list[tuple[str, bytes]]) -> OptimizerState | None:
+        """None, and a pickle among the `files`, if it is more than data."""
+        file = names.custom_checkpoint(index)
+        reader = self._registered.setdefault(file, RegisteredReader(file))
+        try:
+            return reader.read(value)
+        except PlanError as error:
+            warnings.warn(
+                f"the registered object {index}, a {type(value).__qualname__}, is pickled: only accelerator.load_state will "
+                f"restore it, not our load. {error}",
+                stacklevel=5,
+            )
+            files.append((file, torch_save(value.state_dict())))
+            return None
+
 
 VERSIONS = {"python": platform.python_version()} | {
     name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")
@@ -203,8 +246,14 @@ def _links(models: Mapping[str, ModelState], further_name: str | None) -> list[l
     return [[weights[0], further_name]]
 
 
-def _optimizer_labels(optimizers: Mapping[str, OptimizerState]) -> list[str]:
-    return [f"{o.content.name}: {key}" for o in optimizers.values() for key in o.keys]
+def _refuse_second_weights(models: Mapping[str, ModelState], plain: Mapping[str, ModelState]) -> None:
+    written = {file for model in models.values() for file in model.names["files"]}
+    for model in plain.values():
+        for file in written.intersection(model.names["files"]):
+            raise PlanError(
+                f"{file} is what save_pretrained writes: there is no place for the whole state_dict; "
+                "leave base_model out, and resume with our load or after integrations.accelerate.attach(accelerator)"
+            )
 
 
 def _refuse_clashes(contents: list[Content], state: TrainingState, files: list[tuple[str, bytes]]) -> None:

@@ -28,8 +28,10 @@ from .optimizer import OptimizerState
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Captured values. `tensors` are those found in them, by name: they are copied before `save()` returns, and then let go.
-    `copies` are copies of those that pickles for other programs need later. `layout` is the file that holds the tensors."""
+    """Captured values. `registered`: by name of its file, what was registered with an accelerator, None where only a pickle of it
+    was possible. `accelerator`: what else an accelerator knows (see `accelerator.state`). `tensors` are those found in the values,
+    by name: they are copied before `save()` returns, and then let go. `copies` are copies of those that pickles for other programs
+    need later. `layout` is the file that holds the tensors."""
 
     dialect: Dialect
     world_size: int
@@ -39,6 +41,8 @@ class TrainingState:
     scaler: Any
     dataloader: Any
     extra: Any
+    registered: Mapping[str, OptimizerState | None]
+    accelerator: Any
     rng: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     copies: Mapping[str, torch.Tensor]
@@ -49,7 +53,7 @@ class TrainingState:
         schedulers = [self.dialect.scheduler(index) for index in range(len(self.schedulers))]
         scaler = [] if self.scaler is None else [names.SCALER]
         ranks = [self.dialect.random_states(rank, self.world_size) for rank in range(self.world_size)]
-        return [names.TRAINING_TENSORS, names.TRAINING_STATE, *schedulers, *scaler, *ranks]
+        return [names.TRAINING_TENSORS, names.TRAINING_STATE, *schedulers, *scaler, *filter(None, ranks)]
 
     def render(self) -> list[tuple[str, bytes]]:
         """(name, bytes) of every file but the tensors'. Pickles in them are for other programs; our `load` reads the JSON."""
@@ -62,8 +66,7 @@ class TrainingState:
             files.append((self.dialect.scheduler(index), torch_save(tree.refill(state, get))))
         if self.scaler is not None:
             files.append((names.SCALER, torch_save(tree.refill(self.scaler, get))))
-        files.append(_pickled_random_states(self.dialect, tree.refill(self.rng, get), 0, self.world_size))
-        return files
+        return files + _pickled_random_states(self.dialect, tree.refill(self.rng, get), 0, self.world_size)
 
     def _json(self) -> dict[str, Any]:
         return {
@@ -76,6 +79,11 @@ class TrainingState:
             "scaler": tree.encode(self.scaler),
             "dataloader": tree.encode(self.dataloader),
             "extra": tree.encode(self.extra),
+            "registered": [
+                {"file": file, "rest": None if state is None else state.rest()}
+                for file, state in self.registered.items()
+            ],
+            "accelerator": tree.encode(self.accelerator),
             "rng": tree.encode(self.rng),
         }
 
@@ -89,6 +97,8 @@ def capture(
     scaler: Any,
     dataloader: Any,
     extra: Any,
+    registered: Mapping[str, OptimizerState | None],
+    accelerator: Any,
 ) -> TrainingState:
     """Everything as it is now. Raises `PlanError` naming the value that cannot be saved."""
     tensors: dict[str, torch.Tensor] = {}
@@ -113,6 +123,7 @@ def capture(
     saved_scaler = None if scaler is None else tree.capture(_state_dict("scaler", scaler), "scaler", put_copy)
     position = None if dataloader is None else tree.capture(_state_dict("dataloader", dataloader), "dataloader", put)
     captured_extra = tree.capture({} if extra is None else extra, "extra", put)
+    captured_accelerator = tree.capture(accelerator, "accelerator", put)
     rng = random_state.capture(put_fresh)
     specs = [spec(name, tensor, file=names.TRAINING_TENSORS) for name, tensor in tensors.items()]
     return TrainingState(
@@ -124,6 +135,8 @@ def capture(
         scaler=saved_scaler,
         dataloader=position,
         extra=captured_extra,
+        registered=registered,
+        accelerator=captured_accelerator,
         rng=rng,
         tensors=tensors,
         copies=copies,
@@ -159,7 +172,7 @@ class RankState:
         values = tree.refill(self.rng, lambda name: self.tensors[name])
         return [
             (names.rank_state(rank), json.dumps(body, separators=(",", ":")).encode()),
-            _pickled_random_states(self.dialect, values, rank, world_size),
+            *_pickled_random_states(self.dialect, values, rank, world_size),
         ]
 
 
@@ -199,8 +212,11 @@ def _outline(dtype: str, shape: list[int], data: str) -> torch.Tensor:
     return flat.reshape(shape)
 
 
-def _pickled_random_states(dialect: Dialect, state: dict[str, Any], rank: int, world_size: int) -> tuple[str, bytes]:
-    return dialect.random_states(rank, world_size), torch_save(dialect.random_values(state, world_size))
+def _pickled_random_states(
+    dialect: Dialect, state: dict[str, Any], rank: int, world_size: int
+) -> list[tuple[str, bytes]]:
+    name = dialect.random_states(rank, world_size)
+    return [] if name is None else [(name, torch_save(dialect.random_values(state, world_size)))]
 
 
 def torch_save(value: Any) -> bytes:
@@ -212,7 +228,7 @@ def torch_save(value: Any) -> bytes:
 
 def rough_size(state: TrainingState, further: Sequence[bytes]) -> int:
     """An upper bound, in bytes, for what `render` will give and for the `further` files."""
-    values = [state.schedulers, state.scaler, state.dataloader, state.extra]
-    for optimizer in state.optimizers.values():
+    values = [state.schedulers, state.scaler, state.dataloader, state.extra, state.accelerator]
+    for optimizer in (*state.optimizers.values(), *filter(None, state.registered.values())):
         values += [value for key, value in optimizer.tree.items() if key != "state" or optimizer.state_pickle is None]
     return (512 << 10) + 2 * tree.rough_size(values) + sum(len(data) + 4096 for data in further)

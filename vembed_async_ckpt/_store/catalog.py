@@ -41,11 +41,11 @@ def scan(root: str) -> list[Entry]:
         return []
     except OSError as error:
         raise CheckpointError(f"{root}: cannot be listed ({error.strerror}): what is there is unknown") from error
-    return sorted([*map(_read, candidates), *_interrupted(root)], key=lambda entry: (entry.order, entry.path))
+    return sorted([*map(_read, candidates), *interrupted(root)], key=lambda entry: (entry.order, entry.path))
 
 
-def _interrupted(root: str) -> Iterator[Entry]:
-    """The checkpoints that made way for another one which never came."""
+def interrupted(root: str) -> Iterator[Entry]:
+    """The checkpoints that made way for another one which never came, under the names they had."""
     replaced = names.replaced_directory(root)
     for name in os.listdir(replaced) if os.path.isdir(replaced) else ():
         parsed = names.parse_swap(name)

@@ -8,6 +8,7 @@ by the trainer before there is a writer; and the note of an orphan's failure (`O
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -75,6 +76,20 @@ class Filesystem(Protocol):
         """Remove an empty directory."""
 
 
+@contextlib.contextmanager
+def _naming(fd: int) -> Iterator[None]:
+    """An error of a call that has only a descriptor says which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            try:
+                error.filename = os.readlink(f"/proc/self/fd/{fd}")
+            except OSError:
+                pass  # then without
+        raise
+
+
 class LocalFilesystem:
     """The real one."""
 
@@ -93,7 +108,11 @@ class LocalFilesystem:
             raise
 
     def write(self, fd: int, data: memoryview, offset: int) -> int:
-        return os.pwrite(fd, data, offset)
+        with _naming(fd):
+            count = os.pwrite(fd, data, offset)
+            if not count and len(data):
+                raise OSError(errno.EIO, "the system took nothing and did not say why")
+            return count
 
     def set_buffered(self, fd: int) -> None:
         import fcntl  # not on Windows, where checkpoints can be read but not written
@@ -101,13 +120,16 @@ class LocalFilesystem:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
 
     def truncate(self, fd: int, size: int) -> None:
-        os.ftruncate(fd, size)
+        with _naming(fd):
+            os.ftruncate(fd, size)
 
     def set_mode(self, fd: int, mode: int) -> None:
-        os.fchmod(fd, mode)
+        with _naming(fd):
+            os.fchmod(fd, mode)
 
     def sync(self, fd: int) -> None:
-        os.fsync(fd)
+        with _naming(fd):
+            os.fsync(fd)
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -115,7 +137,8 @@ class LocalFilesystem:
     def sync_directory(self, path: str) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            with _naming(fd):
+                os.fsync(fd)
         finally:
             os.close(fd)
 

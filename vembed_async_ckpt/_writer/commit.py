@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
+import stat
 
 from .._store import fs as files
 from .._store import names
 from .._store.fs import Filesystem
-from .._store.manifest import Manifest
-from ..errors import CommitError, WriteError
+from .._store.manifest import Manifest, read
+from ..errors import CommitError, CorruptCheckpoint, WriteError
 from .removal import foreign_files, make_directories
 
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
@@ -70,9 +70,11 @@ def carry_over(fs: Filesystem, target: str, work: str) -> None:
             _copy_synced(fs, source, destination)
 
 
-def _write_synced(fs: Filesystem, path: str, content: bytes) -> None:
+def _write_synced(fs: Filesystem, path: str, content: bytes, mode: int | None = None) -> None:
     fd = fs.create(path, direct=False)
     try:
+        if mode is not None:
+            fs.set_mode(fd, mode)
         done = 0
         while done < len(content):
             done += fs.write(fd, memoryview(content)[done:], done)
@@ -83,10 +85,9 @@ def _write_synced(fs: Filesystem, path: str, content: bytes) -> None:
 
 def _copy_synced(fs: Filesystem, source: str, destination: str) -> None:
     if os.path.islink(source):
-        os.symlink(os.readlink(source), destination)
+        fs.symlink(os.readlink(source), destination)
         return
-    _write_synced(fs, destination, files.read_regular(source))
-    shutil.copymode(source, destination)
+    _write_synced(fs, destination, files.read_regular(source), stat.S_IMODE(os.lstat(source).st_mode))
 
 
 def _publish(fs: Filesystem, root: str, name: str, work: str, save_id: str) -> str | None:
@@ -103,6 +104,8 @@ def _publish(fs: Filesystem, root: str, name: str, work: str, save_id: str) -> s
         fs.rename(work, target, "exchange")
         return work
     except OSError as error:
+        if _is_published(target, save_id):
+            return work if os.path.lexists(work) else None
         if error.errno not in _CANNOT:
             raise
     return _publish_without_exchange(fs, root, name, work, save_id)
@@ -115,12 +118,23 @@ def _publish_without_exchange(fs: Filesystem, root: str, name: str, work: str, s
     if os.path.lexists(target):
         swap = names.swap_directory(root, save_id, name)
         make_directories(fs, os.path.dirname(swap))
-        fs.rename(target, swap, "plain")
-        fs.sync_directory(os.path.dirname(swap))
     try:
+        if swap is not None:
+            fs.rename(target, swap, "plain")
+            fs.sync_directory(os.path.dirname(swap))
         fs.rename(work, target, "plain")
     except OSError:
-        if swap is not None:
+        if _is_published(target, save_id):
+            return swap
+        if swap is not None and not os.path.lexists(target):
             fs.rename(swap, target, "plain")  # the old checkpoint is back before anybody is told
         raise
     return swap
+
+
+def _is_published(target: str, save_id: str) -> bool:
+    """Whether a rename took place though an error was reported: over a network the answer can be lost."""
+    try:
+        return read(target).save_id == save_id
+    except CorruptCheckpoint:
+        return False

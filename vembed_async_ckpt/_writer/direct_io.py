@@ -201,6 +201,13 @@ class FileWriter:
             fd, self._fd = self._fd, -1
             self._fs.close(fd)
 
+    def abandon(self) -> None:
+        """Close whatever comes of it; nothing rests on the file any more, or it is closed already."""
+        try:
+            self.close()
+        except OSError:
+            pass  # what failed before is what is reported
+
 
 def part_of(slot: FileSlot, start: int, end: int) -> tuple[int, int]:
     """The part of a file (from, to, in bytes from its start, whole pages) that the plan's range [start, end) holds."""

@@ -60,6 +60,9 @@ def dispose(fs: Filesystem, root: str, directory: str, name: str, save_id: str, 
             if not names.is_plan_name(relative) and _same_content(path, other):
                 _unlink_if_there(fs, path)
     if _own_files(directory):
+        # Else a power cut could take the manifest first, and nothing would prove that the rest is ours.
+        for inner in files.walk_directories(directory):
+            fs.sync_directory(inner)
         _unlink_if_there(fs, os.path.join(directory, names.MANIFEST))
     for inner in list(files.walk_directories(directory)):
         try:
@@ -87,8 +90,13 @@ def _unlink_if_there(fs: Filesystem, path: str) -> None:
         pass
 
 
-def remove_work(fs: Filesystem, directory: str) -> None:
-    """Delete a work directory that was never published, all of it: every name in it was made by us."""
+def remove_work(fs: Filesystem, directory: str, save_id: str) -> None:
+    """Delete the work directory of a save that was not published, all of it: every name in it was made by us.
+
+    One that holds another save is left alone: an exchange took place after all, though an error was reported.
+    """
+    if _save_id(directory) not in (None, save_id):
+        return
     for _, entry in list(files.walk_files(directory)):
         fs.unlink(entry.path)
     for inner in list(files.walk_directories(directory)):
@@ -105,20 +113,27 @@ def prune(fs: Filesystem, root: str, policy: Policy, committed: Collection[tuple
     gone: list[str] = []
     failures: list[OSError] = []
     for path in expendable(policy, committed):
-        name, manifest = os.path.basename(path), manifests_of[path]
-        trash = names.trash_directory(root, manifest.save_id)
+        name = os.path.basename(path)
         try:
-            # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
-            fs.rename(path, trash, "plain")
-            # Else a power cut could bring the name back with files missing.
-            fs.sync_directory(root)
-            dispose(fs, root, trash, name, manifest.save_id)
+            discard(fs, root, name, manifests_of[path].save_id)
             gone.append(name)
         except OSError as error:
             failures.append(error)  # the others' turn comes all the same
     if failures:
         raise failures[0]
     return gone
+
+
+def discard(fs: Filesystem, root: str, name: str, save_id: str) -> None:
+    """Move the checkpoint `root/name`, which save `save_id` made, to the trash, then delete what we wrote of it."""
+    # Its predecessor first, if that is still on its way out: the next start would take it for one that was never replaced.
+    _finish_swaps(fs, root, [name])
+    trash = names.trash_directory(root, save_id)
+    # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
+    fs.rename(os.path.join(root, name), trash, "plain")
+    # Else a power cut could bring the name back with files missing.
+    fs.sync_directory(root)
+    dispose(fs, root, trash, name, save_id)
 
 
 def expendable(policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
@@ -177,7 +192,7 @@ def sweep(fs: Filesystem, root: str) -> list[str]:
                     f"left {entry} alone: checkpoints beside it cannot be read, so nothing proves it unpublished"
                 )
             else:
-                remove_work(fs, path)
+                remove_work(fs, path, parsed.save_id)
                 done.append(f"dropped the unfinished save {entry}")
         else:
             home = committed.get(parsed.save_id) if parsed.kind == "work" else None
@@ -217,20 +232,32 @@ def keep(fs: Filesystem, root: str, directory: str, save_id: str, name: str) -> 
     fs.rename(directory, kept, "plain")
 
 
-def _heal_swaps(fs: Filesystem, root: str) -> list[str]:
+def _swaps(root: str) -> dict[str, tuple[str, str]]:
+    """What made way without an exchange and is not gone yet: {path: (save id of the replacing save, checkpoint name)}."""
     replaced = names.replaced_directory(root)
+    entries = sorted(os.listdir(replaced)) if os.path.isdir(replaced) else []
+    parsed = {os.path.join(replaced, entry): names.parse_swap(entry) for entry in entries}
+    return {path: swap for path, swap in parsed.items() if swap is not None}
+
+
+def _finish_swaps(fs: Filesystem, root: str, replaced: Collection[str]) -> list[str]:
+    """Delete what made way for the checkpoints named in `replaced`, which are there."""
     done = []
-    for entry in sorted(os.listdir(replaced)) if os.path.isdir(replaced) else ():
-        parsed = names.parse_swap(entry)
-        if parsed is None:
-            continue
-        save_id, name = parsed
-        target, swap = os.path.join(root, name), os.path.join(replaced, entry)
-        if not os.path.lexists(target):
+    for swap, (save_id, name) in _swaps(root).items():
+        if name in replaced:
+            dispose(fs, root, swap, name, save_id, carried_to=os.path.join(root, name))
+            done.append(f"finished replacing {name}")
+    return done
+
+
+def _heal_swaps(fs: Filesystem, root: str) -> list[str]:
+    done, replaced = [], []
+    for swap, (_, name) in _swaps(root).items():
+        target = os.path.join(root, name)
+        if os.path.lexists(target):
+            replaced.append(name)
+        else:
             fs.rename(swap, target, "plain")
             fs.sync_directory(root)
             done.append(f"brought {name} back, whose replacement was never published")
-        else:
-            dispose(fs, root, swap, name, save_id, carried_to=target)
-            done.append(f"finished replacing {name}")
-    return done
+    return done + _finish_swaps(fs, root, replaced)

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from .._plan.plan import pages
 from .._store import names
-from .._store.catalog import Committed
+from .._store.catalog import Committed, interrupted
 from .._store.fs import Filesystem
 from .._store.manifest import FileRecord, Manifest
 from .._store.retention import from_spec
@@ -67,6 +67,7 @@ class Server:
         self._waiting_for_waves: dict[int, _Pending] = {}
         self._threads = IOThreads()
         self._committed = Committed(root)
+        self._highest = 0  # sequence seen so far
         self._litter = False  # something should have been removed and could not be
 
     def serve(self) -> None:
@@ -192,7 +193,7 @@ class Server:
                 self._fs.sync_directory(self._root)
                 self._fs.sync_directory(names.work_directory(self._root))
                 return None, self._reply(path, manifest, pending, pending.accepted, time.perf_counter())
-        sequence = 1 + max((manifest.sequence for _, manifest in committed), default=0)
+        sequence = self._next_sequence([manifest.sequence for _, manifest in committed])
         tries = 1 if job["waves"] else TRIES
         for attempt in range(tries):
             work = names.save_directory(self._root, job["save_id"], attempt)
@@ -207,13 +208,20 @@ class Server:
                     raise
         raise AssertionError("unreachable")
 
+    def _next_sequence(self, visible: list[int]) -> int:
+        """Above all that is there, can come back, or was there when it could last be read."""
+        waiting = [entry.order[0] for entry in interrupted(self._root)]
+        self._highest = max(self._highest, *visible, *waiting, 0)
+        return self._highest + 1
+
     def _discard(self, work: str, save_id: str) -> None:
         """Drop what a failed attempt has left. What cannot be dropped now waits for a better moment: the failure is what counts."""
         try:
             if os.path.isdir(work):
                 removal.remove_work(self._fs, work, save_id)
         except OSError:
-            self._litter = True
+            pass
+        self._litter |= os.path.isdir(work)
 
     def _attempt(self, pending: _Pending, work: str, sequence: int) -> tuple[str | None, dict[str, Any]]:
         job, fs = pending.job, self._fs
@@ -300,19 +308,20 @@ class Server:
             covered = wave[1]
 
     def _tidy(self, pending: _Pending, replaced: str | None) -> None:
-        """After the commit, in this order: what was replaced goes, what retention does not keep, and what could not go earlier."""
+        """After the commit, in this order: what was replaced goes, with all that could not go earlier, then what retention does
+        not keep."""
         job = pending.job
-        if replaced is not None:
+        if self._litter:
+            swept = removal.sweep(self._fs, self._root)
+            self._litter = False
+            self._send(event="swept", swept=swept)
+        elif replaced is not None:
             target = os.path.join(self._root, job["name"])
             removal.dispose(self._fs, self._root, replaced, job["name"], job["save_id"], carried_to=target)
         pruned: list[str] = []
         if job["retention"] is not None:
             policy = from_spec(job["retention"])
             pruned = removal.prune(self._fs, self._root, policy, self._committed.refresh())
-        if self._litter:
-            swept = removal.sweep(self._fs, self._root)
-            self._litter = False
-            self._send(event="swept", swept=swept)
         self._send(event="tidy", serial=pending.serial, pruned=pruned)
 
     def _send(self, **reply: Any) -> None:

@@ -25,6 +25,7 @@ from .shared import close_shared, shared
 def save_state(
     accelerator: Any,
     output_dir: str | os.PathLike[str] | None = None,
+    safe_serialization: bool = True,
     *,
     step: int | None = None,
     checkpointer: AsyncCheckpointer | None = None,
@@ -35,11 +36,16 @@ def save_state(
     With `ProjectConfiguration(automatic_checkpoint_naming=True)` it goes to `{project_dir}/checkpoints/checkpoint_{iteration}`,
     and once it is durable the oldest of ours beyond `total_limit` go. What is under way lies beside `checkpoints/`, never in it.
     Otherwise an existing `output_dir` is replaced at once. `step` None means the last integer in the directory's name, if any.
+    Save hooks are called at once, in a directory of their own; models whose weights they take out of the list are not saved.
 
     The saves of one parent directory share a checkpointer, drained by `accelerator.end_training()` and at interpreter exit;
     `checkpointer` names another one, whose root must be that parent. Raises what `AsyncCheckpointer.save` raises.
     """
     refuse_what_is_sharded(accelerator)
+    if not safe_serialization:
+        raise PlanError(
+            "safe_serialization=False: weights are saved as safetensors only, which load_state reads as well"
+        )
     project = accelerator.project_configuration
     if project.automatic_checkpoint_naming:
         output_dir = _next_in_line(accelerator)
@@ -50,15 +56,17 @@ def save_state(
         raise PlanError(f"output_dir is {os.fspath(output_dir)!r}, which cannot be the directory of a checkpoint")
     if checkpointer is None:
         checkpointer = shared(root, _options(accelerator, root) if project.automatic_checkpoint_naming else None)
-        drain_at_end_of_training(accelerator)
     elif str(checkpointer.root) != root:
         raise PlanError(f"{output_dir} does not lie directly in the root of the checkpointer, {checkpointer.root}")
+    look_after(accelerator)
+    hooks = _Hooks(accelerator)
     objects = Objects(
-        state_dicts=in_order(accelerator._models),
+        state_dicts=lambda: in_order(hooks.models),
         optimizer=in_order(accelerator._optimizers),
         scheduler=in_order(accelerator._schedulers),
         scaler=accelerator.scaler,
-        files=lambda: registered_files(accelerator),
+        files=lambda: further_files(accelerator, hooks),
+        accelerator=accelerator,
         dialect=Accelerate(accelerator.step),
     )
     handle = checkpointer.save_as(directory, names.trailing_number(directory) if step is None else step, objects)
@@ -87,9 +95,10 @@ def _options(accelerator: Any, root: str) -> dict[str, Any]:
     return {} if limit is None else {"retention": KeepLast(limit)}
 
 
-def drain_at_end_of_training(accelerator: Any) -> None:
-    """Once per accelerator: `end_training()` first waits for the pending saves, and raises what failed."""
-    if getattr(accelerator, "_vembed_async_ckpt_drains", False):
+def look_after(accelerator: Any) -> None:
+    """Once per accelerator: `end_training()` first waits for the pending saves, and raises what failed; `load_state()` changes
+    nothing that is still being copied."""
+    if getattr(accelerator, "_vembed_async_ckpt_looks_after", False):
         return
     end_training = accelerator.end_training
 
@@ -100,7 +109,8 @@ def drain_at_end_of_training(accelerator: Any) -> None:
             end_training()
 
     accelerator.end_training = drain_and_end_training
-    accelerator._vembed_async_ckpt_drains = True
+    accelerator.register_load_state_pre_hook(lambda models, input_dir: restore.wait_for_copies())
+    accelerator._vembed_async_ckpt_looks_after = True
 
 
 def in_order(values: Sequence[Any]) -> Any:
@@ -119,15 +129,42 @@ def refuse_what_is_sharded(accelerator: Any) -> None:
         raise PlanError("save_on_each_node is not supported: the first rank writes for all; use accelerator.save_state")
 
 
-def registered_files(accelerator: Any) -> dict[str, bytes]:
-    """What `accelerator.save_state` writes on this rank besides models, optimizers, schedulers, scaler and random states:
-    whatever save hooks put into the directory they are given, and on the main process registered objects, samplers and stateful
+class _Hooks:
+    """The save hooks of an accelerator: the files they write, and the `models` whose weights they leave to be saved."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self.models = list(accelerator._models)
+
+    def files(self) -> dict[str, bytes]:
+        """Call them."""
+        accelerator = self._accelerator
+        hooks = list(accelerator._save_model_state_pre_hook.values())
+        if not hooks:
+            return {}
+        weights = [accelerator.get_state_dict(model, unwrap=False) for model in self.models]
+        of = {id(state): model for state, model in zip(weights, self.models, strict=True)}
+        everything = list(weights)  # so that no new object gets the identity of one that was taken out
+        with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
+            for hook in hooks:
+                hook(accelerator._models, weights, directory)
+            added = [state for state in weights if id(state) not in of]
+            if added:
+                raise PlanError(
+                    "a save hook put weights into the list that are those of no model; let it write a file instead"
+                )
+            self.models = [of[id(state)] for state in weights]
+            del everything
+            return {content.name: content.data for content in read_files(directory)}
+
+
+def further_files(accelerator: Any, hooks: _Hooks | None = None) -> dict[str, bytes]:
+    """What `accelerator.save_state` writes on this rank besides models, optimizers, schedulers, scaler, registered objects and
+    random states: whatever save hooks put into the directory they are given, and on the main process samplers and stateful
     dataloaders."""
-    files = _hook_files(accelerator)
+    files = (hooks or _Hooks(accelerator)).files()
     if not accelerator.is_main_process:
         return files
-    for number, value in enumerate(accelerator._custom_objects):
-        files[names.custom_checkpoint(number)] = torch_save(value.state_dict())
     for number, dataloader in enumerate(accelerator._dataloaders):
         sampler = _seedable_sampler(dataloader)
         if sampler is not None:
@@ -135,17 +172,6 @@ def registered_files(accelerator: Any) -> dict[str, bytes]:
         if getattr(dataloader, "use_stateful_dataloader", False):
             files[names.dataloader_state(number)] = torch_save(dataloader.state_dict())
     return files
-
-
-def _hook_files(accelerator: Any) -> dict[str, bytes]:
-    hooks = list(accelerator._save_model_state_pre_hook.values())
-    if not hooks:
-        return {}
-    weights = [accelerator.get_state_dict(model, unwrap=False) for model in accelerator._models]
-    with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
-        for hook in hooks:
-            hook(accelerator._models, weights, directory)
-        return {content.name: content.data for content in read_files(directory)}
 
 
 def _seedable_sampler(dataloader: Any) -> Any:

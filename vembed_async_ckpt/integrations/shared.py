@@ -29,6 +29,13 @@ def shared(root: str, options: dict[str, Any] | None = None) -> AsyncCheckpointe
         return known
 
 
+def open_at(root: str) -> AsyncCheckpointer | None:
+    """The checkpointer of `root`, if one is open."""
+    with _LOCK:
+        known, _ = _SHARED.get(root, (None, {}))
+        return None if known is None or known.closed else known
+
+
 def close_shared(timeout: float = EXIT_DEADLINE, roots: Collection[str] | None = None) -> None:
     """Drain and close the checkpointers of `roots` (None: all of them). Raises what failed, after all are closed."""
     with _LOCK:

@@ -49,6 +49,7 @@ def save_checkpoint(
     *,
     step: int | None = None,
     training_state: bool = True,
+    base_model: bool = False,
     checkpointer: AsyncCheckpointer | None = None,
 ) -> SaveHandle:
     """Save model, processor, config and training state to the directory `path`, without stopping the training.
@@ -57,6 +58,10 @@ def save_checkpoint(
     `training_state`) optimizers, schedulers, samplers, scaler, registered objects and random states of `accelerator`, so that
     `accelerator.load_state(path)` and `vembed_async_ckpt.load(path, ...)` go on from it. The weights file has a second name,
     `{prefix or "model"}_state_dict.safetensors`. `step` None means the last integer in the name of `path`, if any.
+
+    Of an adapter only its own weights are saved. With `base_model` the whole state_dict is too, as `model.safetensors`, for
+    `accelerator.load_state` where nobody calls `integrations.accelerate.attach(accelerator)`. Not for a model that writes a file
+    of that name itself.
 
     Under DDP every rank calls it: the first writes, and the random states of all are in the directory. Only with
     `training_state=False` may the first rank call it alone.
@@ -78,19 +83,21 @@ def save_checkpoint(
     accelerates.refuse_what_is_sharded(accelerator)
     if checkpointer is None:
         checkpointer = shared(root)
-        accelerates.drain_at_end_of_training(accelerator)
     elif checkpointer.root != Path(root):
         raise PlanError(
             f"{os.fspath(path)!r} does not lie directly in the root of the checkpointer, {checkpointer.root}"
         )
+    accelerates.look_after(accelerator)
     objects = Objects(
         model=model,
         optimizer=accelerates.in_order(accelerator._optimizers) if training_state else None,
         scheduler=accelerates.in_order(accelerator._schedulers) if training_state else None,
         scaler=accelerator.scaler if training_state else None,
+        state_dicts=accelerates.in_order(accelerator._models) if base_model else None,
         processor=processor or None,
         config=_complete(config) if config else None,
-        files=(lambda: accelerates.registered_files(accelerator)) if training_state else {},
+        files=(lambda: accelerates.further_files(accelerator)) if training_state else {},
+        accelerator=accelerator if training_state else None,
         weights_name=names.state_dict(prefix),
         older_readers=True,
         dialect=Accelerate(accelerator.step),

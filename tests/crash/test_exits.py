@@ -1,0 +1,129 @@
+"""Every way in which a training can end: what is pending is committed or reported, and the end comes in time."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vembed_async_ckpt import latest
+
+from .conftest import Tally
+from .dialogue import ask, assert_resumable, delayed, staged
+from .faults import Disk, missing, needs_strace, run
+from .nursery import PATIENCE, Nursery
+
+pytestmark = needs_strace
+
+
+@pytest.fixture(autouse=True)
+def nobody_left(trainers: Nursery) -> Iterator[None]:
+    """At the end no process is left, and no zombie."""
+    yield
+    assert trainers.left_alive(PATIENCE) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_ends_the_training(trainers: Nursery, tally: Tally, tmp_path: Path, number: signal.Signals) -> None:
+    """Python runs its exit handlers for SIGINT only; whichever it is, what was staged is committed."""
+    root = tmp_path / "root"
+    with trainers.child("obey", root=str(root), tracer=delayed(tmp_path, "renameat2", 0.5)) as child:
+        staged(child)
+        child.kill(number)
+        assert child.wait() == -number
+        assert latest(root) == root / "checkpoint-1"
+        said = child.stderr()
+        assert said.rstrip().endswith("KeyboardInterrupt") if number == signal.SIGINT else said == ""
+        assert said.count("Traceback") == (number == signal.SIGINT)
+    tally.fault(number.name, [])
+    assert_resumable(trainers, root, 1)
+    tally.settle(at_least=1)
+
+
+@pytest.mark.parametrize(("end", "code"), [("end", 0), ("close in the end", 1)])
+def test_the_last_save_fails(trainers: Nursery, tally: Tally, tmp_path: Path, end: str, code: int) -> None:
+    """At exit that is printed; `close()` raises it, so that the training ends with an error."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "checkpoint-1").write_text("in the way")
+    with trainers.child("obey", root=str(root)) as child:
+        assert ask(child, "save") == "done"
+        child.tell(end)
+        assert child.wait() == code
+        said = child.stderr()
+        assert said.count(str(root / "checkpoint-1")) >= 1
+        assert said.count("exists and is not a directory") == 1
+        assert said.count("Traceback") == code
+    tally.fault(end, [])
+    tally.settle(at_least=1)
+
+
+def test_a_save_in_an_exit_handler(trainers: Nursery, tally: Tally, tmp_path: Path) -> None:
+    """It is made and drained like any other."""
+    root = tmp_path / "root"
+    with trainers.child("obey", root=str(root)) as child:
+        staged(child)
+        assert ask(child, "save at exit") == "done"
+        child.tell("end")
+        assert child.wait() == 0
+        assert child.stderr() == ""
+    tally.fault("atexit", [])
+    assert latest(root) == root / "checkpoint-2"
+    tally.settle(at_least=1)
+
+
+def test_forked_data_loader_workers(trainers: Nursery, tally: Tally, tmp_path: Path) -> None:
+    """Workers of a DataLoader come and go while saves are made: one writer makes them all."""
+    root = tmp_path / "root"
+    with trainers.child("obey", root=str(root)) as child:
+        staged(child)
+        assert ask(child, "load data") == "done"
+        child.tell("end")
+        assert child.wait() == 0
+        assert child.stderr() == ""
+        assert len([message for message in child.messages if message.startswith("WRITER")]) == 1
+    tally.fault("DataLoader", [])
+    assert_resumable(trainers, root, 13)
+    tally.settle(at_least=1)
+
+
+# -- a disk that does not answer
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with Disk(tmp_path, "ext4", megabytes=64) as disk:
+        yield disk
+
+
+@pytest.mark.root
+@pytest.mark.skipif(bool(missing("ext4")), reason=missing("ext4"))
+@pytest.mark.parametrize("ending", ["close 0.5", "end"])
+def test_a_frozen_disk(trainers: Nursery, tally: Tally, disk: Disk, ending: str) -> None:
+    """`save()` does not notice; `close(timeout)` and the exit give up in time; thawed, the save is committed."""
+    root = Path(disk.path, "root")
+    with trainers.child("obey", root=str(root), exit_deadline=1.0) as child:
+        staged(child)
+        assert ask(child, "result") == "committed 1"
+        run("fsfreeze", "-f", disk.path)
+        try:
+            assert ask(child, "save") == "done"
+            assert ask(child, "staged") == "done"
+            assert ask(child, "impatient").startswith("TimeoutError")
+            begun = time.monotonic()
+            if ending.startswith("close"):
+                assert ask(child, ending).startswith("TimeoutError")
+            child.tell("end")
+            assert child.wait(10) == 0
+            assert time.monotonic() - begun < 5
+            if ending == "end":
+                assert "at exit: TimeoutError" in child.stderr()
+        finally:
+            run("fsfreeze", "-u", disk.path)
+        assert latest(root) == root / "checkpoint-2"
+    tally.fault(ending, [])
+    assert_resumable(trainers, root, 2)
+    tally.settle(at_least=1)

@@ -1,0 +1,474 @@
+"""Lightning's Trainer: a `CheckpointIO` plugin that saves in the background.
+
+    trainer = Trainer(plugins=[VembedCheckpointIO()], callbacks=[ModelCheckpoint(monitor="loss", save_top_k=2, save_last=True)])
+    trainer.fit(model, ckpt_path="last")
+    model = load_from_checkpoint(MyModule, checkpoint.best_model_path)     # MyModule.load_from_checkpoint opens files only
+
+Each `.ckpt` is a directory: `model.safetensors` has the tensors of `state_dict` under their names, the rest of Lightning's dict
+stands beside it as JSON and safetensors. Nothing in it is ever unpickled. Stock `.ckpt` files still load.
+
+Works for `lightning` and `pytorch_lightning`, whichever is imported.
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import io
+import os
+import shutil
+import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from .. import restore
+from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer
+from .._engine.handle import SaveHandle, SaveState
+from .._engine.options import OnError, Options, WhenBusy, WriterKind
+from .._request.dialect import Own
+from .._request.request import Objects
+from .._store import manifest as manifests
+from .._store import names
+from .._store.fs import LocalFilesystem
+from .._store.lock import wait_for_orphan
+from .._writer import removal
+from ..errors import CheckpointError, CorruptCheckpoint, PlanError
+from ..events import Sink, logger
+from . import lightning_values as values
+from .shared import close_shared, open_at, shared
+
+__all__ = ["VembedCheckpointIO", "read_checkpoint", "load_from_checkpoint"]
+
+_EXTRA = "lightning"  # the key in `extra`
+_MAX_ROOTS = 4  # directories with a writer of their own at a time
+_BUSY: set[VembedCheckpointIO] = set()  # those that have saved since their last teardown
+
+Module = TypeVar("Module")
+
+
+@dataclass(frozen=True)
+class _Doomed:
+    """What is deleted once the save `after` is durable (None: at once), and never if that fails: then, if it was moved out of
+    the way of that save, it goes back to `home`."""
+
+    after: SaveHandle | None
+    home: str | None = None
+
+
+class VembedCheckpointIO:
+    """A plugin for `Trainer(plugins=[...])`: saves go on in the background, and what is visible is whole.
+
+    `save_checkpoint` returns as soon as the state is copied. `remove_checkpoint`, which Lightning calls right after it has saved a
+    successor, deletes only when that successor is durable, and nothing if it fails. `teardown`, at the end of `fit`, waits for what
+    is pending and raises what failed; so does the next save. Call it yourself to wait after your own `trainer.save_checkpoint`.
+
+    Options are those of `AsyncCheckpointer`; there is one for each directory of checkpoints. `max_in_flight` is 2, for
+    `save_last=True` saves twice at a step: each save under way takes host memory of the size of the state. How many checkpoints to
+    keep is `ModelCheckpoint`'s business.
+
+    With several processes the first one saves its own copy of the state, as Lightning has it, and all of them load.
+
+    With `save_last="link"` Lightning sets the link at once: until the save is durable it points to nothing. Names of checkpoints
+    should differ from save to save (Lightning's do): what is not durable yet is not seen by its search for a free name.
+    """
+
+    def __init__(
+        self,
+        *,
+        when_busy: WhenBusy = "wait",
+        on_error: OnError = "raise",
+        writer: WriterKind = "process",
+        max_in_flight: int = 2,
+        max_host_bytes: int | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "when_busy": when_busy,
+            "on_error": on_error,
+            "writer": writer,
+            "max_in_flight": max_in_flight,
+            "max_host_bytes": max_host_bytes,
+            "sinks": tuple(sinks),
+            "staging": "blocking",  # a dict does not say whose tensors it holds
+        }
+        Options(root="", retention=None, max_shard_size="50GB", save_original_format=True, **self._options)
+        self.__setstate__(self._options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._options  # a spawned process starts with nothing pending
+
+    def __setstate__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._roots: list[str] = []  # those with a checkpointer of ours, the one used last at the end
+        self._handled_outside: BaseException | None = None  # what was being handled before the first of these saves
+        self._deleting = threading.Lock()  # one thread at a time deletes
+        self._lock = threading.Lock()
+        # guarded by _lock:
+        self._newest: SaveHandle | None = None
+        self._saves: dict[str, SaveHandle] = {}  # the newest of each path, since the last teardown
+        self._further_owners: Counter[str] = Counter()  # of paths that were chosen twice at one step
+        self._doomed: dict[str, _Doomed] = {}
+        self._going: set[str] = set()  # being deleted right now
+        _be_a_checkpoint_io(type(self))
+
+    # -- what Lightning calls
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Save `checkpoint` as the directory `path`, replacing what has the name; returns when all of it is copied.
+
+        Raises `PlanError` naming the key of what is no data, before anything is touched, and else what
+        `AsyncCheckpointer.save` raises.
+        """
+        if storage_options is not None:
+            raise TypeError("storage_options are not supported: checkpoints are saved to local directories")
+        target = _local(path)
+        if target is None:
+            raise PlanError(f"{os.fspath(path)!r} is not on a mounted file system; save to a local directory")
+        weights, rest = values.pack(checkpoint)
+        step = checkpoint.get("global_step") if isinstance(checkpoint, Mapping) else None
+        objects = Objects(tensors=weights, extra={_EXTRA: rest}, dialect=Own(), of_every_rank=False)
+        root, directory = os.path.split(target)
+        checkpointer = self._checkpointer(root)
+        self._spare(target)
+        aside = _move_aside(target)
+        try:
+            handle = checkpointer.save_as(directory, step if type(step) is int and step >= 0 else None, objects)
+        except BaseException:
+            if aside is not None:
+                os.rename(aside, target)
+            raise
+        self._note(target, handle, aside)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The dict that was saved as `path`: a directory of ours (see `read_checkpoint`), else whatever Lightning itself loads."""
+        target = _local(path)
+        if target is not None:
+            try:
+                _wait_for(target)
+            finally:
+                _meet()
+            if _is_ours(target):
+                return read_checkpoint(target, map_location)
+            if os.path.islink(target) and not os.path.exists(target):
+                raise FileNotFoundError(
+                    f"{target}: links to {os.path.realpath(target)}, which was not saved completely; "
+                    f"vembed_async_ckpt.latest({os.path.dirname(target)!r}) is the newest checkpoint that was"
+                )
+        further = {} if weights_only is None else {"weights_only": weights_only}
+        return _stock().load_checkpoint(path, map_location=map_location, **further)  # type: ignore[no-any-return]
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Delete the checkpoint `path`, but not before the save made last is durable, and not at all if that fails."""
+        target = _local(path)
+        if target is None:
+            _stock().remove_checkpoint(path)
+            return
+        if _is_ours(target):
+            self._checkpointer(os.path.dirname(target))  # only who holds the lock of the directory deletes in it
+        with self._lock:
+            if self._further_owners[target]:
+                self._further_owners[target] -= 1  # two callbacks chose the name, one still needs it
+                return
+            after = self._newest
+            self._doomed[target] = _Doomed(after)
+        if after is None:
+            self._settle()
+        else:
+            self._settle_after(after)
+
+    def teardown(self) -> None:
+        """Wait until everything is durable and what is to be deleted is deleted. May be called again.
+
+        Raises what failed; but when an exception has ended the training, that stays the one, and what failed is logged.
+        """
+        ended_by = sys.exc_info()[1]
+        try:
+            self._drain()
+        except Exception:
+            if ended_by is None or ended_by is self._handled_outside:
+                raise
+            logger.exception("saves failed while another exception ended the training")
+
+    def _drain(self) -> None:
+        roots, self._roots = self._roots, []
+        _BUSY.discard(self)
+        try:
+            for checkpointer in filter(None, map(open_at, roots)):
+                checkpointer.wait(EXIT_DEADLINE)
+            self._settle()
+        finally:
+            with self._lock:
+                self._saves.clear()
+            close_shared(roots=roots)
+
+    # -- bookkeeping
+
+    def _checkpointer(self, root: str) -> AsyncCheckpointer:
+        if not self._roots:
+            self._handled_outside = sys.exc_info()[1]
+            _BUSY.add(self)
+        if root in self._roots:
+            self._roots.remove(root)
+        self._roots.append(root)
+        if len(self._roots) > _MAX_ROOTS:  # a metric's name with a slash makes a directory of its own for every save
+            close_shared(roots=[self._roots.pop(0)])
+        return shared(root, self._options)
+
+    def _spare(self, target: str) -> None:
+        """Nothing deletes `target` from now on."""
+        with self._lock:
+            self._doomed.pop(target, None)
+            going = target in self._going
+        if going:
+            with self._deleting:
+                pass
+
+    def _note(self, target: str, handle: SaveHandle, aside: str | None) -> None:
+        with self._lock:
+            before = self._saves.get(target)
+            if before is not None and before.step is not None and before.step == handle.step:
+                self._further_owners[target] += 1
+            self._newest = handle
+            if handle.state is not SaveState.SKIPPED:
+                self._saves[target] = handle
+            if aside is not None:
+                self._doomed[aside] = _Doomed(handle, target)
+        if aside is not None:
+            self._settle_after(handle)
+
+    def _settle_after(self, handle: SaveHandle) -> None:
+        if handle.done():
+            self._settle()
+        else:
+            handle.add_done_callback(lambda _: self._settle())
+
+    def _settle(self) -> None:
+        """Do with the doomed what the ends of the saves that they waited for say."""
+        with self._deleting:
+            with self._lock:
+                due = {path: doom for path, doom in self._doomed.items() if doom.after is None or doom.after.done()}
+                for path in due:
+                    del self._doomed[path]
+                self._going.update(due)
+            try:
+                for path, doom in due.items():
+                    self._judge(path, doom)
+            finally:
+                with self._lock:
+                    self._going.clear()
+
+    def _judge(self, path: str, doom: _Doomed) -> None:
+        try:
+            if doom.after is None or doom.after.state is SaveState.COMMITTED:
+                _delete(path)
+            elif doom.home is None:
+                logger.warning("%s stays: the save that was to make it superfluous failed", path)
+            else:
+                self._put_back(path, doom.home, doom.after)
+        except OSError as error:
+            logger.warning("%s could not be deleted: %s", path, error)
+
+    def _put_back(self, path: str, home: str, failed: SaveHandle) -> None:
+        with self._lock:
+            newer = self._saves.get(home)
+            if newer is not None and newer is not failed:
+                self._doomed[path] = _Doomed(newer, home)  # whose way it must not be in either
+                newer.add_done_callback(lambda _: self._settle())
+            elif not os.path.lexists(home):
+                os.rename(path, home)
+
+    def _wait_for(self, target: str) -> None:
+        with self._lock:
+            handle = self._saves.get(target)
+        if handle is None:
+            return
+        try:
+            handle.result()
+        except CheckpointError:
+            with self._lock:
+                if self._saves.get(target) is handle:
+                    del self._saves[target]  # said once; then what the path held before may be loaded
+            raise
+
+
+# -- reading
+
+
+def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """The dict that Lightning saved as the directory `path`, without a Trainer. Waits for a save of it that is still under way.
+
+    `map_location` as `torch.load` has it; every tensor comes from "cpu". `torch.save(read_checkpoint(path), "stock.ckpt")` makes
+    a file of the directory that Lightning opens without this plugin.
+
+    Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` for a checkpoint that Lightning did not save.
+    """
+    target = os.path.realpath(_local(path) or path)
+    _wait_for(target)
+    weights, restored = restore.read(target)
+    if not isinstance(restored.extra, dict) or _EXTRA not in restored.extra:
+        raise CheckpointError(f"{target}: was not saved by Lightning; use vembed_async_ckpt.load")
+    mover = _Mover(map_location)
+    return values.unpack(restored.extra[_EXTRA], weights, mover.move)  # type: ignore[no-any-return]
+
+
+def load_from_checkpoint(
+    module: type[Module], path: str | os.PathLike[str], map_location: Any = None, **arguments: Any
+) -> Module:
+    """`module.load_from_checkpoint(path, map_location, **arguments)` for a directory of ours too.
+
+    Lightning's own method opens the path as a file, whatever the plugin. This one hands it the file's bytes, so the state is in
+    memory twice; where that is too much, make the module yourself and call `vembed_async_ckpt.load(path, model=module)`.
+    """
+    load: Any = module.load_from_checkpoint  # type: ignore[attr-defined]
+    if not _is_ours(path):
+        return load(path, map_location=map_location, **arguments)  # type: ignore[no-any-return]
+    file = io.BytesIO()
+    torch.save(read_checkpoint(path), file)
+    file.seek(0)
+    if "weights_only" in inspect.signature(load).parameters:
+        arguments["weights_only"] = False  # the pickle was made here and now
+    return load(file, map_location=map_location, **arguments)  # type: ignore[no-any-return]
+
+
+class _Mover:
+    """`map_location` of torch.load, for tensors that are on the CPU."""
+
+    def __init__(self, map_location: Any) -> None:
+        if isinstance(map_location, Mapping):
+            map_location = map_location.get("cpu", "cpu")
+        self._where = "cpu" if map_location is None else map_location
+
+    def move(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not callable(self._where):
+            return tensor.to(self._where)
+        storage = self._where(tensor.untyped_storage(), "cpu")
+        if storage is None or storage.device == tensor.device:
+            return tensor
+        moved = torch.empty(0, dtype=tensor.dtype, device=storage.device)
+        return moved.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _wait_for(target: str) -> None:
+    """A save of `target` that this process, or the writer of a dead one, is still at is over. Raises what it failed with."""
+    target = os.path.realpath(target)
+    for plugin in list(_BUSY):
+        plugin._wait_for(target)
+    wait_for_orphan(os.path.dirname(target))
+
+
+def _meet() -> None:
+    """Lightning loads on every rank, but only the first knows what is still being saved."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+# -- files and directories
+
+
+def _local(path: str | os.PathLike[str]) -> str | None:
+    """The absolute path, links in its parents resolved, in itself not; None if it is a URL of another machine.
+
+    Raises `PlanError` for what cannot be the directory of a checkpoint.
+    """
+    text = os.fspath(path)
+    scheme, separator, rest = text.partition("://")
+    if separator:
+        if scheme not in ("file", "local"):
+            return None
+        text = rest
+    parent, name = os.path.split(os.path.abspath(text))
+    if not name or name == names.WORK:
+        raise PlanError(f"path is {os.fspath(path)!r}, which cannot be the directory of a checkpoint; name another one")
+    return os.path.join(os.path.realpath(parent), name)
+
+
+def _is_ours(path: str | os.PathLike[str]) -> bool:
+    return os.path.lexists(os.path.join(os.path.realpath(_local(path) or path), names.MANIFEST))
+
+
+def _move_aside(target: str) -> str | None:
+    """Give way to a directory: a stock file or a link is renamed, so that "last" still finds it; returns its new path."""
+    if not os.path.islink(target) and not os.path.isfile(target):
+        return None
+    stem, extension = os.path.splitext(target)
+    number = 0
+    while os.path.lexists(aside := f"{stem}-replaced{number or ''}{extension}"):
+        number += 1
+    os.rename(target, aside)
+    return aside
+
+
+def _delete(path: str) -> None:
+    if os.path.islink(path) or os.path.isfile(path):
+        os.unlink(path)
+    elif not os.path.isdir(path):
+        return
+    elif not _is_ours(path):
+        shutil.rmtree(path)  # as Lightning's own plugin does with what another one wrote
+    else:
+        _discard(path)
+
+
+def _discard(path: str) -> None:
+    root, name = os.path.split(path)
+    try:
+        manifest = manifests.read(path)
+    except CorruptCheckpoint as error:
+        logger.warning("%s stays: nothing proves that it is ours to delete (%s)", path, error)
+        return
+    if removal.in_use(path):
+        logger.warning("%s stays: somebody is reading it", path)
+        return
+    removal.discard(LocalFilesystem(), root, name, manifest.save_id)
+
+
+# -- Lightning
+
+
+def _be_a_checkpoint_io(plugin: type) -> None:
+    """Let Lightning's `isinstance(plugin, CheckpointIO)` be true, in whichever of its two packages are loaded; nothing is loaded
+    here unless neither is."""
+    module = "plugins.io.checkpoint_io"
+    loaded = [sys.modules[f"{p}.{module}"] for p in values.PACKAGES if f"{p}.{module}" in sys.modules]
+    for found in loaded or [values.fabric(module)]:
+        if found is not None:
+            found.CheckpointIO.register(plugin)
+
+
+def _stock() -> Any:
+    torch_io = values.fabric("plugins.io.torch_io")
+    if torch_io is None:
+        raise CheckpointError("Lightning is not installed: only directories of ours can be read")
+    return torch_io.TorchCheckpointIO()
+
+
+if any(package in sys.modules for package in values.PACKAGES):
+    _be_a_checkpoint_io(VembedCheckpointIO)  # for command lines that check the class before they make one
+
+
+def _forget_in_child() -> None:
+    """In a forked child nothing is pending: that is the parent's business."""
+    for plugin in list(_BUSY):
+        plugin.__setstate__(plugin.__getstate__())
+    _BUSY.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+@atexit.register
+def _tear_down_at_exit() -> None:
+    for plugin in list(_BUSY):
+        try:
+            plugin.teardown()
+        except Exception as error:  # every plugin gets its turn
+            print(f"vembed_async_ckpt: at exit: {type(error).__name__}: {error}", file=sys.stderr)

@@ -1,0 +1,132 @@
+"""Trainer's `save_total_limit`, for checkpoints of ours and for those that Trainer wrote before us.
+
+What goes: a `checkpoint-N` with a manifest of ours, and one without whose `trainer_state.json` says that it is Trainer's own
+checkpoint of that very step. Every other `checkpoint-*` is somebody's own directory: neither counted nor deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import threading
+import uuid
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from .._store import names
+from .._store.catalog import Committed
+from .._store.fs import INSTEAD, Filesystem, LocalFilesystem
+from .._store.manifest import Manifest
+from .._store.retention import Policy
+from .._writer.removal import prune
+from ..events import logger
+
+_OF_A_STEP = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen(Policy):
+    """Keep these and no others."""
+
+    save_ids: frozenset[str]
+
+    def keep(self, newest_first: Sequence[Manifest]) -> set[str]:
+        return set(self.save_ids)
+
+
+class Rotation:
+    """Deletes what is to go from one root, on a thread of its own. The root's lock must be held by this process."""
+
+    def __init__(self, root: str, limit: int | None, policy: Policy | None) -> None:
+        """`limit` as `save_total_limit` has it; a `policy` of ours, if there is one, decides instead, on our checkpoints alone."""
+        self._root = root
+        self._limit = limit if limit is not None and limit > 0 else None
+        self._policy = policy
+        self._fs: Filesystem = INSTEAD.get() or LocalFilesystem()
+        self._committed = Committed(root)
+        self._thread: threading.Thread | None = None
+
+    def start(self, protected: Collection[str], only: str | None = None) -> None:
+        """Begin to delete what neither rule nor `protected` (names of directories) keeps; the newest stays in any case.
+
+        `only`: at the end of a training with a limit of one, the name of the checkpoint that stays if it is there.
+        """
+        self.join()
+        if self._limit is None and self._policy is None:
+            return
+        self._thread = threading.Thread(
+            target=self._run, args=(frozenset(protected), only), name="vembed-ckpt-rotation", daemon=True
+        )
+        self._thread.start()
+
+    def join(self) -> None:
+        """Return when nothing is being deleted any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, protected: frozenset[str], only: str | None) -> None:
+        try:
+            self._rotate(protected, only)
+        except Exception as error:  # the next rotation takes it up again
+            logger.warning("%s: old checkpoints could not be deleted: %s: %s", self._root, type(error).__name__, error)
+
+    def _rotate(self, protected: frozenset[str], only: str | None) -> None:
+        committed = {
+            os.path.basename(path): (path, manifest)
+            for path, manifest in self._committed.refresh()
+            if _OF_A_STEP.fullmatch(os.path.basename(path))
+        }
+        if only in committed:
+            # `prune` never deletes the newest: the one that stays takes that place.
+            path, manifest = committed[only]
+            last = max(manifest.sequence for _, manifest in committed.values())
+            committed[only] = (path, dataclasses.replace(manifest, sequence=last + 1))
+        newest_first = sorted(committed, key=lambda name: committed[name][1].order, reverse=True)
+        older = _trainers_own(self._root, committed)
+        kept = self._kept([*newest_first, *older], protected, [committed[name][1] for name in newest_first])
+        if self._policy is None:
+            for name in older:
+                if name not in kept:
+                    self._remove(os.path.join(self._root, name))
+        chosen = _Chosen(frozenset(committed[name][1].save_id for name in newest_first if name in kept))
+        prune(self._fs, self._root, chosen, list(committed.values()))
+
+    def _kept(self, newest_first: Sequence[str], protected: frozenset[str], ours: Sequence[Manifest]) -> set[str]:
+        safe = {name for name in newest_first if name in protected} | set(newest_first[:1])
+        if self._policy is not None:
+            ids = self._policy.keep(ours)
+            return safe | {name for name, manifest in zip(newest_first, ours, strict=False) if manifest.save_id in ids}
+        assert self._limit is not None
+        others = [name for name in newest_first if name not in safe]
+        return safe | set(others[: max(self._limit - len(safe), 0)])
+
+    def _remove(self, directory: str) -> None:
+        # In one step out of sight: nobody resumes from a checkpoint that is half deleted.
+        trash = names.trash_directory(self._root, uuid.uuid4().hex)
+        self._fs.rename(directory, trash, "plain")
+        self._fs.sync_directory(self._root)
+        shutil.rmtree(trash)
+
+
+def _trainers_own(root: str, ours: Collection[str]) -> list[str]:
+    """Names of the checkpoints that Trainer itself wrote, latest step first. They are older than all of ours."""
+    with os.scandir(root) as entries:
+        found = [e.name for e in entries if e.name not in ours and e.is_dir(follow_symlinks=False)]
+    steps = {name: int(match[1]) for name in found if (match := _OF_A_STEP.fullmatch(name)) is not None}
+    own = [name for name, step in steps.items() if _is_trainers_own(os.path.join(root, name), step)]
+    return sorted(own, key=steps.__getitem__, reverse=True)
+
+
+def _is_trainers_own(directory: str, step: int) -> bool:
+    if os.path.lexists(os.path.join(directory, names.MANIFEST)):
+        return False  # ours, and broken: not to be touched
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.join(directory, names.TRAINER_STATE), encoding="utf-8") as file:
+            state: Any = json.load(file)
+        return isinstance(state, dict) and state.get("global_step") == step
+    return False

@@ -1,0 +1,435 @@
+"""transformers' Trainer: `class MyTrainer(AsyncCheckpointMixin, Trainer)` writes the checkpoints that Trainer writes, in the
+background.
+
+What stock Trainer does at once in `_save_checkpoint` is held back until the checkpoint is durable: `on_save`, the push to the hub,
+and the deletion of older ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, Trainer
+from transformers.training_args import ParallelMode
+from transformers.utils import is_peft_available, is_sagemaker_mp_enabled, is_torch_xla_available
+
+from .._engine.checkpointer import AsyncCheckpointer
+from .._engine.handle import SaveHandle, SaveState
+from .._request import dialect
+from .._request.model import unwrap
+from .._request.optimizer import unwrap as unwrap_optimizer
+from .._request.request import Objects
+from .._request.training_state import torch_save
+from .._store import names
+from .._store.lock import wait_for_orphan
+from ..errors import CheckpointerBusy, CheckpointError, PlanError
+from ..events import logger
+from . import trainer_state
+from .rotation import Rotation
+
+_PLACEHOLDER = "checkpoint-is-incomplete.txt"  # trainer_jit_checkpoint.py puts it where it is about to save
+_NEEDED = ("_save_checkpoint", "_maybe_log_save_evaluate", "_finalize_training", "_prepare_for_training")
+_WRITES = (
+    "_save_checkpoint", "save_model", "_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state",
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A checkpoint under way. `path` as Trainer spells it. `state`: Trainer's as it was at the call. `best_before`: the best
+    checkpoint but for this one. `announce`: whether `on_save` is due once it is durable."""
+
+    handle: SaveHandle
+    path: str
+    state: Any
+    best_before: str | None
+    announce: bool
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+
+@dataclass
+class _Run:
+    """One call of `train()`. `checkpointer` is None until there is something to save; `stock`: why Trainer saves by itself."""
+
+    checkpointer: AsyncCheckpointer | None = None
+    rotation: Rotation | None = None
+    stock: str | None = None
+    at_boundary: bool = False  # where Trainer logs, evaluates and saves after a step
+    holding_back: bool = False  # the `on_save` that Trainer is about to call there
+    saved: bool = False
+    ended: bool = False
+    pending: deque[_Pending] = field(default_factory=deque)
+    uploads: dict[str, Any] = field(default_factory=dict)
+    states: trainer_state.Renderer = field(default_factory=trainer_state.Renderer)
+
+
+class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
+    """Trainer's checkpoints without stopping the training: `class MyTrainer(AsyncCheckpointMixin, Trainer)`.
+
+    The same files appear in `{output_dir}/checkpoint-{global_step}`, all at once and durable. `on_save` and the push to the hub
+    follow on the training thread at the first step afterwards, or at the end of the training, with `state` as it was at the save;
+    not for a save that failed. `train()` returns when every checkpoint is on disk. Beside a trainer that has a `_save_checkpoint`
+    of its own, name the mixin last: `class MyTrainer(SFTTrainer, AsyncCheckpointMixin)`.
+
+    A save that fails is raised by the next one or at the end of `train()`, or only logged, with `on_error="warn"`: see
+    `async_checkpoint_options`. Where the state is not whole in this process (DeepSpeed, FSDP, XLA, SageMaker), in a hyperparameter
+    search, and for what `save()` refuses with `PlanError`, Trainer saves as it always did, after one warning.
+
+    `save_total_limit` counts our checkpoints and Trainer's own from before, and deletes only those; never the newest, the best, or
+    one whose `on_save` or upload is still due. `retention` among the options decides instead of it.
+    """
+
+    async_checkpoint_options: Mapping[str, Any] = MappingProxyType({})
+    """Keywords of `AsyncCheckpointer`, as a class attribute or set on the trainer before `train()`."""
+
+    _async_run: _Run | None = None  # while train() runs
+    state: Any
+    control: Any
+
+    def wait_for_checkpoints(self) -> None:
+        """Return when every checkpoint of this training is on disk and its `on_save` has been called."""
+        run = self._async_run
+        if run is not None and run.checkpointer is not None:
+            run.checkpointer.wait()
+            self._settle(run, len(run.pending))
+
+    # -- what Trainer calls
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            path = self.args.output_dir if resume_from_checkpoint is True else os.path.dirname(resume_from_checkpoint)
+            wait_for_orphan(os.path.realpath(path))  # what the writer of a dead training still commits is to be resumed
+        with self._running():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        run = self._async_run
+        if run is not None and run.checkpointer is not None and run.stock is None:
+            with self._falling_back(run):
+                self._prewarm(run.checkpointer)
+        return prepared
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        run = self._async_run
+        if run is None or run.stock is not None:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            return
+        on_save = self.callback_handler.on_save
+
+        def held_back(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if not run.holding_back:
+                return on_save(args, state, control, **kwargs)
+            control.should_save = False
+            return control
+
+        run.at_boundary, run.holding_back = True, False
+        try:
+            with _replaced(self.callback_handler, "on_save", held_back):
+                super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            run.at_boundary = False
+        self._settle(run, self._ended_everywhere(run))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._async_run is None:
+            with self._running():
+                self._save_checkpoint(model, trial)
+            return
+        run = self._async_run
+        if run.stock is None:
+            with self._falling_back(run):
+                self._save_in_background(run)
+                return
+        self.wait_for_checkpoints()
+        super()._save_checkpoint(model, trial)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        run = self._async_run
+        if run is None or run.stock is not None:
+            return super()._finalize_training(*args, **kwargs)
+        self.wait_for_checkpoints()
+        run.ended = True
+        self._rotate(run)
+        # Trainer would now delete whatever begins like a checkpoint: with a limit of one, all but the best.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        on_train_end = self.callback_handler.on_train_end
+
+        def restored(*args: Any, **kwargs: Any) -> Any:
+            self.args.save_total_limit = limit
+            return on_train_end(*args, **kwargs)
+
+        try:
+            with _replaced(self.callback_handler, "on_train_end", restored):
+                return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_best_model(self) -> None:
+        self.wait_for_checkpoints()
+        super()._load_best_model()
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        self.wait_for_checkpoints()
+        return super().push_to_hub(*args, **kwargs)
+
+    # -- a training
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        run = self._async_run = _Run(stock=self._why_stock())
+        try:
+            if run.stock is not None:
+                self._say_why_stock(run.stock)
+            elif self.args.save_strategy != "no":
+                with self._falling_back(run):
+                    self._checkpointer_of(run)
+            with contextlib.ExitStack() as stack:
+                stack.push(lambda *error: None if run.checkpointer is None else run.checkpointer.__exit__(*error))
+                stack.callback(lambda: None if run.rotation is None else run.rotation.join())
+                yield
+                self.wait_for_checkpoints()
+                if run.stock is None:
+                    self._rotate(run)  # what was being uploaded
+        finally:
+            self._async_run = None
+
+    def _checkpointer_of(self, run: _Run) -> AsyncCheckpointer:
+        if run.checkpointer is None:
+            options = dict(self.async_checkpoint_options)
+            policy = options.pop("retention", None)
+            if policy is not None and self.args.save_total_limit:
+                raise ValueError("save_total_limit and the option retention both say what to keep; use one of them")
+            try:
+                run.checkpointer = AsyncCheckpointer(self.args.output_dir, **options)
+            except CheckpointerBusy:
+                raise
+            except CheckpointError as error:  # no Linux, or no locks
+                raise PlanError(str(error)) from error
+            if self.args.should_save:
+                run.rotation = Rotation(os.fspath(run.checkpointer.root), self.args.save_total_limit, policy)
+        return run.checkpointer
+
+    def _prewarm(self, checkpointer: AsyncCheckpointer) -> None:
+        if self._has_save_pretrained():
+            checkpointer.prewarm(
+                model=self.model, optimizer=None if self.args.save_only_model else unwrap_optimizer(self.optimizer)
+            )
+
+    def _why_stock(self) -> str | None:
+        """Why Trainer must save by itself, the same on every rank; None if it need not."""
+        accelerator, args = self.accelerator, self.args
+        kind = str(getattr(accelerator, "distributed_type", "NO")).rpartition(".")[2]
+        missing = [name for name in _NEEDED if not hasattr(Trainer, name)]
+        if missing:
+            return f"transformers {transformers.__version__} has no Trainer.{missing[0]}"
+        if self.hp_search_backend is not None:
+            return "the trials of a hyperparameter search have directories of their own"
+        if is_torch_xla_available() or is_sagemaker_mp_enabled():
+            return "XLA and SageMaker write their own files"
+        sharded = (getattr(self, f"is_{name}_enabled", False) for name in ("fsdp", "fsdp_xla", "deepspeed"))
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") or any(sharded):
+            return f"states sharded by {kind} cannot be saved yet"
+        if getattr(accelerator, "parallelism_config", None) is not None:
+            return "states sharded by a parallelism_config cannot be saved yet"
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            return "models sharded at load time cannot be saved yet"
+        if args.device.type not in ("cpu", "cuda"):
+            return f"random states of {args.device.type} devices cannot be saved yet"
+        if args.save_on_each_node and args.world_size > 1:
+            return "save_on_each_node needs one writer for each node"
+        if not self._has_save_pretrained() and isinstance(unwrap(self.model), _supported()):
+            return f"the model given to it is wrapped in a {type(self.model).__qualname__}"
+        return self._overridden()
+
+    def _overridden(self) -> str | None:
+        below = type(self).__mro__[type(self).__mro__.index(AsyncCheckpointMixin) + 1 :]
+        for name in _WRITES:
+            # A `_save_checkpoint` that comes before ours in the order calls ours.
+            classes = below if name == "_save_checkpoint" else type(self).__mro__
+            owner = next(cls for cls in classes if name in vars(cls))
+            if owner is not Trainer or name in vars(self):
+                hint = "; name AsyncCheckpointMixin after it among the bases" if name == "_save_checkpoint" else ""
+                return f"{owner.__qualname__}.{name} is not Trainer's{hint}"
+        return None
+
+    def _has_save_pretrained(self) -> bool:
+        """Whether Trainer would use the model's `save_pretrained`, and not its plain state_dict."""
+        return isinstance(self.model, _supported())
+
+    @contextlib.contextmanager
+    def _falling_back(self, run: _Run) -> Iterator[None]:
+        """From what cannot be saved in the background on, Trainer saves by itself: rather a slow checkpoint than none."""
+        try:
+            yield
+        except PlanError as error:
+            if self.args.world_size > 1:
+                raise  # the other ranks know nothing of it
+            self._say_why_stock(str(error))
+            run.stock = str(error)
+
+    def _say_why_stock(self, reason: str) -> None:
+        logger.warning("Trainer saves checkpoints by itself, while training waits: %s", reason)
+
+    # -- a save
+
+    def _save_in_background(self, run: _Run) -> None:
+        checkpointer = self._checkpointer_of(run)
+        if not run.at_boundary:  # asked for by a callback that wants it now, before the process is killed perhaps
+            self.wait_for_checkpoints()
+        if run.rotation is not None:
+            run.rotation.join()  # else it might delete the directory of the same name that this save is about to replace
+        self.store_flos()
+        state = self._state_to_save(run)
+        path = os.path.join(self.args.output_dir, names.checkpoint(state.global_step))
+        _remove_placeholder(path)
+        handle = checkpointer.save_as(os.path.basename(path), state.global_step, self._objects(run, state))
+        best_before = self.state.best_model_checkpoint
+        self.state.best_model_checkpoint = state.best_model_checkpoint
+        self.state.stateful_callbacks = state.stateful_callbacks
+        run.pending.append(_Pending(handle, path, state, best_before, run.at_boundary))
+        run.holding_back = run.at_boundary
+        if not run.at_boundary:
+            self._save_now(run, handle)
+        elif callable(getattr(unwrap_optimizer(self.optimizer), "eval", None)):
+            self._raise_or_leave(lambda: handle.wait_staged())  # it swaps the weights between steps
+
+    def _save_now(self, run: _Run, handle: SaveHandle) -> None:
+        try:
+            self._raise_or_leave(lambda: handle.result())
+        finally:
+            self.wait_for_checkpoints()
+
+    def _raise_or_leave(self, wait: Callable[[], Any]) -> None:
+        try:
+            wait()
+        except CheckpointError:
+            if self.async_checkpoint_options.get("on_error") != "warn":
+                raise
+
+    def _state_to_save(self, run: _Run) -> Any:
+        """Trainer's state as Trainer would write it now."""
+        state = trainer_state.snapshot(self.state, [*self.callback_handler.callbacks, self.control])
+        if self.args.save_strategy != "no" and state.best_global_step:
+            best = os.path.join(self.args.output_dir, names.checkpoint(state.best_global_step))
+            under_way = {pending.path for pending in run.pending}
+            if state.best_global_step == state.global_step or best in under_way or os.path.isdir(best):
+                state.best_model_checkpoint = best
+        return state
+
+    def _objects(self, run: _Run, state: Any) -> Objects:
+        args, collator = self.args, self.data_collator
+        files: dict[str, bytes] = {}
+        if args.should_save:
+            files[names.TRAINER_STATE] = run.states.render(state)
+            files[names.TRAINING_ARGUMENTS] = torch_save(args)
+        processor = self.processing_class
+        whole = not args.save_only_model
+        device = torch.cuda.current_device() if self.args.device.type == "cuda" else 0
+        return Objects(
+            model=self.model if self._has_save_pretrained() else None,
+            state_dicts=None if self._has_save_pretrained() else self.model,
+            optimizer=self.optimizer if whole else None,
+            scheduler=self.lr_scheduler if whole else None,
+            scaler=getattr(self.accelerator, "scaler", None) if whole else None,
+            processor=getattr(collator, "tokenizer", None) if processor is None else processor,
+            metrics=trainer_state.metrics(state),
+            files=files,
+            dialect=dialect.Trainer(None if args.parallel_mode == ParallelMode.DISTRIBUTED else device, random=whole),
+            of_every_rank=whole,
+        )
+
+    # -- after a save
+
+    def _ended_everywhere(self, run: _Run) -> int:
+        """How many of the pending saves, from the first on, are over on all ranks: callbacks must meet at the same step."""
+        ended = next((n for n, save in enumerate(run.pending) if not save.handle.done()), len(run.pending))
+        if self.args.world_size == 1 or not run.pending:
+            return ended
+        least = torch.tensor(ended, device=self.args.device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        return int(least)
+
+    def _settle(self, run: _Run, count: int) -> None:
+        """Do what was held back for the first `count` saves, which are over, in their order."""
+        last = run.pending[count - 1] if count else None
+        while last in run.pending:  # a callback may have waited for all of them
+            save = run.pending.popleft()
+            if save.handle.state is SaveState.COMMITTED:
+                self._deliver(run, save)
+            else:
+                self._withdraw(run, save)
+
+    def _deliver(self, run: _Run, save: _Pending) -> None:
+        run.saved = True
+        now, self.state = self.state, save.state
+        wanted = self.control.should_save
+        try:
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(save.path)
+                upload = getattr(self, "push_in_progress", None)
+                if upload is not None and not upload.is_done():
+                    run.uploads[save.name] = upload
+            self._rotate(run, save, now.best_model_checkpoint)
+            if save.announce:
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        finally:
+            self.state = now
+            self.control.should_save = wanted  # of the step that training is at
+
+    def _withdraw(self, run: _Run, save: _Pending) -> None:
+        """A save that failed is nobody's best checkpoint: that is the one before it."""
+        for later in run.pending:
+            if later.best_before == save.path:
+                later.best_before = save.best_before
+        if self.state.best_model_checkpoint == save.path:
+            self.state.best_model_checkpoint = save.best_before
+
+    def _rotate(self, run: _Run, save: _Pending | None = None, best: str | None = None) -> None:
+        run.uploads = {name: upload for name, upload in run.uploads.items() if not upload.is_done()}
+        best = self.state.best_model_checkpoint if best is None else best
+        protected = {best, *(path for pending in run.pending for path in (pending.path, pending.best_before))}
+        if save is not None:
+            protected |= {save.path, save.state.best_model_checkpoint}
+        only = os.path.basename(best) if best is not None and run.ended and self.args.save_total_limit == 1 else None
+        if run.rotation is not None and (run.saved or only is not None):
+            run.rotation.start({*run.uploads, *(os.path.basename(path) for path in protected if path)}, only)
+
+
+def _supported() -> tuple[type, ...]:
+    if not is_peft_available():
+        return (PreTrainedModel,)
+    from peft import PeftModel
+
+    return (PreTrainedModel, PeftModel)
+
+
+@contextlib.contextmanager
+def _replaced(handler: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Let `handler.name` be `function` for a while."""
+    before = vars(handler).get(name)
+    setattr(handler, name, function)
+    try:
+        yield
+    finally:
+        delattr(handler, name)
+        if before is not None:
+            setattr(handler, name, before)
+
+
+def _remove_placeholder(directory: str) -> None:
+    """Take away what a just-in-time checkpoint puts in place beforehand: until the commit there is no such directory."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(directory, _PLACEHOLDER))
+        os.rmdir(directory)

@@ -1,0 +1,598 @@
+"""Disks that fail on purpose, for tests of what your training does when its disk does.
+
+    disk = PowerCutFilesystem(root)
+    with use_filesystem(disk):
+        checkpointer = AsyncCheckpointer(root, writer="thread", retention=KeepLast(2))
+    checkpointer.save(1, model=model).result()
+    disk.after(9)                                               # the power fails at the ninth call from now
+    assert checkpointer.save(2, model=model).exception() is not None
+    checkpointer.close()
+    latest(disk.image(tmp_path / "reboot"))                     # checkpoint-1 or checkpoint-2, whole
+
+`FailingFilesystem` is a disk that is full, broken or read-only for a while: then see what your callbacks and your retention do.
+Both reach `writer="thread"` only; a writer process has its own, real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from ._store.fs import INSTEAD, Filesystem, LocalFilesystem, RenameMode, read_regular
+
+__all__ = [
+    "use_filesystem",
+    "PowerCutFilesystem",
+    "FailingFilesystem",
+    "Change",
+    "Fate",
+    "lost",
+    "kept",
+    "names_only",
+    "at_random",
+    "Filesystem",
+    "LocalFilesystem",
+]
+
+_Result = TypeVar("_Result")
+_SECTOR = 512  # what a disk writes wholly or not at all
+
+
+@contextlib.contextmanager
+def use_filesystem(filesystem: Filesystem) -> Iterator[None]:
+    """Checkpointers made inside the block write through `filesystem`, for all of their life.
+
+    They must have `writer="thread"`; another one is refused (ValueError).
+    """
+    token = INSTEAD.set(filesystem)
+    try:
+        yield
+    finally:
+        INSTEAD.reset(token)
+
+
+# -- power
+
+Fate = Literal["lost", "kept", "torn", "zero", "half"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that was done to the disk and not synced yet: by which of all calls, and to which path below the root."""
+
+    number: int
+    call: str
+    path: str
+
+
+Choose = Callable[[Change], Fate]
+
+
+def lost(change: Change) -> Fate:
+    """Nothing that was not synced reached the disk."""
+    return "lost"
+
+
+def kept(change: Change) -> Fate:
+    """All of it did, though nobody asked."""
+    return "kept"
+
+
+def names_only(change: Change) -> Fate:
+    """Names and sizes did, the data did not: files full of zeros."""
+    return "zero" if change.call == "write" else "kept"
+
+
+def at_random(seed: int) -> Choose:
+    """Each change has a fate of its own."""
+    dice = random.Random(seed)
+
+    def choose(change: Change) -> Fate:
+        fates: dict[str, tuple[Fate, ...]] = {
+            "write": ("lost", "kept", "torn", "zero"),
+            "rename": ("lost", "kept", "half"),
+        }
+        return dice.choice(fates.get(change.call, ("lost", "kept")))
+
+    return choose
+
+
+@dataclass(frozen=True)
+class _Write:
+    change: Change
+    offset: int
+    data: bytes | None  # None: the size was set to `offset`
+
+    def apply(self, content: bytearray, fate: Fate) -> None:
+        if self.data is None:
+            if fate != "lost":
+                del content[self.offset :]
+                content.extend(bytes(self.offset - len(content)))
+            return
+        data = self.data
+        if fate == "torn":
+            data = data[: len(data) // 2 // _SECTOR * _SECTOR]
+        elif fate == "zero":
+            data = bytes(len(data))
+        if fate != "lost":
+            content.extend(bytes(max(self.offset - len(content), 0)))
+            content[self.offset : self.offset + len(data)] = data
+
+
+@dataclass(eq=False)
+class _File:
+    synced: bytes = b""
+    unsynced: list[_Write] = field(default_factory=list)
+
+    def content(self, choose: Choose = kept) -> bytes:
+        content = bytearray(self.synced)
+        for write in self.unsynced:
+            write.apply(content, choose(write.change))
+        return bytes(content)
+
+
+@dataclass(frozen=True, eq=False)
+class _Symlink:
+    text: str
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One name of one directory now means `node`, or nothing. `needs`: the other half without which this one never lasts."""
+
+    change: Change
+    order: int
+    directory: _Directory
+    name: str
+    node: _Node | None
+    needs: _Entry | None = None
+
+
+@dataclass(eq=False)
+class _Directory:
+    synced: dict[str, tuple[int, _Node]] = field(default_factory=dict)  # when it came there, and what it is
+    live: dict[str, _Node] = field(default_factory=dict)
+    unsynced: list[_Entry] = field(default_factory=list)
+
+    def settle(self, entry: _Entry) -> None:
+        """The change `entry` is on the disk, and with it what it cannot be without."""
+        if entry not in self.unsynced:
+            return
+        if entry.node is None:
+            self.synced.pop(entry.name, None)
+        else:
+            self.synced[entry.name] = (entry.order, entry.node)
+        at = self.unsynced.index(entry)
+        self.unsynced = [e for n, e in enumerate(self.unsynced) if n > at or e.name != entry.name]
+        if entry.needs is not None:
+            entry.needs.directory.settle(entry.needs)
+
+
+_Node = _File | _Directory | _Symlink
+
+
+class _Image:
+    """One crash state: every directory's entries by the fates chosen."""
+
+    def __init__(self, nodes: list[_Node], choose: Choose) -> None:
+        self._choose = choose
+        self._fates: dict[Change, Fate] = {}
+        self._entries = {node: self._entries_of(node) for node in nodes if isinstance(node, _Directory)}
+        # Of the names of one directory only the last can be.
+        self._last: dict[_Node, int] = {}
+        for entries in self._entries.values():
+            for order, node in entries.values():
+                self._last[node] = max(self._last.get(node, -1), order)
+        self._written: dict[_File, Path] = {}
+
+    def _fate(self, change: Change) -> Fate:
+        if change not in self._fates:
+            self._fates[change] = self._choose(change)
+        return self._fates[change]
+
+    def _entries_of(self, directory: _Directory) -> dict[str, tuple[int, _Node]]:
+        entries = dict(directory.synced)
+        for entry in directory.unsynced:
+            fate = self._fate(entry.change)
+            if fate == "lost" or (fate == "half" and entry.node is None):
+                continue
+            if entry.node is None:
+                entries.pop(entry.name, None)
+            else:
+                entries[entry.name] = (entry.order, entry.node)
+        return entries
+
+    def lay_out(self, path: Path, directory: _Directory) -> None:
+        path.mkdir()
+        for name, (order, node) in self._entries[directory].items():
+            inner = path / name
+            if isinstance(node, _Directory):
+                if self._last[node] == order:
+                    self.lay_out(inner, node)
+            elif isinstance(node, _Symlink):
+                inner.symlink_to(node.text)
+            elif node in self._written:
+                inner.hardlink_to(self._written[node])
+            else:
+                inner.write_bytes(node.content(self._fate))
+                self._written[node] = inner
+
+
+class PowerCutFilesystem(LocalFilesystem):
+    """A disk that remembers what was synced, and can be looked at as a power cut would leave it.
+
+    Everything is done to the real directory `root` at once. `image` lays out elsewhere what may be found after the power is back:
+    what was synced is there; of the rest any part may be, for file systems persist in whatever order they like. Data that was not
+    synced is lost, torn or zero, a name that was not synced is not there, or still there. A rename may be undone; for a file it
+    may be half done: both names. A directory is never under two names, nor under none, and an exchange is never half done.
+
+    What was not made through it counts as synced. Contents are kept in memory: it is for small checkpoints. Modes and times are
+    not followed. All methods are thread-safe.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = os.path.realpath(root)
+        self.calls = 0
+        self._lock = threading.RLock()
+        self._left: int | None = None
+        self._off = False
+        self._order = 0
+        self._top = _Directory()
+        self._files: dict[int, tuple[str, _File]] = {}  # by descriptor
+
+    # -- cutting
+
+    def after(self, calls: int) -> None:
+        """The power fails at call number `calls` from now: it is not done, and it and all later ones raise OSError(EIO)."""
+        with self._lock:
+            self._left = calls
+
+    def cut(self) -> None:
+        """The power fails now."""
+        with self._lock:
+            self._off = True
+
+    @property
+    def off(self) -> bool:
+        """Whether the power has failed."""
+        return self._off
+
+    @property
+    def unsynced(self) -> list[Change]:
+        """What a power cut could undo at this moment."""
+        with self._lock:
+            self._look_around(self._top, self.root)
+            found: dict[Change, None] = {}
+            for node in self._nodes():
+                if isinstance(node, _File):
+                    found.update((write.change, None) for write in node.unsynced)
+                elif isinstance(node, _Directory):
+                    found.update((entry.change, None) for entry in node.unsynced)
+            return list(found)
+
+    def image(self, target: str | os.PathLike[str], choose: Choose = lost) -> Path:
+        """Lay out in `target`, a directory to be made, the root as it may be found if the power fails (or failed) now.
+
+        `choose` decides what became of each change that was not synced; it is asked once for each. A fate that makes no sense for
+        a change counts as kept.
+        """
+        with self._lock:
+            self._look_around(self._top, self.root)
+            _Image(self._nodes(), choose).lay_out(Path(target), self._top)
+            return Path(target)
+
+    def forget(self, fd: int) -> None:
+        """A sync of `fd` failed: what it should have saved counts as saved from now on, as on Linux, and never reaches the disk."""
+        with self._lock:
+            self._files[fd][1].unsynced.clear()
+
+    def _nodes(self) -> list[_Node]:
+        """Every node that a crash could still show."""
+        found: dict[_Node, None] = {}
+
+        def visit(node: _Node) -> None:
+            if node in found:
+                return
+            found[node] = None
+            if isinstance(node, _Directory):
+                for inner in (*node.live.values(), *(n for _, n in node.synced.values())):
+                    visit(inner)
+                for entry in node.unsynced:
+                    if entry.node is not None:
+                        visit(entry.node)
+
+        visit(self._top)
+        return list(found)
+
+    # -- the tree
+
+    def _look_around(self, directory: _Directory, path: str) -> None:
+        """Take in what somebody else made; it counts as synced."""
+        if not os.path.isdir(path):
+            return
+        for name in os.listdir(path):
+            inner = os.path.join(path, name)
+            node = directory.live.get(name) or self._adopt(directory, name, inner)
+            if isinstance(node, _Directory):
+                self._look_around(node, inner)
+
+    def _adopt(self, directory: _Directory, name: str, path: str) -> _Node:
+        node: _Node
+        if os.path.islink(path):
+            node = _Symlink(os.readlink(path))
+        elif os.path.isdir(path):
+            node = _Directory()
+        else:
+            node = _File(read_regular(path))
+        directory.live[name] = node
+        directory.synced[name] = (0, node)
+        return node
+
+    def _directory(self, path: str) -> _Directory:
+        if path == self.root:
+            return self._top
+        node = self._node(path)
+        if not isinstance(node, _Directory):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        return node
+
+    def _node(self, path: str) -> _Node:
+        """What is at `path`; raises OSError as the system does if nothing is."""
+        parent, name = os.path.split(path)
+        directory = self._directory(parent)
+        return directory.live.get(name) or self._adopt(directory, name, path)
+
+    def _relative(self, path: str) -> str:
+        relative = os.path.relpath(path, self.root)
+        if relative.startswith(".."):
+            raise ValueError(f"{path} is outside of {self.root}")
+        return relative
+
+    def _enter(self, change: Change, path: str, node: _Node | None) -> _Entry:
+        parent, name = os.path.split(path)
+        directory = self._directory(parent)
+        self._order += 1
+        entry = _Entry(change, self._order, directory, name, node)
+        directory.unsynced.append(entry)
+        if node is None:
+            directory.live.pop(name, None)
+        else:
+            directory.live[name] = node
+        return entry
+
+    # -- the calls
+
+    @contextlib.contextmanager
+    def _call(self, call: str, path: str) -> Iterator[Change]:
+        with self._lock:
+            if self._left is not None and not self._off:
+                self._left -= 1
+                self._off = self._left <= 0
+            if self._off:
+                raise OSError(errno.EIO, "the power is off", path)
+            self.calls += 1
+            yield Change(self.calls, call, self._relative(path))
+
+    def make_directory(self, path: str) -> None:
+        with self._call("mkdir", path) as change:
+            super().make_directory(path)
+            self._enter(change, path, _Directory())
+
+    def create(self, path: str, *, direct: bool) -> int:
+        with self._call("create", path) as change:
+            fd = super().create(path, direct=direct)
+            file = _File()
+            self._enter(change, path, file)
+            self._files[fd] = (path, file)
+            return fd
+
+    def write(self, fd: int, data: memoryview, offset: int) -> int:
+        path, file = self._files[fd]
+        with self._call("write", path) as change:
+            count = super().write(fd, data, offset)
+            file.unsynced.append(_Write(change, offset, bytes(data[:count])))
+            return count
+
+    def truncate(self, fd: int, size: int) -> None:
+        path, file = self._files[fd]
+        with self._call("truncate", path) as change:
+            super().truncate(fd, size)
+            file.unsynced.append(_Write(change, size, None))
+
+    def set_mode(self, fd: int, mode: int) -> None:
+        with self._call("set_mode", self._files[fd][0]):
+            super().set_mode(fd, mode)
+
+    def sync(self, fd: int) -> None:
+        path, file = self._files[fd]
+        with self._call("sync", path):
+            super().sync(fd)
+            file.synced, file.unsynced = file.content(), []
+
+    def close(self, fd: int) -> None:
+        with self._lock:
+            self._files.pop(fd)
+            super().close(fd)
+
+    def sync_directory(self, path: str) -> None:
+        with self._call("sync_directory", path):
+            super().sync_directory(path)
+            directory = self._directory(path)
+            for entry in list(directory.unsynced):
+                directory.settle(entry)
+
+    def rename(self, source: str, target: str, mode: RenameMode) -> None:
+        with self._call("rename", source) as change:
+            moved = self._node(source)
+            replaced = self._node(target) if mode == "exchange" else None
+            super().rename(source, target, mode)
+            away, there = self._enter(change, source, replaced), self._enter(change, target, moved)
+            away.needs = there  # else it would be under no name
+            if replaced is not None or isinstance(moved, _Directory):
+                there.needs = away
+
+    def link(self, source: str, target: str) -> None:
+        with self._call("link", target) as change:
+            file = self._node(source)
+            super().link(source, target)
+            self._enter(change, target, file)
+
+    def symlink(self, text: str, path: str) -> None:
+        with self._call("symlink", path) as change:
+            super().symlink(text, path)
+            self._enter(change, path, _Symlink(text))
+
+    def unlink(self, path: str) -> None:
+        with self._call("unlink", path) as change:
+            self._node(path)  # if it is somebody else's, it was there
+            super().unlink(path)
+            self._enter(change, path, None)
+
+    def remove_directory(self, path: str) -> None:
+        with self._call("rmdir", path) as change:
+            self._node(path)
+            super().remove_directory(path)
+            self._enter(change, path, None)
+
+
+# -- errors
+
+
+@dataclass
+class _Fault:
+    error: int
+    call: str | None
+    path: str
+    nth: int
+    times: int | None
+    done: bool
+
+
+class FailingFilesystem:
+    """A disk whose calls fail when told to. Otherwise it does what `inner` does, the real file system by default.
+
+    `calls` counts how often each call was asked for: make_directory, create, write, set_buffered, truncate, set_mode, sync, close,
+    sync_directory, rename, link, symlink, unlink, remove_directory. `failed` names those that failed, with their paths.
+    Thread-safe as far as `inner` is.
+    """
+
+    def __init__(self, inner: Filesystem | None = None) -> None:
+        self._inner = inner or LocalFilesystem()
+        self.calls: Counter[str] = Counter()
+        self.failed: list[tuple[str, str]] = []
+        self._lock = threading.Lock()
+        self._fault: _Fault | None = None
+        self._paths: dict[int, str] = {}
+
+    def fail(
+        self,
+        error: int,
+        call: str | None = None,
+        *,
+        path: str = "",
+        nth: int = 1,
+        times: int | None = 1,
+        done: bool = False,
+    ) -> None:
+        """The `nth` call from now of the kind `call` (None: any kind) on a path that contains `path` fails with the errno `error`,
+        and so do the calls like it that follow, `times` in all (None: every one until `heal`).
+
+        They are not done; with `done`, they are, and then reported as failed, as a network file system may. A descriptor is
+        closed in any case. One fault at a time: this one replaces the one before.
+        """
+        with self._lock:
+            self._fault = _Fault(error, call, path, nth, times, done)
+
+    def heal(self) -> None:
+        """From now on nothing fails."""
+        with self._lock:
+            self._fault = None
+
+    def _due(self, call: str, path: str) -> _Fault | None:
+        with self._lock:
+            self.calls[call] += 1
+            fault = self._fault
+            if fault is None or fault.call not in (None, call) or fault.path not in path:
+                return None
+            if fault.nth > 1:
+                fault.nth -= 1
+                return None
+            if fault.times is not None:
+                fault.times -= 1
+                if fault.times == 0:
+                    self._fault = None
+            self.failed.append((call, path))
+            return fault
+
+    def _do(self, call: str, path: str, action: Callable[[], _Result]) -> _Result:
+        fault = self._due(call, path)
+        if fault is None:
+            return action()
+        if fault.done:
+            action()
+        raise OSError(fault.error, os.strerror(fault.error), path)
+
+    def make_directory(self, path: str) -> None:
+        self._do("make_directory", path, lambda: self._inner.make_directory(path))
+
+    def create(self, path: str, *, direct: bool) -> int:
+        made: list[int] = []
+        try:
+            self._do("create", path, lambda: made.append(self._inner.create(path, direct=direct)))
+        except OSError:
+            for fd in made:
+                self._inner.close(fd)
+            raise
+        self._paths[made[0]] = path
+        return made[0]
+
+    def write(self, fd: int, data: memoryview, offset: int) -> int:
+        return self._do("write", self._paths[fd], lambda: self._inner.write(fd, data, offset))
+
+    def set_buffered(self, fd: int) -> None:
+        self._do("set_buffered", self._paths[fd], lambda: self._inner.set_buffered(fd))
+
+    def truncate(self, fd: int, size: int) -> None:
+        self._do("truncate", self._paths[fd], lambda: self._inner.truncate(fd, size))
+
+    def set_mode(self, fd: int, mode: int) -> None:
+        self._do("set_mode", self._paths[fd], lambda: self._inner.set_mode(fd, mode))
+
+    def sync(self, fd: int) -> None:
+        try:
+            self._do("sync", self._paths[fd], lambda: self._inner.sync(fd))
+        except OSError:
+            if isinstance(self._inner, PowerCutFilesystem):
+                self._inner.forget(fd)
+            raise
+
+    def close(self, fd: int) -> None:
+        path = self._paths.pop(fd)
+        self._inner.close(fd)
+        self._do("close", path, lambda: None)
+
+    def sync_directory(self, path: str) -> None:
+        self._do("sync_directory", path, lambda: self._inner.sync_directory(path))
+
+    def rename(self, source: str, target: str, mode: RenameMode) -> None:
+        self._do("rename", source, lambda: self._inner.rename(source, target, mode))
+
+    def link(self, source: str, target: str) -> None:
+        self._do("link", target, lambda: self._inner.link(source, target))
+
+    def symlink(self, text: str, path: str) -> None:
+        self._do("symlink", path, lambda: self._inner.symlink(text, path))
+
+    def unlink(self, path: str) -> None:
+        self._do("unlink", path, lambda: self._inner.unlink(path))
+
+    def remove_directory(self, path: str) -> None:
+        self._do("remove_directory", path, lambda: self._inner.remove_directory(path))
