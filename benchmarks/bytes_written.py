@@ -38,7 +38,12 @@ class Retriever(torch.nn.Module):
 
     def __init__(self, width: int, layers: int, lora: bool) -> None:
         super().__init__()
-        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 4 * width}
+        sizes = {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "intermediate_size": 4 * width,
+        }
         self.backbone: Any = transformers.BertModel(transformers.BertConfig(**sizes))
         if lora:
             self.backbone = peft.get_peft_model(self.backbone, peft.LoraConfig(r=8, target_modules=["query", "value"]))
@@ -98,7 +103,7 @@ def asked_for(*processes: int | None) -> int:
 def measure(lora: bool, width: int, layers: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory, training(width, layers, lora) as state:
-        model, accelerator, tokenizer = state
+        model = state[0]
         results["parameters"] = sum(p.numel() for p in model.parameters())
         results["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         results["original"] = count(os.path.join(directory, "original", "checkpoint-step-1"), original, *state)
@@ -125,7 +130,9 @@ def count(path: str, save: Callable[..., None], *state: Any, writer: int | None 
 
 
 def show(results: dict[str, Any]) -> None:
-    table = Table("fine-tune", "save", "on disk, MB", "written, MB", "of the original's", title="Bytes of one checkpoint")
+    table = Table(
+        "fine-tune", "save", "on disk, MB", "written, MB", "of the original's", title="Bytes of one checkpoint"
+    )
     for kind in ("full", "lora"):
         for who in ("original", "ours"):
             counted = results[kind][who]

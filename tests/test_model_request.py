@@ -360,8 +360,12 @@ def buffer_rebound(module: Any) -> None:
     module.numbers = torch.arange(5) * 2
 
 
+def narrowed(module: Any) -> None:
+    module.first.bias.data = module.first.bias.data.half()
+
+
 PLAIN_CHANGES = [
-    untied, tied_again, buffer_gone, none_becomes_parameter, parameter_becomes_none, buffer_becomes_persistent,
+    narrowed, untied, tied_again, buffer_gone, none_becomes_parameter, parameter_becomes_none, buffer_becomes_persistent,
     buffer_rebound, to_bfloat16, new_data,
 ]  # fmt: skip
 

@@ -75,7 +75,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for kind, group in by_kind.items():
         terminalreporter.write_line(f"{sum(tally.faults for tally in group):6} {kind}")
     violations = sum(len(tally.violations) for tally in tallies)
-    terminalreporter.write_line(f"{sum(tally.faults for tally in tallies):6} in all, {violations} violations")
+    faults = sum(tally.faults for tally in tallies if tally.what == "faults")
+    terminalreporter.write_line(f"{faults:6} faults in all, {violations} violations")
 
 
 @pytest.fixture

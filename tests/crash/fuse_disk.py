@@ -32,10 +32,13 @@ _LOOKUP, _FORGET, _GETATTR, _SETATTR, _OPEN, _READ, _WRITE, _RELEASE, _FSYNC, _F
 )
 _INIT, _INTERRUPT, _DESTROY, _BATCH_FORGET = 26, 36, 38, 42
 _KEEP_CACHE = 2
+# A block request is one write: of several, the loop driver takes the failure of all but the first for success.
+_BIG_WRITES, _MAX_PAGES = 1 << 5, 1 << 22
 _ROOT, _DISK = 1, 2
 _IN = struct.Struct("<IIQQIIII")
 _OUT = struct.Struct("<IiQ")
 _MAX_WRITE = 1 << 17
+_PAGE = 4096
 _RECORD = struct.Struct("<cQI")
 
 
@@ -74,7 +77,9 @@ class _Server:
     def _answer(self, code: int, node: int, body: bytes) -> bytes:
         if code == _INIT:
             _, _, readahead, _ = struct.unpack_from("<IIII", body)
-            return struct.pack("<IIIIHHIIHHI28x", 7, 31, readahead, 0, 16, 12, _MAX_WRITE, 1, 32, 0, 0)
+            return struct.pack(
+                "<IIIIHHIIHHI28x", 7, 31, readahead, _BIG_WRITES | _MAX_PAGES, 16, 12, _MAX_WRITE, 1, 32, 0, 0
+            )
         if code == _LOOKUP:
             return self._lookup(body.rstrip(b"\0").decode())
         if code in (_GETATTR, _SETATTR):
@@ -88,6 +93,10 @@ class _Server:
             _, offset, size = struct.unpack_from("<QQI", body)
             self._fail_if("write")
             data = body[40 : 40 + size]
+            if self._fault not in ("", "flush") and bytes.fromhex(self._fault) * (_PAGE // 4) in data:
+                self._fault = ""
+                self._note(b"E", offset)
+                raise OSError(errno.EIO, "told to, once")
             self._data[offset : offset + size] = data
             self._note(b"W", offset, data)
             return struct.pack("<II", size, 0)
@@ -125,7 +134,7 @@ class _Server:
 
 @dataclass(frozen=True)
 class Record:
-    """One entry of the log: a write ("W", offset and data), a flush ("F"), or a mark ("M", its number as offset)."""
+    """One entry of the log: a write ("W", offset and data), one that failed ("E"), a flush ("F"), or a mark ("M", its number)."""
 
     kind: str
     offset: int
@@ -170,8 +179,13 @@ class FuseDisk:
         self._tell(f"mark-{number}")
 
     def fail(self, what: str) -> None:
-        """From now on every "write" or "flush" fails (EIO); nothing with ""."""
+        """From now on every "write" or "flush" fails (EIO); or once only, the write of a page full of the four bytes that `what` is
+        in hexadecimal; nothing with ""."""
         self._tell(f"fault-{what}")
+
+    def failures(self) -> int:
+        """How many writes of a certain page have failed so far."""
+        return sum(entry.kind == "E" for entry in self.log())
 
     def _tell(self, word: str) -> None:
         try:

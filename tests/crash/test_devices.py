@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -231,6 +232,27 @@ def test_a_disk_with_errors(victims: Nursery, tally: Tally, tmp_path: Path, kind
             direct=direct,
         )
     tally.fault((kind, what), problems)
+    tally.settle(at_least=1)
+
+
+@needs_fuse
+@pytest.mark.parametrize("direct", DIRECT)
+@pytest.mark.parametrize("kind", ["ext4", pytest.param("xfs", marks=needs_xfs)])
+def test_a_write_that_fails_once(victims: Nursery, tally: Tally, tmp_path: Path, kind: str, direct: bool) -> None:
+    """The save is made by its second try, in new files: a second sync of the old ones would succeed, but their data are gone."""
+    with FuseDisk(tmp_path, megabytes(kind)) as device:
+        make_file_system(kind, device.path)
+        path = str(tmp_path / "mounted")
+        root = os.path.join(path, "root")
+        options = {} if direct else {"writer": "thread", "direct": False}
+        with mounted(kind, device.path, path), process(victims, root, **options) as trainer:
+            trainer.good_save()
+            run("sync", "-f", path)
+            device.fail(struct.pack("<I", 2).hex())  # what the weights of save 2 are full of
+            trainer.good_save()
+            assert device.failures() == 1
+        with mounted(kind, device.path, path):
+            tally.fault(kind, [*checks.after_fault(root, 2), *checks.next_start(victims, root, 1)])
     tally.settle(at_least=1)
 
 

@@ -275,7 +275,35 @@ def test_tied_weights_are_stored_once(root: Path) -> None:
         "two.bias",
     ]
     same(saved, net.state_dict())
-    assert saved["two.weight"] is saved["one.weight"]
+    for where in ("cpu", "meta"):
+        moved = io.load_checkpoint(root / "a.ckpt", map_location=where)["state_dict"]
+        assert moved["two.weight"] is moved["one.weight"]
+
+
+def test_views_of_one_memory_are_not_ties(root: Path) -> None:
+    """Parts, and the same elements in another order, are tensors of their own."""
+    io = VembedCheckpointIO(writer="thread")
+    base = torch.arange(9.0).reshape(3, 3)
+    state = {"base": base, "row": base[0], "turned": base.t(), "bits": base.view(torch.int32), "none": base[:0]}
+    io.save_checkpoint({"state_dict": state | {"again": base, "nothing": base[:0]}}, root / "a.ckpt")
+    same(io.load_checkpoint(root / "a.ckpt")["state_dict"], state | {"again": base, "nothing": base[:0]})
+    stored = safetensors.torch.load_file(root / "a.ckpt/model.safetensors")
+    assert set(stored) == {*state, "nothing"}
+
+
+def test_the_layout_follows_the_state(root: Path) -> None:
+    """Shapes, dtypes and names may differ from save to save."""
+    io = VembedCheckpointIO(writer="thread")
+    states = [
+        {"w": torch.ones(3)},
+        {"w": torch.zeros(5)},
+        {"w": torch.zeros(5).half()},
+        {"w": torch.ones(5).half(), "b": torch.ones(1)},
+        {},
+    ]
+    for number, state in enumerate([*states, states[0]]):
+        io.save_checkpoint({"state_dict": state}, root / f"{number}.ckpt")
+        same(io.load_checkpoint(root / f"{number}.ckpt"), {"state_dict": state})
 
 
 def test_a_name_is_replaced_at_once(root: Path, disk: Disk) -> None:

@@ -1,10 +1,21 @@
-"""`save_checkpoint` replaces vembed's, argument for argument: same files, same readers, and resuming works."""
+"""`save_checkpoint` replaces vembed's, argument for argument: same files, same readers, and resuming works.
+
+What the original did wrong, and the test that would see it here:
+
+- a full fine-tune could not be resumed: test_readers.py (each_of_them_resumes), test_resume.py ([...-full])
+- weights were written twice: the_directory_holds_what_every_reader_expects
+- LoRA wrote the whole base: test_readers.py (the_base_of_an_adapter_is_not_written)
+- FSDP hung, or saved one rank's shard: sharded_states_are_refused_on_every_rank
+- under DDP only the first rank's random states were saved: test_distributed.py
+- one process of each node wrote: a_stand_in_off_the_main_process_writes_nothing
+- a kill left half a directory: test_resume.py (after_a_kill_in_the_midst_of_a_save), tests/crash
+- `topk_tokens: None` raised: the_config_is_all_that_is_data
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -12,18 +23,11 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from vembed_async_ckpt import PlanError, load, save_checkpoint, verify
-from vembed_async_ckpt.integrations.vembed import close_shared
-
-
-@pytest.fixture
-def root(root: Path) -> Iterator[Path]:
-    """The shared checkpointers are closed before the root is looked at."""
-    yield root
-    close_shared(60)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -191,3 +195,47 @@ def test_a_foreign_save_pretrained_is_taken_as_it_is(root: Path) -> None:
         assert torch.equal(head["weight"], expected["head.weight"])
         backbone = AutoModel.from_pretrained(path).state_dict()
         assert all(torch.equal(backbone[key], expected[f"backbone.{key}"]) for key in backbone)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize("main", [True, False])
+def test_sharded_states_are_refused_on_every_rank(
+    root: Path, monkeypatch: pytest.MonkeyPatch, kind: str, main: bool
+) -> None:
+    """At once and alike: no rank goes alone into a collective, none saves its share as if it were the whole."""
+    accelerator, model, _, _ = prepared()
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
+    monkeypatch.setattr(Accelerator, "is_main_process", main)
+    with pytest.raises(PlanError, match=f"sharded by {kind}"):
+        save_checkpoint(root / "checkpoint-step-1", model, accelerator)
+    assert not root.exists()
+
+
+def test_a_stand_in_off_the_main_process_writes_nothing(tmp_path: Path) -> None:
+    """The global main process writes, and it alone: not the first of every node."""
+    accelerator, model = MagicMock(), MagicMock()
+    accelerator.is_main_process, accelerator.is_local_main_process = False, True
+    handle = save_checkpoint(str(tmp_path / "one"), model, accelerator, config={"topk_tokens": None})
+    accelerator.save_state.assert_not_called()
+    assert handle.done()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", [{"global_step": 7, "best_metric": 0.5}, None, True])
+def test_the_training_state_of_newer_versions_is_saved(root: Path, value: Any) -> None:
+    """As training_state.json, beside ours; None, which they pass by default, does not mean that optimizers are left out."""
+    accelerator, model, _, _ = prepared()
+    info = save_checkpoint(root / "checkpoint-step-7", model, accelerator, training_state=value).result(60)
+    assert "optimizer.bin" in info.files
+    progress = info.path / "training_state.json"
+    assert (json.loads(progress.read_text()) if progress.exists() else None) == (value if type(value) is dict else None)
+    with pytest.raises(PlanError, match="training_state: "):
+        save_checkpoint(root / "checkpoint-step-8", model, accelerator, training_state={"model": model})
+
+
+def test_a_stand_in_gets_the_training_state_too(tmp_path: Path) -> None:
+    """As the original would write it."""
+    target = tmp_path / "one"
+    save_checkpoint(str(target), MagicMock(), MagicMock(), config={"topk_tokens": None}, training_state={"epoch": 1})
+    assert json.loads((target / "training_state.json").read_text()) == {"epoch": 1}
+    assert json.loads((target / "vembed_config.json").read_text())["topk_tokens"] == 0

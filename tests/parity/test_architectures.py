@@ -110,10 +110,12 @@ def double(model: Any) -> None:
 
 
 def mixed(model: Any) -> None:
-    """Matrices in bfloat16, the rest in float32, as many train."""
+    """Matrices in bfloat16, the rest in float32 with all its bits, as many train."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data = parameter.data.to(torch.bfloat16)
+        else:
+            parameter.data.add_(torch.randn_like(parameter))
 
 
 def turned(model: Any) -> None:

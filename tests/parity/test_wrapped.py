@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,11 +172,14 @@ def test_pickles_of_live_tensors_are_made_again_without_it(saver: Saver, tmp_pat
     def grown(module: Counting) -> None:
         module.head.weight.data = torch.randn(7, 16)
 
+    def moved(module: Counting) -> None:
+        module.head.weight.data = torch.randn_like(module.head.weight)
+
     def replaced(module: Counting) -> None:
         module.head = torch.nn.Linear(16, 3)
 
     expected = []
-    for step, edit in enumerate((change, change, grown, change, replaced, change)):
+    for step, edit in enumerate((change, moved, grown, change, replaced, change)):
         expected.append(stock(model, tmp_path / str(step)))
         assert with_extra(saver.save(model))[0] == expected[-1]
         edit(model)
@@ -196,7 +200,7 @@ def a_nested_attribute(model: Counting, directory: Path) -> None:
 
 
 def a_plain_pickle(model: Counting, directory: Path) -> None:
-    (directory / "scale.data").write_bytes(pickle.dumps(model.logit_scale.detach()))
+    (directory / "scale.data").write_bytes(pickle.dumps(model.backbone.pooler.dense.bias.detach()))
 
 
 def a_pickle_with_a_number(model: Counting, directory: Path) -> None:
@@ -219,26 +223,37 @@ def an_array(model: Counting, directory: Path) -> None:
     (directory / "scale.raw").write_bytes(model.logit_scale.detach().numpy().tobytes())
 
 
+def later(model: Counting) -> None:
+    model.step += 1
+
+
+def noted(model: Counting) -> None:
+    model.notes["dims"].append(5)
+
+
 @pytest.mark.parametrize(
-    "more",
+    ("more", "edit"),
     [
-        a_number, an_attribute, a_nested_attribute, a_plain_pickle, a_pickle_with_a_number, a_pickle_of_something_computed,
-        a_pickle_of_another_suffix, a_pickle_of_parameters, an_array,
+        (a_number, change), (an_attribute, later), (a_nested_attribute, noted), (a_plain_pickle, change),
+        (a_pickle_with_a_number, later), (a_pickle_of_something_computed, change), (a_pickle_of_another_suffix, change),
+        (a_pickle_of_parameters, change), (an_array, change),
     ],
-    ids=lambda more: more.__name__,
+    ids=lambda value: value.__name__,
 )  # fmt: skip
-def test_whatever_a_wrapper_writes_is_as_of_the_call(saver: Saver, tmp_path: Path, monkeypatch: Any, more: Any):
+def test_whatever_a_wrapper_writes_is_as_of_the_call(
+    saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: Any, edit: Callable[[Counting], None]
+):
     """Numbers, attributes, pickles of any kind: no file is that of an earlier save."""
     monkeypatch.setattr(Counting, "more", staticmethod(more))
     model = Counting(1)
     seen = set()
     for step in range(3):
         expected = stock(model, tmp_path / str(step))
-        found, _ = with_extra(saver.save(model))
+        handle = saver.checkpointer.save(next(saver.steps), model=model)
+        edit(model)
+        found, _ = with_extra(handle.result(BOUND).path)
         assert found == expected
         seen |= {data for file, data in found.items() if file.partition(".")[0] in ("scale", "step", "notes")}
-        model.step += 1
-        model.notes["dims"].append(step)
     assert len(seen) == 3
 
 
@@ -257,13 +272,13 @@ class Forgetful(Backbone):
 
     def __init__(self, backbone: Any, seed: int) -> None:
         super().__init__(backbone, seed)
-        self.logit_scale = torch.nn.Parameter(torch.tensor(float(seed)))
+        self.logit_scale = self.temperature = torch.nn.Parameter(torch.tensor(float(seed)))
         self.register_buffer("queue", torch.randn(3, 4))
         self.register_buffer("scratch", torch.randn(3), persistent=False)
 
 
 def test_what_a_wrapper_forgets_is_saved(saver: Saver):
-    """Trained parameters and persistent buffers that appear in no file of save_pretrained at all."""
+    """Trained parameters, once under however many names, and persistent buffers that appear in no file of save_pretrained."""
     model, fresh = Forgetful(build("Bert"), 1), Forgetful(build("Bert"), 2)
     saved = state(model)
     path = saver.save(model)
@@ -391,6 +406,24 @@ def test_training_goes_on_from_a_wrapper(root: Path, staging: Any):
     load(path, model=runs[1], optimizer=optimizers[1])
     step(runs[1], optimizers[1])
     assert differing(state(runs[0]), state(runs[1])) == []
+
+
+def test_a_weight_that_no_optimizer_has_any_more_is_copied_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper that is read anew for every save: what may be copied late is settled by the tensors of now."""
+    monkeypatch.setattr(Counting, "more", staticmethod(a_number))
+    model = Counting(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+    with AsyncCheckpointer(root, writer="thread", staging="overlap") as checkpointer:
+        checkpointer.save(1, model=model, optimizer=optimizer).result(BOUND)
+        model.head.weight = torch.nn.Parameter(torch.randn_like(model.head.weight))
+        saved, go_on = state(model), threading.Event()
+        checkpointer._engine._staging_thread.submit(lambda: go_on.wait(BOUND))
+        handle = checkpointer.save(2, model=model, optimizer=optimizer)
+        model.head.weight.data.add_(1)
+        go_on.set()
+        path = handle.result(BOUND).path
+    assert torch.equal(with_extra(path)[1]["head.weight"], saved["head.weight"])
 
 
 def test_save_checkpoint_of_a_wrapper(root: Path):

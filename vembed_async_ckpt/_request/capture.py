@@ -28,14 +28,13 @@ Pickle = tuple[Any, tuple[Any, ...], dict[str, Any]]  # the object given to torc
 @dataclass
 class Captured:
     """What one `save_pretrained` wrote. Paths are those it used; `serialized` are the addresses of the storages that it wrote into
-    whatever file, `pickled` those of them that torch.save wrote; `looked`: it turned values of tensors into numbers, and may have
-    written those."""
+    whatever file; `looked`: it turned tensors into numbers or pickled them without torch.save, and may have written those."""
 
     files: Files = field(default_factory=dict)
     pickles: dict[str, Pickle] = field(default_factory=dict)
     serialized: set[int] = field(default_factory=set)
-    pickled: set[int] = field(default_factory=set)
     looked: bool = False
+    in_torch_save: bool = False
 
 
 class _Watch(TorchFunctionMode):
@@ -53,6 +52,8 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.untyped_storage:
             self._captured.serialized.add(result.data_ptr())
+            pickled = "_reduce_ex_internal" in (sys._getframe(depth).f_code.co_name for depth in (1, 2))
+            self._captured.looked |= pickled and not self._captured.in_torch_save
         elif func is torch.Tensor.numpy:
             self._captured.serialized.add(args[0].untyped_storage().data_ptr())
             self._captured.looked = True
@@ -103,13 +104,11 @@ class Sink:
                 if captured is None or not isinstance(f, str | os.PathLike):
                     save(obj, f, *args, **kwargs)
                     return
-                before = captured.serialized
-                captured.serialized = set()
+                captured.in_torch_save = True
                 try:
                     save(obj, f, *args, **kwargs)
                 finally:
-                    captured.pickled |= captured.serialized
-                    captured.serialized |= before
+                    captured.in_torch_save = False
                 captured.pickles[os.fspath(f)] = (obj, args, kwargs)
 
             safetensors.torch._flatten_as_ptr = sink_flatten

@@ -357,7 +357,7 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
         lasting=not book.computed
         and truth.stable
         and all(replay is not None for _, replay in replays)
-        and not (foreign and (captured.looked or captured.serialized - book.addresses - captured.pickled)),
+        and not (foreign and captured.looked),
     )
 
 
@@ -380,7 +380,6 @@ class _Book:
         self.computed: dict[str, list[str]] = {}
         self.renamed: dict[str, dict[str, Any]] = {}
         self.covered: set[str] = set()
-        self.addresses: set[int] = set()  # of the storages in the files
         self._numbers: dict[int, int] = {}  # id of a tensor: its place in `divided`
         self._by_storage: dict[int, list[_Live]] = {}
         self._filled: dict[str, dict[_Part, int]] = {}  # elements of a live tensor that its parts in the files cover
@@ -407,8 +406,6 @@ class _Book:
             self.covered |= {name} & self._empty
             return
         found = _resolve(name, tensor, self._by_storage)
-        if not _has_no_storage(tensor):
-            self.addresses.add(tensor.untyped_storage().data_ptr())
         if found is None:
             self.owners.append(None)
             self.tensors.append(tensor)

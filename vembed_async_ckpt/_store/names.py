@@ -23,6 +23,7 @@ TRAINING_TENSORS = "vembed_training_state.safetensors"
 WEIGHTS = "model.safetensors"
 UNCOVERED = "vembed_uncovered.safetensors"
 SCALER = "scaler.pt"
+PROGRESS = "training_state.json"  # vembed's own, since it resumes
 
 _CHECKPOINT = re.compile(r"checkpoint(?:-|_|-step-|-epoch-)(0|[1-9][0-9]*)")
 _SAVE_ID = r"[0-9a-f]{32}"
@@ -36,7 +37,7 @@ _OURS = re.compile(
     r"|[^/]*_state_dict\.safetensors"
     r"|(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|(?:optimizer|scheduler|scaler)\.pt"
     r"|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl|rng_state(?:_[0-9]+)?\.pth"
-    r"|trainer_state\.json|training_args\.bin"
+    r"|trainer_state\.json|training_args\.bin|training_state\.json"
     r"|vembed_(?:manifest|config|training_state|rank_state_[0-9]+)\.json|vembed_(?:training_state|uncovered)\.safetensors"
     r")"
 )

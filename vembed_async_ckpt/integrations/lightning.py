@@ -87,7 +87,7 @@ class VembedCheckpointIO:
         max_host_bytes: int | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        self._options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "when_busy": when_busy,
             "on_error": on_error,
             "writer": writer,
@@ -96,13 +96,17 @@ class VembedCheckpointIO:
             "sinks": tuple(sinks),
             "staging": "blocking",  # a dict does not say whose tensors it holds
         }
-        Options(root="", retention=None, max_shard_size="50GB", save_original_format=True, **self._options)
-        self.__setstate__(self._options)
+        Options(root="", retention=None, max_shard_size="50GB", save_original_format=True, **options)
+        self._start(options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self._options  # a spawned process starts with nothing pending
+        return self._options
 
     def __setstate__(self, options: dict[str, Any]) -> None:
+        self._start(options)
+
+    def _start(self, options: dict[str, Any]) -> None:
+        """Nothing is pending: at first, and in a process that was spawned or forked."""
         self._options = options
         self._roots: list[str] = []  # those with a checkpointer of ours, the one used last at the end
         self._handled_outside: BaseException | None = None  # what was being handled before the first of these saves
@@ -180,10 +184,8 @@ class VembedCheckpointIO:
                 return
             after = self._newest
             self._doomed[target] = _Doomed(after)
-        if after is None:
+        if after is None or after.done():
             self._settle()
-        else:
-            self._settle_after(after)
 
     def teardown(self) -> None:
         """Wait until everything is durable and what is to be deleted is deleted. May be called again.
@@ -242,29 +244,22 @@ class VembedCheckpointIO:
                 self._saves[target] = handle
             if aside is not None:
                 self._doomed[aside] = _Doomed(handle, target)
-        if aside is not None:
-            self._settle_after(handle)
-
-    def _settle_after(self, handle: SaveHandle) -> None:
-        if handle.done():
-            self._settle()
-        else:
-            handle.add_done_callback(lambda _: self._settle())
+        handle.add_done_callback(lambda _: self._settle())
 
     def _settle(self) -> None:
         """Do with the doomed what the ends of the saves that they waited for say."""
         with self._deleting:
-            with self._lock:
-                due = {path: doom for path, doom in self._doomed.items() if doom.after is None or doom.after.done()}
-                for path in due:
-                    del self._doomed[path]
-                self._going.update(due)
-            try:
+            while due := self._take_due():
                 for path, doom in due.items():
                     self._judge(path, doom)
-            finally:
-                with self._lock:
-                    self._going.clear()
+
+    def _take_due(self) -> dict[str, _Doomed]:
+        with self._lock:
+            due = {path: doom for path, doom in self._doomed.items() if doom.after is None or doom.after.done()}
+            for path in due:
+                del self._doomed[path]
+            self._going = set(due)
+            return due
 
     def _judge(self, path: str, doom: _Doomed) -> None:
         try:
@@ -281,8 +276,7 @@ class VembedCheckpointIO:
         with self._lock:
             newer = self._saves.get(home)
             if newer is not None and newer is not failed:
-                self._doomed[path] = _Doomed(newer, home)  # whose way it must not be in either
-                newer.add_done_callback(lambda _: self._settle())
+                self._doomed[path] = _Doomed(newer, home)  # it must not stand in the way of that one either
             elif not os.path.lexists(home):
                 os.rename(path, home)
 
@@ -458,7 +452,7 @@ if any(package in sys.modules for package in values.PACKAGES):
 def _forget_in_child() -> None:
     """In a forked child nothing is pending: that is the parent's business."""
     for plugin in list(_BUSY):
-        plugin.__setstate__(plugin.__getstate__())
+        plugin._start(plugin._options)
     _BUSY.clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def save_checkpoint(
     prefix: str = "",
     *,
     step: int | None = None,
-    training_state: bool = True,
+    training_state: bool | Mapping[str, Any] | None = True,
     base_model: bool = False,
     checkpointer: AsyncCheckpointer | None = None,
 ) -> SaveHandle:
@@ -57,7 +58,8 @@ def save_checkpoint(
     After the commit the directory holds what `save_pretrained` of model and processor write, `vembed_config.json`, and (with
     `training_state`) optimizers, schedulers, samplers, scaler, registered objects and random states of `accelerator`, so that
     `accelerator.load_state(path)` and `vembed_async_ckpt.load(path, ...)` go on from it. The weights file has a second name,
-    `{prefix or "model"}_state_dict.safetensors`. `step` None means the last integer in the name of `path`, if any.
+    `{prefix or "model"}_state_dict.safetensors`. `step` None means the last integer in the name of `path`, if any. A mapping as
+    `training_state`, of which newer versions of vembed make use, is saved too, as `training_state.json`.
 
     Of an adapter only its own weights are saved. With `base_model` the whole state_dict is too, as `model.safetensors`, for
     `accelerator.load_state` where nobody calls `integrations.accelerate.attach(accelerator)`. Not for a model that writes a file
@@ -79,7 +81,7 @@ def save_checkpoint(
     if step is None:
         step = names.trailing_number(directory)
     if not _is_accelerator(accelerator):
-        return _save_at_once(os.fspath(path), model, accelerator, processor, config, step)
+        return _save_at_once(os.fspath(path), model, accelerator, processor, config, training_state, step)
     accelerates.refuse_what_is_sharded(accelerator)
     if checkpointer is None:
         checkpointer = shared(root)
@@ -88,20 +90,22 @@ def save_checkpoint(
             f"{os.fspath(path)!r} does not lie directly in the root of the checkpointer, {checkpointer.root}"
         )
     accelerates.look_after(accelerator)
+    resumable = training_state is not False
+    progress = {names.PROGRESS: _render(training_state)} if isinstance(training_state, Mapping) else {}
     objects = Objects(
         model=model,
-        optimizer=accelerates.in_order(accelerator._optimizers) if training_state else None,
-        scheduler=accelerates.in_order(accelerator._schedulers) if training_state else None,
-        scaler=accelerator.scaler if training_state else None,
+        optimizer=accelerates.in_order(accelerator._optimizers) if resumable else None,
+        scheduler=accelerates.in_order(accelerator._schedulers) if resumable else None,
+        scaler=accelerator.scaler if resumable else None,
         state_dicts=accelerates.in_order(accelerator._models) if base_model else None,
         processor=processor or None,
         config=_complete(config) if config else None,
-        files=(lambda: accelerates.further_files(accelerator)) if training_state else {},
-        accelerator=accelerator if training_state else None,
+        files=(lambda: accelerates.further_files(accelerator) | progress) if resumable else {},
+        accelerator=accelerator if resumable else None,
         weights_name=names.state_dict(prefix),
         older_readers=True,
         dialect=Accelerate(accelerator.step),
-        of_every_rank=training_state,
+        of_every_rank=resumable,
     )
     return checkpointer.save_as(directory, step, objects)
 
@@ -119,8 +123,21 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
+def _render(training_state: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(dict(training_state), indent=2).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PlanError(f"training_state: {error}; use strings, numbers, lists and dicts") from error
+
+
 def _save_at_once(
-    path: str, model: Any, accelerator: Any, processor: Any, config: Mapping[str, Any] | None, step: int | None
+    path: str,
+    model: Any,
+    accelerator: Any,
+    processor: Any,
+    config: Mapping[str, Any] | None,
+    training_state: bool | Mapping[str, Any] | None,
+    step: int | None,
 ) -> SaveHandle:
     """The original's sequence, for what only looks like an accelerator."""
     begun = time.perf_counter()
@@ -130,10 +147,13 @@ def _save_at_once(
         accelerator.unwrap_model(model).save_pretrained(path)
         if processor:
             processor.save_pretrained(path)
-        if config:
+        rendered = {names.CONFIG: configs.render(_complete(config))} if config else {}
+        if isinstance(training_state, Mapping):
+            rendered[names.PROGRESS] = _render(training_state)
+        for name, data in rendered.items():
             os.makedirs(path, exist_ok=True)
-            with open(os.path.join(path, names.CONFIG), "wb") as file:
-                file.write(configs.render(_complete(config)))
+            with open(os.path.join(path, name), "wb") as file:
+                file.write(data)
     took = time.perf_counter() - begun
     found = walk_files(path) if os.path.isdir(path) else ()
     files = {name: entry.stat(follow_symlinks=False).st_size for name, entry in found}
