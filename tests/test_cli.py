@@ -97,6 +97,14 @@ def test_diff_names_what_changed(saved: Path) -> None:
     assert runner.invoke(app, ["diff", str(saved / "checkpoint-1"), str(saved / "checkpoint-1")]).exit_code == 0
 
 
+def test_diff_says_how_far_they_are_apart(saved: Path) -> None:
+    """Each of the two numbers of the bias grew by one."""
+    arguments = ["diff", str(saved / "checkpoint-1"), str(saved / "checkpoint-2"), "--norms"]
+    assert "apart by 1.414" in runner.invoke(app, arguments).output
+    norms = json.loads(runner.invoke(app, [*arguments, "--json"]).output)["norms"]["model.safetensors: 1.bias"]
+    assert norms["difference"] == pytest.approx(2**0.5)
+
+
 def test_prune_keeps_what_it_is_told(saved: Path) -> None:
     """A dry run only says what would go; the real one deletes just that."""
     dry = runner.invoke(app, ["prune", str(saved), "--keep-last", "1", "--keep-best", "max:loss", "--dry-run"])
@@ -116,6 +124,7 @@ def test_sweep_shows_first_and_removes_only_what_is_ours(saved: Path) -> None:
     stranger = work / "notes"
     stranger.mkdir()
     assert leftover.name in runner.invoke(app, ["sweep", str(saved)]).output
+    assert json.loads(runner.invoke(app, ["sweep", str(saved), "--json"]).output)["leftovers"] == [leftover.name]
     assert leftover.exists()
     assert runner.invoke(app, ["sweep", str(saved), "--yes"]).exit_code == 0
     assert not leftover.exists()

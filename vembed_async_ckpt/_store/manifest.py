@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -88,8 +88,15 @@ def parse(content: bytes, *, file: str) -> Manifest:
             raise ValueError(f"format version {body['version']!r} is not the one this release reads ({VERSION})")
         if body["self"] != xxhash.xxh3_128_hexdigest(content[:cut]):
             raise ValueError("its own hash does not match")
+        if not names.is_save_id(body["save_id"]):
+            raise ValueError(f"save_id is {body['save_id']!r}")
+        for key in ("versions", "metrics", "names", "tensors"):
+            if not isinstance(body[key], dict):
+                raise TypeError(f"{key} is {str(body[key])[:60]!r}")
+        if not all(isinstance(value, int | float) for value in body["metrics"].values()):
+            raise TypeError(f"metrics is {str(body['metrics'])[:60]!r}")
         return Manifest(
-            save_id=str(body["save_id"]),
+            save_id=body["save_id"],
             step=None if body["step"] is None else int(body["step"]),
             sequence=int(body["sequence"]),
             world_size=int(body["world_size"]),
@@ -100,7 +107,7 @@ def parse(content: bytes, *, file: str) -> Manifest:
             tensors=body["tensors"],
             files={_safe(name): _record(value) for name, value in body["files"].items()},
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise CorruptCheckpoint(f"{file}: unusable manifest: {reason}") from error
 
@@ -132,8 +139,10 @@ def read(directory: str) -> Manifest:
     return parse(content, file=path)
 
 
-def check(directory: str, manifest: Manifest, verify: Verify) -> None:
-    """Compare the files with the manifest: sizes, or with `full` their hashes too.
+def check(
+    directory: str, manifest: Manifest, verify: Verify, hashed: Callable[[int], object] = lambda count: None
+) -> None:
+    """Compare the files with the manifest: sizes, or with `full` their hashes too. `hashed` is told how many bytes more were.
 
     Raises `CorruptCheckpoint` naming the file and what is wrong with it.
     """
@@ -144,7 +153,7 @@ def check(directory: str, manifest: Manifest, verify: Verify) -> None:
     for name, record in manifest.files.items():
         path = os.path.join(directory, *name.split("/"))
         try:
-            _refuse_linked_parents(directory, name)
+            refuse_linked_parents(directory, name)
             fd = fs.open_regular(path)
         except FileNotFoundError as error:
             raise CorruptCheckpoint(f"{path}: missing; the manifest lists it with {record.size} bytes") from error
@@ -154,13 +163,14 @@ def check(directory: str, manifest: Manifest, verify: Verify) -> None:
             size = os.fstat(fd).st_size
             if size != record.size:
                 raise CorruptCheckpoint(f"{path}: has {size} bytes, the manifest says {record.size}")
-            if verify == "full" and (digest := _hash(fd, path)) != record.xxh3_128:
+            if verify == "full" and (digest := _hash(fd, path, hashed)) != record.xxh3_128:
                 raise CorruptCheckpoint(f"{path}: content differs: xxh3_128 {digest}, expected {record.xxh3_128}")
         finally:
             os.close(fd)
 
 
-def _refuse_linked_parents(directory: str, name: str) -> None:
+def refuse_linked_parents(directory: str, name: str) -> None:
+    """Raise `CorruptCheckpoint` if a directory on the way to the file `name` is a symbolic link: it leads elsewhere."""
     parent = directory
     for part in name.split("/")[:-1]:
         parent = os.path.join(parent, part)
@@ -168,11 +178,12 @@ def _refuse_linked_parents(directory: str, name: str) -> None:
             raise CorruptCheckpoint(f"{parent}: is a symbolic link; links are not followed")
 
 
-def _hash(fd: int, path: str) -> str:
+def _hash(fd: int, path: str, hashed: Callable[[int], object]) -> str:
     digest = xxhash.xxh3_128()
     try:
         while chunk := os.read(fd, _HASH_CHUNK):
             digest.update(chunk)
+            hashed(len(chunk))
     except OSError as error:
         raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from .._store.fs import LocalFilesystem
 from .._store.lock import RootLock
 from .._store.retention import AnyOf, KeepBest, KeepEvery, KeepLast, Policy
 from .._writer import removal
+from .reading import AsJson
 
 Root = Annotated[Path, typer.Argument(help="Directory that holds the checkpoints.")]
 
@@ -23,21 +25,28 @@ def prune(
     keep_every: Annotated[int | None, typer.Option(min=1, help="Keep those whose step is a multiple of N.")] = None,
     keep_best: Annotated[str | None, typer.Option(help="Keep the best by this metric: NAME, or max:NAME.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Delete the checkpoints that no --keep option keeps. The newest always stays, and so does one that is being read."""
     policy = _policy(keep_last, keep_every, keep_best)
     committed = [(entry.path, entry.manifest) for entry in catalog.scan(os.fspath(root)) if entry.manifest]
     if dry_run:
-        for path in removal.expendable(policy, committed):
-            print(f"would delete {path}")
+        _say("would delete", removal.expendable(policy, committed), as_json)
         return
     lock = RootLock.acquire(os.path.realpath(root))
     try:
         filesystem = LocalFilesystem()
-        for name in removal.prune(filesystem, os.path.realpath(root), policy, committed):
-            print(f"deleted {name}")
+        _say("deleted", removal.prune(filesystem, os.path.realpath(root), policy, committed), as_json)
     finally:
         lock.close()
+
+
+def _say(what: str, checkpoints: list[str], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({what.replace(" ", "_"): checkpoints}))
+    else:
+        for name in checkpoints:
+            print(f"{what} {name}")
 
 
 def _policy(keep_last: int | None, keep_every: int | None, keep_best: str | None) -> Policy:
@@ -57,20 +66,32 @@ def _policy(keep_last: int | None, keep_every: int | None, keep_best: str | None
 def sweep(
     root: Root,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; without, only show what is there.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what crashes left behind, and with --yes remove what is ours. What is not ours is only ever shown."""
     path = os.path.realpath(root)
-    work = names.work_directory(path)
-    for entry in sorted(os.listdir(work)) if os.path.isdir(work) else ():
-        if names.parse_work_entry(entry) is not None:
-            print(f"leftover: {entry}")
-    kept = names.replaced_directory(path)
-    for entry in sorted(os.listdir(kept)) if os.path.isdir(kept) else ():
-        print(f"kept, not ours to delete: {os.path.join(kept, entry)}")
+    work, kept = names.work_directory(path), names.replaced_directory(path)
+    found = {
+        "leftovers": [entry for entry in _entries(work) if names.parse_work_entry(entry) is not None],
+        "kept": [os.path.join(kept, entry) for entry in _entries(kept)],
+        "done": [],
+    }
     if yes and os.path.isdir(work):
         lock = RootLock.acquire(path)
         try:
-            for line in removal.sweep(LocalFilesystem(), path):
-                print(line)
+            found["done"] = removal.sweep(LocalFilesystem(), path)
         finally:
             lock.close()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for entry in found["leftovers"]:
+        print(f"leftover: {entry}")
+    for entry in found["kept"]:
+        print(f"kept, not ours to delete: {entry}")
+    for line in found["done"]:
+        print(line)
+
+
+def _entries(directory: str) -> list[str]:
+    return sorted(os.listdir(directory)) if os.path.isdir(directory) else []

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .._store import manifest as manifests
 from .._store import names
-from .._store.fs import read_regular
+from .._store.fs import open_regular, read_regular
 from .._store.tensors import StoredTensor, digests, stored_tensors
 from .reading import AsJson
 
@@ -76,25 +76,66 @@ def _tensors_table(found: list[StoredTensor]) -> Table:
 def diff(
     a: Checkpoint,
     b: Checkpoint,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="How far the changed tensors are apart (loads torch).")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which tensors of two checkpoints differ, by the hash of their bytes. Exit code 1 if any does."""
-    manifest_a, manifest_b = manifests.read(os.fspath(a)), manifests.read(os.fspath(b))
-    one, other = digests(os.fspath(a), manifest_a), digests(os.fspath(b), manifest_b)
-    result = {
-        "changed": sorted(
-            f"{file}: {name}" for file, name in one.keys() & other.keys() if one[file, name] != other[file, name]
-        ),
+    sides = [(os.fspath(path), manifests.read(os.fspath(path))) for path in (a, b)]
+    one, other = (digests(directory, manifest) for directory, manifest in sides)
+    common = one.keys() & other.keys()
+    changed = sorted(key for key in common if one[key] != other[key])
+    result: dict[str, Any] = {
+        "changed": [f"{file}: {name}" for file, name in changed],
         "only_in_a": sorted(f"{file}: {name}" for file, name in one.keys() - other.keys()),
         "only_in_b": sorted(f"{file}: {name}" for file, name in other.keys() - one.keys()),
-        "equal": sum(one[key] == other[key] for key in one.keys() & other.keys()),
+        "equal": len(common) - len(changed),
     }
+    if norms:
+        result["norms"] = _norms(sides, changed)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        for what, lines in result.items():
-            if isinstance(lines, list):
-                for line in lines:
-                    print(f"{what.replace('_', ' ')}: {line}")
+        for what in ("changed", "only_in_a", "only_in_b"):
+            for line in result[what]:
+                print(f"{what.replace('_', ' ')}: {line}{_in_words(result.get('norms', {}).get(line))}")
         print(f"{result['equal']} tensors are equal")
-    raise typer.Exit(1 if result["changed"] or result["only_in_a"] or result["only_in_b"] else 0)
+    raise typer.Exit(1 if len(common) != result["equal"] or result["only_in_a"] or result["only_in_b"] else 0)
+
+
+def _norms(
+    sides: list[tuple[str, manifests.Manifest]], changed: list[tuple[str, str]]
+) -> dict[str, dict[str, float | None]]:
+    """2-norms of each changed tensor in A, in B and of their difference (None where the shapes differ)."""
+    found = [{(t.file, t.name): t for t in stored_tensors(*side)} for side in sides]
+    result = {}
+    for key in changed:
+        one, other = (_read(directory, tensors[key]) for (directory, _), tensors in zip(sides, found, strict=True))
+        result[f"{key[0]}: {key[1]}"] = {
+            "a": one.norm().item(),
+            "b": other.norm().item(),
+            "difference": (other - one).norm().item() if one.shape == other.shape else None,
+        }
+    return result
+
+
+def _read(directory: str, stored: StoredTensor) -> Any:
+    import torch
+
+    from .._request.dtypes import TO_TORCH
+
+    with os.fdopen(open_regular(os.path.join(directory, *stored.file.split("/"))), "rb") as file:
+        file.seek(stored.offset)
+        data = bytearray(file.read(stored.nbytes))
+    dtype = TO_TORCH.get(stored.dtype) or getattr(torch, stored.dtype)
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(stored.shape).to(torch.float64)
+
+
+def _in_words(norms: dict[str, float | None] | None) -> str:
+    if norms is None:
+        return ""
+    difference = norms["difference"]
+    apart = "of another shape" if difference is None else f"apart by {difference:.4g}"
+    return f" ({apart}, norm {norms['a']:.4g} and {norms['b']:.4g})"

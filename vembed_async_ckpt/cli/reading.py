@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.filesize import decimal
+from rich.progress import DownloadColumn, Progress
 from rich.table import Table
 
 from .._store import catalog, names
@@ -101,7 +102,10 @@ def verify(
     entries = [entry.path for entry in catalog.scan(os.fspath(path))]
     if not entries or os.path.lexists(os.path.join(path, names.MANIFEST)):
         entries = [os.fspath(path)]
-    results = [_verified(entry) for entry in entries]
+    with Progress(
+        *Progress.get_default_columns(), DownloadColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
+        results = [_verified(entry, bar) for entry in entries]
     if as_json:
         print(json.dumps(results, indent=2))
     else:
@@ -110,10 +114,12 @@ def verify(
     raise typer.Exit(0 if all(result["ok"] for result in results) else 1)
 
 
-def _verified(path: str) -> dict[str, Any]:
+def _verified(path: str, bar: Progress) -> dict[str, Any]:
     try:
-        found = catalog.verify(path)
+        found = manifests.read(path)
+        size = sum(record.size for record in found.files.values())
+        task = bar.add_task(os.path.basename(path), total=size)
+        manifests.check(path, found, "full", lambda count: bar.advance(task, count))
     except CorruptCheckpoint as error:
         return {"path": path, "ok": False, "reason": str(error)}
-    size = sum(record.size for record in found.files.values())
     return {"path": path, "ok": True, "reason": None, "files": len(found.files), "bytes": size}
