@@ -27,6 +27,7 @@ from ._request.dtypes import TO_TORCH
 from ._request.model import sharded
 from ._request.model import unwrap as unwrap_model
 from ._request.optimizer import unwrap as unwrap_optimizer
+from ._request.places import has_no_storage
 from ._request.request import named
 from ._request.training_state import parse_rank
 from ._store import manifest as manifests
@@ -95,6 +96,30 @@ def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict
 def _restore(
     source: _Source, model: Any, optimizer: Any, scheduler: Any, dataloader: Any, scaler: Any, accelerator: Any
 ) -> Restored:
+    with _making_sense(source.directory):
+        steps, rng, extra = _plan(source, model, optimizer, scheduler, dataloader, scaler, accelerator)
+        config = source.config()
+    wait_for_copies()
+    for step in steps:
+        step()
+    if rng is not None:
+        random_state.restore(rng)
+    return Restored(source.manifest.step, config, extra, source.manifest.metrics)
+
+
+@contextlib.contextmanager
+def _making_sense(directory: str) -> Iterator[None]:
+    """What is well formed may still say what cannot be: of a tensor that is nowhere, of a list where a name should be."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: cannot be put back: {type(error).__name__}: {error}") from error
+
+
+def _plan(
+    source: _Source, model: Any, optimizer: Any, scheduler: Any, dataloader: Any, scaler: Any, accelerator: Any
+) -> tuple[list[Callable[[], None]], Any, Any]:
+    """(what will restore each object, random states, extra). Raises before anything is changed."""
     saved = source.training_state()
     if accelerator is not None:
         model = _in_order(accelerator._models, source.manifest.names) if model is None else model
@@ -122,14 +147,7 @@ def _restore(
             steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
     if accelerator is not None:
         steps += _plan_accelerator(source, saved, accelerator)
-    extra = tree.decode(saved["extra"], source.training_tensor)
-    config = source.config()
-    wait_for_copies()
-    for step in steps:
-        step()
-    if rng is not None:
-        random_state.restore(rng)
-    return Restored(source.manifest.step, config, extra, source.manifest.metrics)
+    return steps, rng, tree.decode(saved["extra"], source.training_tensor)
 
 
 def wait_for_copies() -> None:
@@ -227,6 +245,7 @@ class _Source:
     def path(self, name: str) -> str:
         if name not in self.manifest.files or not is_safe_relative(name):
             raise CorruptCheckpoint(f"{self.directory}: {name!r} is needed, but the manifest does not list it")
+        manifests.refuse_linked_parents(self.directory, name)
         return os.path.join(self.directory, *name.split("/"))
 
     def json(self, name: str) -> Any:
@@ -273,7 +292,7 @@ class _Source:
             for n in shape:
                 count *= n
             return self._view(file, dtype, tuple(shape), offset, int(count * element))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
             raise CorruptCheckpoint(
                 f"{self.path(file)}: the manifest's entry for {key!r} cannot be used: {error}"
             ) from error
@@ -404,7 +423,8 @@ class _Places:
         ]
 
     def _memory(self, name: str) -> tuple[int, torch.Size]:
-        return self._live[name].data_ptr(), self._live[name].shape
+        tensor = self._live[name]
+        return (0 if has_no_storage(tensor) else tensor.data_ptr()), tensor.shape
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:

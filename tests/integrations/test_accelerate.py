@@ -12,6 +12,7 @@ import json
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader, TensorDataset
 
 from vembed_async_ckpt import CheckpointError, PlanError, SaveHandle, latest, load, save_checkpoint, verify
+from vembed_async_ckpt._arena.staging import Snapshot
 from vembed_async_ckpt.integrations.accelerate import save_state
 from vembed_async_ckpt.integrations.shared import close_shared, open_at
 
@@ -330,6 +332,44 @@ def stopped(run: Run, root: Path) -> Callable[[], None]:
     return lambda: os.kill(writer, signal.SIGCONT)
 
 
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """What is copied late is copied when this is set: by the first that waits at the barrier, or by the test."""
+    go = threading.Event()
+    run, barrier = Snapshot.run, Snapshot.barrier
+
+    def held_run(self: Snapshot) -> None:
+        assert go.wait(60)
+        run(self)
+
+    def releasing_barrier(self: Snapshot) -> None:
+        go.set()
+        barrier(self)
+
+    monkeypatch.setattr(Snapshot, "run", held_run)
+    monkeypatch.setattr(Snapshot, "barrier", releasing_barrier)
+    yield go
+    go.set()
+
+
+def test_loading_waits_for_what_is_being_copied(
+    project: Path, late: threading.Event, reader: Callable[[Run, str | None], None]
+) -> None:
+    """A save, and at once back to the one before: the weights change only when the save has its copy of them."""
+    run = Run(project)
+    late.set()
+    first = run.accelerator.save_state()
+    run.train(1)
+    expected = run.weights()
+    late.clear()
+    handle = run.begin()
+    reader(run, first)
+    late.set()
+    assert run.weights() != expected
+    run.accelerator.load_state(str(handle.result(60).path))
+    assert run.weights() == expected
+
+
 def test_nothing_but_checkpoints_is_among_them_while_one_is_saved(project: Path) -> None:
     """accelerate reads a number out of every entry: while a save is in flight `load_state()` finds the one before, and the next
     save_state its number."""
@@ -447,17 +487,19 @@ def test_registered_objects_come_back(project: Path, state: Any, reader: Callabl
     assert same(notes.state, state)
 
 
-def test_a_registered_object_is_saved_as_it_was_at_the_call(project: Path) -> None:
-    """Tensors that change after the call, before anything is written, are those of the call; their bytes are written once."""
+def test_a_registered_object_is_saved_as_it_was_at_the_call(project: Path, late: threading.Event) -> None:
+    """Tensors that change right after the call are those of the call: no optimizer's step guards them, so they are not copied
+    late. Their bytes are written once."""
     run = Run(project)
-    run.train(1)  # so that what belongs to the optimizer may be copied late
     average = torch.zeros(1 << 22)
     run.accelerator.register_for_checkpointing(Notes({"average": average}))
+    late.set()
     run.accelerator.save_state()
-    go_on = stopped(run, project / "checkpoints")
+    run.train(1)  # from now on what belongs to the optimizer may be copied late
+    late.clear()
     handle = run.begin()
     average.fill_(7)
-    go_on()
+    late.set()
     info = handle.result(60)
     assert not torch.load(info.path / "custom_checkpoint_0.pkl")["average"].any()
     assert info.total_bytes < 1.5 * average.nbytes
@@ -528,7 +570,7 @@ def test_an_optimizer_may_have_numpy_numbers(project: Path, reader: Callable[[Ru
     run.optimizer.param_groups[0]["lr"] = np.float64(0.125)
     path = run.accelerator.save_state()
     run.optimizer.param_groups[0]["lr"] = 1.0
-    load(path, accelerator=run.accelerator)
+    reader(run, path)
     assert run.optimizer.param_groups[0]["lr"] == 0.125
 
 

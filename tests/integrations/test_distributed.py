@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
+import vembed_async_ckpt
 from vembed_async_ckpt import latest, verify
 
 SCRIPT = Path(__file__).parent / "scripts" / "ddp.py"
+PACKAGE = str(Path(vembed_async_ckpt.__file__).parents[1])  # the ranks import what this process imports
 PATIENCE = 90.0  # seconds for one launch; it takes a tenth of that on an idle machine
 
 
@@ -39,7 +41,7 @@ class Job:
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PACKAGE},
         )
 
     def notes(self, what: str) -> list[Any]:

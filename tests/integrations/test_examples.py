@@ -195,7 +195,9 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*number of training batches", "ignore:.*LeafSpec.* is deprecated", "ignore:.*tensorboardX")
+@pytest.mark.filterwarnings(
+    "ignore:.*number of training batches", "ignore:.*LeafSpec.* is deprecated", "ignore:.*tensorboardX"
+)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_a_block_of_the_readme_runs(directory: Path, block: Block) -> None:
     """As it stands; whatever it saves is whole."""

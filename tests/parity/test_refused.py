@@ -137,6 +137,27 @@ def test_a_quantized_weight_without_memory_of_its_own(root: Path, module: Callab
         checkpointer.save(1, model=torch.nn.Linear(3, 3)).result(BOUND)
 
 
+class HeadOnly(torch.nn.Module):
+    """Leaves its quantized, frozen base out of what it saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.head = quantized(trained=False), torch.nn.Linear(3, 2)
+
+    def save_pretrained(self, save_directory: str) -> None:
+        torch.save(self.head.state_dict(), os.path.join(save_directory, "head.pt"))
+
+
+def test_a_quantized_base_that_is_left_out_is_no_obstacle(root: Path):
+    """What stays out on purpose need not have memory."""
+    module, fresh = HeadOnly(), HeadOnly()
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        for step in (1, 2):
+            path = checkpointer.save(step, model=module).result(BOUND).path
+    load(path, model=fresh)
+    assert differing(state(fresh.head), state(module.head)) == []
+
+
 class Packed(torch.nn.Parameter):
     """As bitsandbytes has 4-bit weights: plain packed bytes, and their scale in an attribute."""
 

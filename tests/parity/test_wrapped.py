@@ -413,8 +413,8 @@ def test_a_weight_that_no_optimizer_has_any_more_is_copied_at_once(root: Path, m
     monkeypatch.setattr(Counting, "more", staticmethod(a_number))
     model = Counting(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.step()
     with AsyncCheckpointer(root, writer="thread", staging="overlap") as checkpointer:
+        optimizer.step()
         checkpointer.save(1, model=model, optimizer=optimizer).result(BOUND)
         model.head.weight = torch.nn.Parameter(torch.randn_like(model.head.weight))
         saved, go_on = state(model), threading.Event()

@@ -136,6 +136,8 @@ def parse(head: bytes, size: int, *, file: str) -> tuple[dict[str, Entry], dict[
         if not isinstance(header, dict):
             raise TypeError("the header is not an object")
         metadata = header.pop(_METADATA, {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError(f"{_METADATA} does not map text to text")
         entries = {str(name): _entry(value, 8 + length) for name, value in header.items()}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptCheckpoint(f"{file}: bad safetensors header: {error}") from error
@@ -164,6 +166,8 @@ def _entry(value: dict[str, Any], data_start: int) -> Entry:
     spec = TensorSpec("", value["dtype"], tuple(value["shape"]))
     if spec.dtype not in RANK or not all(type(n) is int and n >= 0 for n in (*spec.shape, begin, end)):
         raise ValueError(f"unusable entry {value!r}")
+    if math.prod(max(n, 1) for n in spec.shape) >= 1 << 63 or math.prod(spec.shape[-1:]) * BITS[spec.dtype] % 8:
+        raise ValueError(f"no tensor has the shape {spec.shape} of {spec.dtype}")
     if end - begin != spec.nbytes:
         raise ValueError(f"shape {spec.shape} of {spec.dtype} does not fill {end - begin} bytes")
     return Entry(spec.dtype, spec.shape, data_start + begin, spec.nbytes)

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import safetensors.torch
@@ -52,14 +53,19 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.untyped_storage:
             self._captured.serialized.add(result.data_ptr())
-            pickled = "_reduce_ex_internal" in (sys._getframe(depth).f_code.co_name for depth in (1, 2))
-            self._captured.looked |= pickled and not self._captured.in_torch_save
+            self._captured.looked |= not self._captured.in_torch_save and _is_pickling(sys._getframe(1))
         elif func is torch.Tensor.numpy:
             self._captured.serialized.add(args[0].untyped_storage().data_ptr())
             self._captured.looked = True
         elif func in _LOOKS:
             self._captured.looked = True
         return result
+
+
+def _is_pickling(frame: FrameType | None) -> bool:
+    """Whether torch asks for a storage because a tensor is being pickled."""
+    callers = [frame, None if frame is None else frame.f_back]
+    return any(caller is not None and caller.f_code.co_name == "_reduce_ex_internal" for caller in callers)
 
 
 _LOOKS = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__int__}
@@ -75,11 +81,11 @@ class Sink:
 
     def install(self) -> None:
         """Put it in place, once per process. Raises `PlanError` if this version of safetensors has no such place."""
-        save = torch.save
         with self._lock:
             self._take_peft_off_the_network()
             if self._installed:
                 return
+            save = torch.save
             flatten = getattr(safetensors.torch, "_flatten_as_ptr", None)
             serialize_file = getattr(safetensors.torch, "serialize_file", None)
             if flatten is None or serialize_file is None:

@@ -7,8 +7,10 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 
 from .._plan.plan import ZipContent
@@ -135,7 +137,7 @@ class OptimizerReader:
         assert self._content is not None
         if plain is not None and plain.pickled is None:
             refs = dict(zip(self._keys, enumerate(self._kinds), strict=True))
-            plain.pickled = _inner(_pickle(plain.refs, refs, {}))
+            plain.pickled = _inner(_pickle(plain.refs, refs))
         return OptimizerState(
             content=self._content,
             optimizer=inner,
@@ -234,11 +236,16 @@ def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:
 def _capture_groups(state: Mapping[str, Any], put: tree.Put) -> list[dict[str, Any]]:
     return [
         {
-            key: list(value) if key == "params" else tree.capture(value, f"{_GROUP}{number}.{key}", put)
+            key: list(value) if key == "params" else tree.capture(_plain_number(value), f"{_GROUP}{number}.{key}", put)
             for key, value in group.items()
         }
         for number, group in enumerate(state["param_groups"])
     ]
+
+
+def _plain_number(value: Any) -> Any:
+    """A number that numpy computed, as python's: numpy's cannot be unpickled with `weights_only`, which accelerate demands."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 @dataclass
@@ -319,7 +326,11 @@ class _Pickler(pickle.Pickler):
         return obj.pid if type(obj) is _Storage else None
 
 
-def _pickle(captured: Any, refs: Mapping[str, tuple[int, _Kind]], arrays: Mapping[str, torch.Tensor]) -> bytes:
+def _pickle(
+    captured: Any,
+    refs: Mapping[str, tuple[int, _Kind]],
+    arrays: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> bytes:
     tensors: dict[str, Any] = {key: _Tensor(str(index), kind) for key, (index, kind) in refs.items()}
     tensors |= arrays
     buffer = io.BytesIO()

@@ -47,13 +47,26 @@ def scan(root: str) -> list[Entry]:
 def interrupted(root: str) -> Iterator[Entry]:
     """The checkpoints that made way for another one which never came, under the names they had."""
     replaced = names.replaced_directory(root)
-    for name in os.listdir(replaced) if os.path.isdir(replaced) else ():
+    for name in list_replaced(root):
         parsed = names.parse_swap(name)
         if parsed is None or os.path.lexists(target := os.path.join(root, parsed[1])):
             continue
         found = _read(os.path.join(replaced, name))
-        reason = "its replacement was interrupted; `vembed-ckpt sweep`, or the next AsyncCheckpointer there, brings it back"
+        reason = (
+            "its replacement was interrupted; `vembed-ckpt sweep`, or the next AsyncCheckpointer there, brings it back"
+        )
         yield Entry(target, None, CorruptCheckpoint(f"{target}: {reason}"), found.order)
+
+
+def list_replaced(root: str) -> list[str]:
+    """What is in `replaced/`. A symbolic link there is somebody else's: it leads out of the root."""
+    replaced = names.replaced_directory(root)
+    try:
+        return [] if os.path.islink(replaced) else sorted(os.listdir(replaced))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{replaced}: cannot be listed ({error.strerror}): what is there is unknown") from error
 
 
 def _claims(item: os.DirEntry[str]) -> bool:
@@ -100,7 +113,7 @@ def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
             except CorruptCheckpoint as found:
                 error = found
         assert error is not None
-        if retries and not os.path.lexists(entry.path):
+        if retries and _has_changed(entry):
             time.sleep(_MOMENT)
             return _newest(root, verify, retries - 1)  # a live run moved or is replacing it while we looked
         broken.append(error)
@@ -111,9 +124,18 @@ def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
             f"{root}: none of the {len(entries)} checkpoints is complete; newest first: "
             + "; ".join(str(error) for error in broken)
         )
+    # How new one is whose manifest cannot be read, nobody knows: it may be the one that was looked for.
+    broken += [e.error for e in entries if e.error and e.order < (0, 0) and os.path.lexists(e.path)]
     for error in broken:
         warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=3)
     return Path(entry.path)
+
+
+def _has_changed(entry: Entry) -> bool:
+    """Whether another checkpoint, or none, has the entry's name now."""
+    if not os.path.lexists(entry.path):
+        return True
+    return entry.manifest is not None and _read(entry.path).manifest != entry.manifest
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:

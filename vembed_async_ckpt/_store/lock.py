@@ -6,9 +6,11 @@ and a respawned writer never loses it. Only its holder sweeps.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from dataclasses import dataclass
 
@@ -81,8 +83,7 @@ class RootLock:
         """
         make_directories_durable(root)
         make_directories_durable(names.work_directory(root))
-        path = names.lock_file(root)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        fd = _open(root, os.O_RDWR | os.O_CREAT)
         try:
             _wait(fd, root, fcntl.LOCK_EX, patience)
             lock = cls(root, fd)
@@ -114,7 +115,7 @@ def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
     still at work afterwards.
     """
     try:
-        fd = os.open(names.lock_file(root), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = _open(root, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return
     try:
@@ -124,6 +125,24 @@ def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
         _wait(fd, root, fcntl.LOCK_SH, patience)
     finally:
         os.close(fd)
+
+
+def _open(root: str, flags: int) -> int:
+    """Open the lock file. Raises `CheckpointError` for what is no lock file of ours, or cannot be opened."""
+    work, path = names.work_directory(root), names.lock_file(root)
+    if os.path.islink(work):
+        raise CheckpointError(f"{work}: is a symbolic link; links are not followed, move it away")
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        reason = "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be opened ({error.strerror})"
+        raise CheckpointError(f"{path}: {reason}: who saves there is unknown") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{path}: is not a regular file; move it away")
+    return fd
 
 
 def _wait(fd: int, root: str, mode: int, patience: float) -> None:
@@ -165,5 +184,5 @@ def _holder(fd: int) -> Holder | None:
         content = json.loads(os.pread(fd, 4096, 0))
         trainer, *writer = (Process(int(pid), int(start)) for pid, start in content["processes"])
         return Holder(trainer, writer[0] if writer else None, str(content["where"]))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None  # being rewritten this very moment

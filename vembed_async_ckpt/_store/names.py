@@ -99,6 +99,11 @@ def replaced_directory(root: str) -> str:
     return os.path.join(work_directory(root), REPLACED)
 
 
+def is_save_id(value: object) -> bool:
+    """Whether this can be the id of a save: names are made of it."""
+    return isinstance(value, str) and re.fullmatch(_SAVE_ID, value) is not None
+
+
 def parse_work_entry(name: str) -> WorkEntry | None:
     """What an entry of the work directory is, or None if it was not made by `save_directory` or `trash_directory`."""
     match = _WORK_ENTRY.fullmatch(name)

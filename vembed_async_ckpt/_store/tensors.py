@@ -13,7 +13,7 @@ import xxhash
 from .._plan import safetensors
 from ..errors import CorruptCheckpoint
 from .fs import open_regular
-from .manifest import Manifest
+from .manifest import Manifest, refuse_linked_parents
 
 _BYTES = {"float64": 8, "complex128": 16, "int64": 8}  # dtypes of optimizer.bin that safetensors has no name for
 
@@ -33,6 +33,7 @@ class StoredTensor:
 def stored_tensors(directory: str, manifest: Manifest) -> Iterator[StoredTensor]:
     """Every tensor of a checkpoint, by file and place. Raises `CorruptCheckpoint` for a header that makes no sense."""
     for file, record in sorted(manifest.files.items()):
+        refuse_linked_parents(directory, file)
         path = os.path.join(directory, *file.split("/"))
         if file.endswith(".safetensors"):
             head = _head(path, record.size)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from .._store import fs as files
 from .._store import manifest as manifests
 from .._store import names
-from .._store.catalog import Entry, scan
+from .._store.catalog import Entry, list_replaced, scan
 from .._store.fs import Filesystem
 from .._store.manifest import Manifest
 from .._store.retention import Policy
@@ -39,7 +39,7 @@ def _own_files(directory: str) -> Collection[str]:
 
 def make_directories(fs: Filesystem, path: str) -> None:
     """Create a directory and its parents where they are missing, durably."""
-    if not os.path.isdir(path):
+    if os.path.islink(path) or not os.path.isdir(path):
         make_directories(fs, os.path.dirname(path))
         fs.make_directory(path)
         fs.sync_directory(os.path.dirname(path))
@@ -51,7 +51,9 @@ def dispose(fs: Filesystem, root: str, directory: str, name: str, save_id: str, 
     Deletes the files its own manifest names, the manifest last, so that a crash on the way is taken up again. Files that were
     carried over to the directory `carried_to` live on there and go here.
     """
-    ours = [relative for relative in _own_files(directory) if relative != names.MANIFEST]
+    known = _own_files(directory)
+    # Of what is there, never of what the manifest says is there: a link in there may lead out of the directory.
+    ours = [name for name, _ in files.walk_files(directory) if name in known and name != names.MANIFEST]
     for relative in ours:
         _unlink_if_there(fs, os.path.join(directory, *relative.split("/")))
     if carried_to is not None:
@@ -95,7 +97,7 @@ def remove_work(fs: Filesystem, directory: str, save_id: str) -> None:
 
     One that holds another save is left alone: an exchange took place after all, though an error was reported.
     """
-    if _save_id(directory) not in (None, save_id):
+    if os.path.islink(directory) or _save_id(directory) not in (None, save_id):
         return
     for _, entry in list(files.walk_files(directory)):
         fs.unlink(entry.path)
@@ -179,7 +181,7 @@ def sweep(fs: Filesystem, root: str) -> list[str]:
     for entry in sorted(os.listdir(work_root)):
         path = os.path.join(work_root, entry)
         parsed = names.parse_work_entry(entry)
-        if parsed is None or os.path.islink(path):
+        if parsed is None or os.path.islink(path) or not os.path.isdir(path):
             continue
         if parsed.kind == "work" and parsed.save_id not in committed:
             inside = _save_id(path)
@@ -209,6 +211,8 @@ def _orphans_failures(fs: Filesystem, root: str) -> list[str]:
         lines = files.read_regular(log).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        return [f"left {names.ORPHAN_LOG} alone: it cannot be read ({error.strerror})"]
     fs.unlink(log)
     return lines
 
@@ -235,8 +239,7 @@ def keep(fs: Filesystem, root: str, directory: str, save_id: str, name: str) -> 
 def _swaps(root: str) -> dict[str, tuple[str, str]]:
     """What made way without an exchange and is not gone yet: {path: (save id of the replacing save, checkpoint name)}."""
     replaced = names.replaced_directory(root)
-    entries = sorted(os.listdir(replaced)) if os.path.isdir(replaced) else []
-    parsed = {os.path.join(replaced, entry): names.parse_swap(entry) for entry in entries}
+    parsed = {os.path.join(replaced, entry): names.parse_swap(entry) for entry in list_replaced(root)}
     return {path: swap for path, swap in parsed.items() if swap is not None}
 
 

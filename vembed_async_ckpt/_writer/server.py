@@ -177,8 +177,9 @@ class Server:
         )
         if self._orphaned:
             log = os.path.join(names.work_directory(self._root), names.ORPHAN_LOG)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             try:
-                with open(log, "a") as file:
+                with open(log, "a", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
                     file.write(f"{time.strftime('%F %T')} {pending.job['name']} was staged but not saved: {message}\n")
             except OSError:
                 pass  # the disk that took no checkpoint takes no note of it either; the jobs behind this one go on

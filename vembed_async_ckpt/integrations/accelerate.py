@@ -79,7 +79,7 @@ def _next_in_line(accelerator: Any) -> str:
     if accelerator.project_dir is None:
         raise PlanError("automatic_checkpoint_naming needs a project_dir: ProjectConfiguration(project_dir=...)")
     path = os.path.join(accelerator.project_dir, "checkpoints", f"checkpoint_{accelerator.save_iteration}")
-    if accelerator.is_main_process and os.path.lexists(path):
+    if os.path.lexists(path):  # on every rank alike: it cannot come before all of them have called
         raise PlanError(
             f"{path}: already exists; resume with accelerator.load_state() and set "
             "accelerator.project_configuration.iteration to the number to go on with"
