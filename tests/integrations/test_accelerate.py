@@ -289,6 +289,14 @@ def test_hooks_save_and_load(project: Path, popping: bool) -> None:
     assert run.model.class_name == "random"
 
 
+def test_weights_that_a_hook_makes_up_are_refused(project: Path) -> None:
+    """A hook may take weights out of the list, and write what it likes; what it puts in has no model."""
+    run = Run(project)
+    run.accelerator.register_save_state_pre_hook(lambda models, weights, directory: weights.append({}))
+    with pytest.raises(PlanError, match="of no model"):
+        run.begin()
+
+
 def test_pickled_weights_are_refused(project: Path) -> None:
     """safe_serialization=False, the other half of accelerate's cases, is said not to be there; True goes through."""
     run = Run(project)

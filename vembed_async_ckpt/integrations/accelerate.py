@@ -143,18 +143,15 @@ class _Hooks:
         if not hooks:
             return {}
         weights = [accelerator.get_state_dict(model, unwrap=False) for model in self.models]
-        of = {id(state): model for state, model in zip(weights, self.models, strict=True)}
-        everything = list(weights)  # so that no new object gets the identity of one that was taken out
+        known = {id(state): (state, model) for state, model in zip(weights, self.models, strict=True)}
         with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
             for hook in hooks:
                 hook(accelerator._models, weights, directory)
-            added = [state for state in weights if id(state) not in of]
-            if added:
+            if any(id(state) not in known for state in weights):
                 raise PlanError(
-                    "a save hook put weights into the list that are those of no model; let it write a file instead"
+                    "a save hook put weights of no model into the list; let it write them to a file instead"
                 )
-            self.models = [of[id(state)] for state in weights]
-            del everything
+            self.models = [known[id(state)][1] for state in weights]
             return {content.name: content.data for content in read_files(directory)}
 
 
