@@ -181,6 +181,7 @@ def lazy_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lazy]:
     """Every tensor of more than a few numbers is on a device that copies as late as it may."""
     double = Lazy()
     monkeypatch.setattr(devices, "is_on_device", lambda tensor: tensor.numel() > 8)
+    monkeypatch.setattr(devices, "any_on_device", lambda tensors: any(map(devices.is_on_device, tensors)))
     for module in ("vembed_async_ckpt._engine.saving", "vembed_async_ckpt._arena.barrier"):
         monkeypatch.setattr(f"{module}.is_on_device", devices.is_on_device)
     monkeypatch.setattr(devices, "copy_async", double.copy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ _ALREADY_REGISTERED = 712  # driver_types.h, cudaErrorHostMemoryAlreadyRegistere
 def is_on_device(tensor: torch.Tensor) -> bool:
     """Whether it is copied by its device."""
     return tensor.is_cuda
+
+
+def any_on_device(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether some of many are."""
+    return True in map(attrgetter("is_cuda"), tensors)
 
 
 def copy_async(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -41,10 +47,11 @@ class DeviceCopies:
         self._held: list[torch.Tensor] = []
 
     @classmethod
-    def of(cls, tensors: Iterable[torch.Tensor]) -> DeviceCopies | None:
+    def of(cls, tensors: Sequence[torch.Tensor]) -> DeviceCopies | None:
         """For all CUDA devices among `tensors`; None if they are all in host memory."""
-        devices = {tensor.device for tensor in tensors if is_on_device(tensor)}
-        return cls(devices, torch.cuda, copy_async) if devices else None
+        if not any_on_device(tensors):
+            return None
+        return cls({tensor.device for tensor in tensors if is_on_device(tensor)}, torch.cuda, copy_async)
 
     def issue(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         """Start copying; returns at once."""

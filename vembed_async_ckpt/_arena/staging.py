@@ -108,7 +108,9 @@ class Late:
     def _last_bytes(self, tensors: Sequence[torch.Tensor]) -> bytes | None:
         return last_bytes(self._host(tensors), self._host(self.sizes))
 
-    def _host(self, values: Sequence[Any]) -> list[Any]:
+    def _host(self, values: Sequence[Any]) -> Sequence[Any]:
+        if not cuda.any_on_device(self.aliases):
+            return values
         return [value for value, alias in zip(values, self.aliases, strict=True) if not cuda.is_on_device(alias)]
 
     def device_part(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -118,7 +120,7 @@ class Late:
         ]
         return [to for to, _ in pairs], [alias for _, alias in pairs]
 
-    def host_part(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def host_part(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """(destinations, sources) of the copies within host memory."""
         return self._host(self.destinations), self._host(self.aliases)
 
@@ -138,7 +140,7 @@ class Late:
         if self.last_bytes is None or copied is None or self.last_bytes == copied:
             return None
         at = 0
-        names: list[str] = self._host(self.names)
+        names: Sequence[str] = self._host(self.names)
         for name, alias, size in zip(names, self._host(self.aliases), self._host(self.sizes), strict=True):
             end = at + min(size, PROBE_BYTES)
             if self.last_bytes[at:end] != copied[at:end] and alias.is_contiguous():

@@ -33,15 +33,16 @@ class _Kind:
 class OptimizerState:
     """An optimizer as it will stand on disk.
 
-    `tensors`, `keys` and `owners` run in parallel; an owner is `optimizer` for what only its step changes, None for the rest
-    (a scheduler may write to a tensor `lr`). `tree` is the captured state_dict; `pickled()` makes `data.pkl` of it. `arrays`:
-    copies of what was no tensor but a numpy array: in the pickle they stand as such, by value.
+    `tensors`, `keys`, `labels` (names in errors) and `owners` run in parallel; an owner is `optimizer` for what only its step
+    changes, None for the rest (a scheduler may write to a tensor `lr`). `tree` is the captured state_dict; `pickled()` makes
+    `data.pkl` of it. `arrays`: copies of what was no tensor but a numpy array: in the pickle they stand as such, by value.
     """
 
     content: ZipContent
     optimizer: Any
     tensors: list[torch.Tensor]
     keys: Sequence[str]
+    labels: Sequence[str]
     owners: Sequence[Any]
     kinds: Sequence[_Kind]
     tree: Mapping[str, Any]
@@ -101,6 +102,7 @@ class OptimizerReader:
         self._layout: Any = None
         self._content: ZipContent | None = None
         self._keys: list[str] = []
+        self._labels: list[str] = []
         self._kinds: list[_Kind] = []
         self._owned: list[bool] = []
         self._plain: _PlainState | None = None
@@ -143,6 +145,7 @@ class OptimizerReader:
             optimizer=inner,
             tensors=tensors,
             keys=self._keys,
+            labels=self._labels,
             owners=[inner if owned else None for owned in self._owned],
             kinds=self._kinds,
             tree=captured,
@@ -178,6 +181,7 @@ class OptimizerReader:
         for key, tensor in found:
             check_storage(key, tensor, file=self._file)
         self._keys = keys
+        self._labels = [f"{self._file}: {key}" for key in keys]
         self._kinds = [_Kind(tensor.dtype, tuple(tensor.shape), tensor.nbytes) for _, tensor in found]
         self._owned = [not key.startswith(_GROUP) for key in keys]
         if self._plain is not None:

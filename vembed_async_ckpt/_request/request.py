@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 import torch
@@ -152,23 +153,15 @@ class RequestReader:
         if objects.config is not None:
             files.append((names.CONFIG, _render_config(objects.config)))
         _refuse_clashes(contents, state, files)
+        parts: list[ModelState | OptimizerState] = [*states, *zipped]
         return Request(
             directory=directory,
             step=step,
             save_id=uuid.uuid4().hex,
             contents=tuple(contents),
-            tensors=[
-                *(t for m in states for t in m.tensors),
-                *(t for o in zipped for t in o.tensors),
-            ],
-            labels=[
-                *(label for m in states for label in m.labels),
-                *(f"{o.content.name}: {key}" for o in zipped for key in o.keys),
-            ],
-            owners=[
-                *(owner for m in states for owner in m.owners),
-                *(owner for o in zipped for owner in o.owners),
-            ],
+            tensors=list(chain.from_iterable(part.tensors for part in parts)),
+            labels=list(chain.from_iterable(part.labels for part in parts)),
+            owners=list(chain.from_iterable(part.owners for part in parts)),
             volatile=frozenset().union(*(m.volatile for m in states)),
             optimizers=tuple(zipped),
             state=state,

@@ -130,6 +130,9 @@ def discard(fs: Filesystem, root: str, name: str, save_id: str) -> None:
     """Move the checkpoint `root/name`, which save `save_id` made, to the trash, then delete what we wrote of it."""
     # Its predecessor first, if that is still on its way out: the next start would take it for one that was never replaced.
     _finish_swaps(fs, root, [name])
+    replaced = names.replaced_directory(root)
+    if os.path.isdir(replaced) and not os.path.islink(replaced):
+        fs.sync_directory(replaced)  # else a power cut could bring the predecessor back, half deleted, when this one is gone
     trash = names.trash_directory(root, save_id)
     # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
     fs.rename(os.path.join(root, name), trash, "plain")
