@@ -15,6 +15,7 @@ import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, StageError, load
 from vembed_async_ckpt._arena import cuda as devices
+from vembed_async_ckpt._arena.arena import Arena
 from vembed_async_ckpt._arena.barrier import GATE
 from vembed_async_ckpt._arena.cuda import DeviceCopies
 
@@ -298,3 +299,16 @@ def test_an_optimizer_inside_a_cuda_graph_earns_nothing(monkeypatch: pytest.Monk
     monkeypatch.setattr("vembed_async_ckpt._arena.barrier.is_capturing", lambda: True)
     step()
     assert optimizer not in GATE.optimizers()
+
+
+def test_a_closed_arena_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prewarming may still be at work on an arena that was given up: pinned then, it would stay so when its pages are gone."""
+    calls: list[str] = []
+    monkeypatch.setattr(devices, "pin", lambda address, size: calls.append("pin") or True)
+    monkeypatch.setattr(devices, "unpin", lambda address: calls.append("unpin"))
+    arena = Arena(1, 1 << 20)
+    arena.pin()
+    arena.pin()
+    arena.close()
+    arena.pin()
+    assert calls == ["pin", "unpin"]

@@ -122,7 +122,8 @@ def _plan(
     """(what will restore each object, random states, extra). Raises before anything is changed."""
     saved = source.training_state()
     if accelerator is not None:
-        model = _in_order(accelerator._models, source.manifest.names) if model is None else model
+        if model is None and source.manifest.names:  # else a save hook took the models out
+            model = _in_order(accelerator._models, source.manifest.names)
         optimizer = _in_order(accelerator._optimizers, saved["optimizers"]) if optimizer is None else optimizer
         scheduler = _in_order(accelerator._schedulers, saved["schedulers"]) if scheduler is None else scheduler
         scaler = getattr(accelerator, "scaler", None) if scaler is None else scaler
@@ -140,6 +141,8 @@ def _plan(
     scaling = tree.decode(saved["scaler"], source.training_tensor)
     if accelerator is not None and scaling is None:
         scaler = None
+    if position is None and saved["dataloader"] is not None:
+        dataloader = None  # more ranks than saved: this one has no place of its own, and was warned
     for what, value, state in (("dataloader", dataloader, position), ("scaler", scaler, scaling)):
         if value is not None:
             if state is None:

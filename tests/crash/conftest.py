@@ -55,6 +55,11 @@ KINDS = {
     "test_devices": "a disk that is full, broken or refuses",
     "test_writer_death": "a writer that dies or stops; no memory, no process",
     "test_exits": "an end of the training",
+    "test_damaged": "a damaged file or root, read",
+    "test_retention_faults": "retention, with something in its way",
+    "test_snapshot": "a state that is overwritten right after the call",
+    "test_hostile": "a directory made to do harm",
+    "test_compound": "a fault while another one is dealt with",
     "test_order": "calls followed by the order oracle",
     "test_mutants": "planted bugs, each noticed",
 }

@@ -264,4 +264,7 @@ class Disk:
 
 
 def run(*command: str, **options: dict[str, str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout.strip()
+    """What a command prints. Fails with what it said if it failed."""
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip()}"
+    return done.stdout.strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from typing import TYPE_CHECKING, Any
 
 import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
@@ -55,7 +56,7 @@ class Rank:
 
     def save(self, step: int, position: Any = None, extra: Any = None) -> str:
         if position is not None:
-            self.position.value = object() if position == "unsavable" else position
+            self.position.value = {"unsavable": object(), "large": "x" * (11 << 20)}.get(position, position)
         extra = object() if extra == "unsavable" else extra
         try:
             self.handles[step] = self.checkpointer.save(
@@ -76,6 +77,10 @@ class Rank:
     def staged(self, step: int) -> str:
         self.handles[step].wait_staged(60)
         return "staged"
+
+    def rest(self, seconds: float) -> str:
+        time.sleep(seconds)
+        return "rested"
 
     def draw(self) -> str:
         return json.dumps([random.random(), float(np.random.rand()), torch.rand(1).item(), self.position.value])

@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +110,21 @@ def _torn(entries: Sequence[Record], dice: random.Random) -> Iterator[Record]:
             yield Record("W", entry.offset, entry.data[: dice.randrange(len(entry.data) // _SECTOR + 1) * _SECTOR])
 
 
+@contextmanager
+def mounted_as_at_boot(kind: str, image: str, path: str) -> Iterator[str]:
+    """Mounted; if that is refused, after a repair: the superblock of ext4 has two sectors and a checksum, and may be torn."""
+    twins = ["nouuid"] if kind == "xfs" else []  # it refuses to be mounted twice at once
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(mounted(kind, image, path, *twins))
+        except AssertionError:
+            if kind != "ext4":
+                raise
+            assert subprocess.run(["e2fsck", "-fy", image], capture_output=True).returncode < 4
+            stack.enter_context(mounted(kind, image, path))
+        yield path
+
+
 def problems(state: State, kind: str, directory: Path) -> list[str]:
     """What is wrong on that disk, once it is mounted again."""
     directory.mkdir()
@@ -117,8 +134,7 @@ def problems(state: State, kind: str, directory: Path) -> list[str]:
         for offset, block in state.blocks.items():
             os.pwrite(file.fileno(), block, offset)
     try:
-        twins = ["nouuid"] if kind == "xfs" else []  # it refuses to be mounted twice at once
-        with mounted(kind, str(image), str(directory / "found"), *twins) as path:
+        with mounted_as_at_boot(kind, str(image), str(directory / "found")) as path:
             root = os.path.join(path, "root")
             found = list(checks.after_fault(root, state.acknowledged))
             return found + [f"after the next start: {problem}" for problem in next_start(root, KEEP)]

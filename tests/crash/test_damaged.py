@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, latest, load, verify
+from vembed_async_ckpt._store import manifest as manifests
 from vembed_async_ckpt._store import names
 
 from .conftest import Tally
@@ -284,6 +285,25 @@ def test_what_a_crash_left_is_not_looked_at(tally: Tally, root: Path, how: str) 
     shutil.move(root / "checkpoint-2", work / f"trash-{'c' * 32}")
     assert chosen(root, how) == (root / "checkpoint-1", "")
     tally.fault("leftovers", [])
+    tally.settle(at_least=1)
+
+
+@pytest.mark.parametrize("how", ["size", "full"])
+def test_a_replacement_between_two_looks(tally: Tally, memory: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The newest is saved again while `latest` compares it with the manifest that it had: it looks again, and warns of nothing."""
+    root, real, turns = memory / "root", manifests.check, iter([2])
+    with Writer(str(root), Hasty()) as writer:
+        assert writer.save(1, 7, 3).acknowledged
+        assert writer.save(2, 8, 3).acknowledged
+
+        def check(*arguments: Any) -> None:
+            if next(turns, None):
+                assert writer.save(3, 8, 3).acknowledged
+            real(*arguments)
+
+        monkeypatch.setattr(manifests, "check", check)
+        found, said = chosen(root, how)
+    tally.fault(how, [] if (found, said) == (root / "checkpoint-8", "") else [f"{found}, {said!r}"])
     tally.settle(at_least=1)
 
 

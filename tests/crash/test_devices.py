@@ -174,7 +174,8 @@ def suffer_and_remount(
     root = os.path.join(path, "root")
     options = {} if direct else {"writer": "thread", "direct": False}
     with disk():
-        with process(victims, root, **options) as trainer:
+        # All are kept: what is freed could be used again without asking the storage below.
+        with process(victims, root, keep=9, **options) as trainer:
             trainer.good_save()
             trainer.good_save()
             run("sync", "-f", path)

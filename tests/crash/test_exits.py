@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from .faults import Disk, missing, needs_strace, run
 from .nursery import PATIENCE, Nursery
 
 pytestmark = needs_strace
+IN_TIME = 20  # seconds, on the busiest of machines, for what has deadlines of a second and less
 
 
 @pytest.fixture(autouse=True)
@@ -113,12 +113,10 @@ def test_a_frozen_disk(trainers: Nursery, tally: Tally, disk: Disk, ending: str)
             assert ask(child, "save") == "done"
             assert ask(child, "staged") == "done"
             assert ask(child, "impatient").startswith("TimeoutError")
-            begun = time.monotonic()
             if ending.startswith("close"):
                 assert ask(child, ending).startswith("TimeoutError")
             child.tell("end")
-            assert child.wait(10) == 0
-            assert time.monotonic() - begun < 5
+            assert child.wait(IN_TIME) == 0
             if ending == "end":
                 assert "at exit: TimeoutError" in child.stderr()
         finally:

@@ -136,8 +136,9 @@ def refused(root: Path) -> list[str]:
     if not isinstance(error, CorruptCheckpoint) or MANIFEST not in str(error):
         found.append(f"verify: {error!r}")
     with pytest.warns(UserWarning, match="skipped a broken checkpoint"):
-        if (chosen := latest(root)) != root / "checkpoint-2":
-            found.append(f"latest: {chosen}")
+        chosen = latest(root)
+    if chosen != root / "checkpoint-2":
+        found.append(f"latest: {chosen}")
     outcome, ready = save(root, 4, keep=2)
     if not outcome.acknowledged or outcome.warnings or "error" in ready:
         found.append(f"the next save: {outcome} {ready}")
@@ -169,7 +170,11 @@ def test_a_manifest_of_other_values(tally: Tally, root: Path, outside: Path, key
     tally.settle(at_least=2)
 
 
-@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, b'{"step":' + b"9" * 5000 + b"}", b"\xff" * 64, b"[]"], ids=["list", "object", "digits", "no text", "empty list"])
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'{"a":' * 100_000, b'{"step":' + b"9" * 5000 + b"}", b"\xff" * 64, b"[]"],
+    ids=["list", "object", "digits", "no text", "empty list"],
+)
 def test_a_manifest_that_is_no_json_of_ours(tally: Tally, root: Path, content: bytes) -> None:
     """100,000 levels deep, numbers of 5,000 digits, no text: unusable, said in time."""
     (root / "checkpoint-3" / MANIFEST).write_bytes(content)
@@ -394,6 +399,11 @@ HEADERS: dict[str, bytes] = {
     "a tensor of another shape": raw({"a": tensor((1, 2))}),
 }
 
+# A file that may be so, only not of this model.
+WELL_FORMED = {
+    "a name that leaves", "a name with NUL", "a name with half a character", "no tensors", "a tensor of another shape",
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def of_one_tensor(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -438,7 +448,9 @@ def test_a_hostile_safetensors_file(tally: Tally, of_one_tensor: Path, tmp_path:
     problems = []
     for how in ("full", "none"):
         error = in_time(lambda how=how: load(checkpoint, model=model, verify=how))
-        if not isinstance(error, CheckpointError) or str(checkpoint) not in str(error):
+        if not isinstance(error, CheckpointError if what in WELL_FORMED else CorruptCheckpoint) or str(
+            checkpoint
+        ) not in str(error):
             problems.append(repr(error))
     if model.a.tolist() != [1, 1]:
         problems.append("the model was changed")

@@ -117,6 +117,40 @@ def test_what_one_rank_cannot_save_fails_everywhere(nursery: Nursery, root: Path
         ranks.all("close")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_refused_save_harms_no_other(nursery: Nursery, root: Path, rank: int) -> None:
+    """The failure was seen where it was raised; no later call raises it again on one rank while the others save."""
+    with job(nursery, root, 2) as ranks:
+        ranks.tell(1 - rank, "save", 1)
+        assert ranks.ask(rank, "save", 1, "unsavable").startswith("PlanError")
+        ranks.answer(1 - rank)
+        for step in (2, 3, 4):
+            assert set(ranks.all("save", step, 7)) == {"called"}
+            assert all(answer.startswith("COMMITTED") for answer in ranks.all("result", step))
+        ranks.all("close")
+    assert visible(root) == [2, 3, 4]
+
+
+def test_a_rank_that_comes_late_hears_the_end(nursery: Nursery, root: Path) -> None:
+    """The first refused long ago, and nobody else has read it yet: the other still learns why."""
+    with job(nursery, root, 2, patience={**SHORT, "PATIENCE": 60.0}) as ranks:
+        assert ranks.ask(0, "save", 1, None, "unsavable").startswith("PlanError")
+        ranks.ask(0, "rest", 2 * SHORT["SILENCE"])
+        ranks.ask(1, "save", 1)
+        assert "rank 0 did not save" in ranks.ask(1, "result", 1)
+
+
+def test_a_large_state_of_a_rank_goes_through_the_store(nursery: Nursery, root: Path) -> None:
+    """More than the store takes in one piece: at the latest the second save has room for it."""
+    with job(nursery, root, 2) as ranks:
+        for step in (1, 2):
+            ranks.all("save", step, "large")
+            answers = ranks.all("result", step)
+        assert all(answer.startswith("COMMITTED") for answer in answers)
+        ranks.all("close")
+    assert (root / "checkpoint-2" / "vembed_rank_state_1.json").stat().st_size > 10 << 20
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_rank_that_dies_before_it_comes_fails_the_save(nursery: Nursery, root: Path, rank: int) -> None:
     """The others learn of it from its silence; the checkpoint before stays the newest."""

@@ -80,8 +80,10 @@ class Training:
         self.optimizer.step()
         self.model.steps += 1
 
-    def save(self) -> SaveHandle:
-        return self.checkpointer.save(self.model.count(), model=self.model, optimizer=self.optimizer)
+    def save(self, step: int | None = None) -> SaveHandle:
+        """The number of steps made is counted, unless it is given."""
+        step = self.model.count() if step is None else step
+        return self.checkpointer.save(step, model=self.model, optimizer=self.optimizer)
 
 
 def train(talk: Talk, root: str, every: int = 3) -> None:
@@ -178,9 +180,10 @@ def obey(
                 _load_data(training, handles)
             elif word == "save without memory":
                 training.step()
+                step = training.model.count()
                 resource.setrlimit(resource.RLIMIT_AS, (_address_space(), resource.RLIM_INFINITY))
                 try:
-                    handles.append(training.save())
+                    handles.append(training.save(step))
                 finally:
                     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             elif word == "save at exit":
@@ -209,9 +212,9 @@ def _shrink_shared_memory(size: str) -> None:
 
 
 def _address_space() -> int:
-    """Bytes mapped now: with this as limit, nothing large can be added."""
+    """Bytes mapped now, and some: with this as limit, there is no room for an arena."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize() + (1 << 20)
+        return int(file.read().split()[0]) * resource.getpagesize() + 2 * _FLOATS
 
 
 def _load_data(training: Training, handles: list[SaveHandle]) -> None:

@@ -54,25 +54,27 @@ class Arena:
         from . import cuda  # torch: only whoever has used a device needs it
 
         with self._pinning:
-            if self._pinned is None:
+            if self._pinned is None and self.fd >= 0:
                 self._pinned = cuda.pin(self.address, self.size)
 
     def forget(self) -> None:
         """In a forked child: the memory is the parent's."""
         self._pinned = None
+        self._pinning = threading.Lock()  # that of the parent may have been held
         self.close()
 
     def close(self) -> None:
         """Give the memory back once the last view of it is gone."""
         self.image = None
-        if self._pinned:
-            from . import cuda
+        with self._pinning:  # else it could be pinned after this, for ever
+            if self._pinned:
+                from . import cuda
 
-            cuda.unpin(self.address)
-            self._pinned = None
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+                cuda.unpin(self.address)
+                self._pinned = None
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
 
 
 _FORGOTTEN: list[mmap.mmap] = []

@@ -6,6 +6,7 @@ A save's copies come after all that the caller's streams were told before the ca
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
@@ -51,6 +52,7 @@ class DeviceCopies:
         """For all CUDA devices among `tensors`; None if they are all in host memory."""
         if not any_on_device(tensors):
             return None
+        notice(tensors)
         return cls({tensor.device for tensor in tensors if is_on_device(tensor)}, torch.cuda, copy_async)
 
     def issue(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -102,19 +104,44 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
+_device: int | None = None  # of the training thread, once it was seen to use one
+
+
 def in_use() -> bool:
-    """Whether this process has used a CUDA device."""
-    return torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    """Whether a training on a CUDA device was seen."""
+    return _device is not None
+
+
+def notice(tensors: Iterable[torch.Tensor]) -> None:
+    """Remember the training thread's device, if any of the tensors is on one."""
+    global _device
+    if any_on_device(tensors):
+        _device = torch.cuda.current_device()
 
 
 def pin(address: int, size: int) -> bool:
     """Lock host memory for the devices: copies into it run by themselves, at full speed. Where that cannot be, copies are
     slower and hold up the thread that issues them: then this warns and returns False."""
-    code = int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE))  # type: ignore[no-untyped-call]
-    if code in (0, _ALREADY_REGISTERED):
+    codes: list[int] = []
+
+    def register() -> None:
+        if _device is not None:
+            torch.cuda.set_device(_device)  # a new thread's would be the first device, and get a context for nothing
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = int(cudart.cudaHostRegister(address, size, _PORTABLE))
+        if code == _ALREADY_REGISTERED:  # of an arena that lay here before: not these pages
+            cudart.cudaHostUnregister(address)
+            code = int(cudart.cudaHostRegister(address, size, _PORTABLE))
+        codes.append(code)
+
+    # On a thread of its own: an error would stay there as CUDA's last one, and be blamed on the next kernel.
+    thread = threading.Thread(target=register, name="vembed-ckpt-pin", daemon=True)
+    thread.start()
+    thread.join()
+    if codes == [0]:
         return True
     logger.warning(
-        "%d bytes of host memory could not be pinned (CUDA error %d): copies from the device are slower", size, code
+        "%d bytes of host memory could not be pinned (CUDA errors %s): copies from the device are slower", size, codes
     )
     return False
 

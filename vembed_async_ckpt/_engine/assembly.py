@@ -69,7 +69,11 @@ def assemble(
     training = request.state.layout  # it starts where the plan ends
     files: list[FileSlot] = [{"name": names.TRAINING_TENSORS, "start": plan.end, "size": training.size}]
     pieces = [(plan.end, training.prefix)]
+    taken = {file.name for file in plan.files}
     for name, data in [*request.state.render(), *further]:
+        if name in taken:
+            continue  # another rank's file of that name
+        taken.add(name)
         start = files[-1]["start"] + pages(files[-1]["size"])
         files.append({"name": name, "start": start, "size": len(data)})
         pieces.append((start, data))

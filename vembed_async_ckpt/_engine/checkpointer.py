@@ -99,6 +99,7 @@ class AsyncCheckpointer:
             self._reporter.close(1.0)
             if ranks is not None:
                 ranks.close(1.0)
+                Ranks.forget(self._options.root)
             raise
         _LIVING.add(self)
 
@@ -155,7 +156,6 @@ class AsyncCheckpointer:
         """`save()` under any name: publish `objects` as `root/directory`. What the integrations build on."""
         begun = time.perf_counter()
         self._refuse_if_closed()
-        self._ledger.raise_unread()
         return self._engine.save(directory, step, objects, begun)
 
     def prewarm(self, *, model: Any = None, optimizer: Any = None) -> None:

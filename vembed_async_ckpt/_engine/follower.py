@@ -36,12 +36,12 @@ class Follower:
         following = _Following(handle, self._ledger, self._reporter)
         self._ledger.begun(handle, self._allowed)
         try:
+            self._ledger.raise_unread()
             state = capture_rank(objects.dialect, objects.dataloader)
             further = objects.further_files()
         except BaseException as error:
             self._ledger.withdrawn(handle)
-            failure = error if isinstance(error, CheckpointError) else StageError(f"{type(error).__name__}: {error}")
-            self._ranks.join(directory, objects.of_every_rank, _raising(failure), following.ignore)
+            self._ranks.join(directory, objects.of_every_rank, _raising(error), following.ignore)
             raise
         rank, world_size = self._ranks.rank, self._ranks.world_size
         following.stall = time.perf_counter() - begun
@@ -56,7 +56,7 @@ class Follower:
         """Nothing is copied here."""
 
     def check(self) -> None:
-        """The ranks' thread ends every save that it cannot follow."""
+        self._ranks.check()
 
     @property
     def prewarming(self) -> bool:
@@ -100,8 +100,8 @@ class _Following:
         """The call itself raised; nobody has the handle."""
 
 
-def _raising(error: CheckpointError) -> Callable[[], Files]:
+def _raising(error: BaseException) -> Callable[[], Files]:
     def render() -> Files:
-        raise error
+        raise error if isinstance(error, Exception) else StageError(repr(error))
 
     return render

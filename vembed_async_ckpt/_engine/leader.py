@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import is_not
 from typing import Any
 
+from .._arena import cuda
 from .._arena.arena import Arena, ArenaPool
 from .._arena.barrier import GATE, Division, Earned, all_now
 from .._arena.staging import StagingThread, TornSnapshot
@@ -26,7 +27,7 @@ from .assembly import required_bytes
 from .handle import SaveHandle, SaveState
 from .ledger import Ledger
 from .options import MIN_HOST_BYTES, Options
-from .ranks import Alone, Meeting, Ranks
+from .ranks import Alone, Meeting, RaisedElsewhere, Ranks
 from .saving import Context, Save
 from .supervisor import Supervisor
 
@@ -77,12 +78,11 @@ class Leader:
         with self._alone():
             meeting = self._meeting(directory, objects)
             try:
+                self._ledger.raise_unread()
                 return self._save(directory, step, objects, begun, meeting)
-            except CheckpointError as error:
-                meeting.say(SaveState.FAILED, error=error)
-                raise
             except BaseException as error:
-                meeting.say(SaveState.FAILED, error=StageError(f"rank 0: {type(error).__name__}: {error}"))
+                failure = RaisedElsewhere(f"rank 0 did not save {directory}: {type(error).__name__}: {error}")
+                meeting.say(SaveState.FAILED, error=failure)
                 raise
 
     def _meeting(self, directory: str, objects: Objects) -> Meeting:
@@ -146,7 +146,7 @@ class Leader:
             save.pass_in_waves()
             return
         save.stage(self._divide(request), blocking=not self._overlap)
-        self._staging_thread.submit(save.hand_over())
+        self._staging_thread.submit(save.finish)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -180,12 +180,12 @@ class Leader:
     def _acquire(self, request: Request, needed: int) -> Arena:
         try:
             try:
-                arena = self._pool.acquire(needed, "error", self._supervisor.check)
+                arena = self._pool.acquire(needed, "error", self.check)
             except CheckpointerBusy:
                 if self._options.when_busy != "wait":
                     raise
                 with self._reporter.stage("backpressure", request.save_id, request.step, needed):
-                    arena = self._pool.acquire(needed, "wait", self._supervisor.check)
+                    arena = self._pool.acquire(needed, "wait", self.check)
         except (MemoryError, OSError) as error:
             raise StageError(f"step {request.step}: no host memory for {needed} bytes of state: {error}") from error
         if arena.size < min(needed, MIN_HOST_BYTES):
@@ -218,6 +218,7 @@ class Leader:
         with self._reporter.stage("prewarm"):
             request = self._reader.read("", None, Objects(model=model, optimizer=optimizer))
             needed = required_bytes(plan(request.contents), request)
+            cuda.notice(request.tensors)
             try:
                 self._pool.release(self._pool.acquire(needed, "error", self._supervisor.check))
             except CheckpointerBusy:
@@ -225,6 +226,8 @@ class Leader:
 
     def check(self) -> None:
         self._supervisor.check()
+        if self._ranks is not None:
+            self._ranks.check()
 
     @property
     def prewarming(self) -> bool:

@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from ..events import logger
 from .handle import SaveHandle
 from .options import OnError
+from .ranks import RaisedElsewhere
 
 
 class Ledger:
@@ -66,10 +67,10 @@ class Ledger:
             self._counts["failed" if error else "committed"] += 1
             if error is not None:
                 self._last_error = str(error)
-                if self._on_error == "raise":
+                if self._on_error == "raise" and not isinstance(error, RaisedElsewhere):
                     self._unread.append(handle)
             self._changed.notify_all()
-        if error is not None and self._on_error == "warn":
+        if error is not None and (self._on_error == "warn" or isinstance(error, RaisedElsewhere)):
             logger.warning("%s; training goes on", error)
 
     def raise_unread(self) -> None:

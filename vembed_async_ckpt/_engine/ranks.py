@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -23,7 +24,6 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch.distributed as dist
-import xxhash
 
 from .. import errors
 from ..errors import CheckpointError, StageError
@@ -34,13 +34,18 @@ BEAT = 2.0  # seconds between signs of life
 SILENCE = 60.0  # seconds without a sign of life after which a rank is given up
 ARRIVAL = 120.0  # seconds that the first rank waits for the others to come to a save
 PATIENCE = 600.0  # seconds that the others wait for the first to come: it may be evaluating
-ROOM = 64 << 10  # bytes that a rank's files are expected to take, until more has been seen
+ROOM = 256 << 10  # bytes that a rank's files are expected to take, until more has been seen
 
 Files = list[tuple[str, bytes]]
 Gathered = Files | CheckpointError
 
 _ENDS = (SaveState.COMMITTED, SaveState.FAILED, SaveState.SKIPPED)
-_INSTANCES: Counter[str] = Counter()  # checkpointers made for each root: the same on every rank
+_INSTANCES: Counter[str] = Counter()  # checkpointers made for roots of a name: the same on every rank
+_CHUNK = 4 << 20  # bytes of one value: the job's store refuses larger ones than 8 MiB
+
+
+class RaisedElsewhere(StageError):
+    """`save()` itself raised it on another rank, where it was seen."""
 
 
 class Meeting(Protocol):
@@ -89,6 +94,7 @@ class Ranks:
         self._calls: Counter[tuple[str, bool]] = Counter()
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._beats = 0
+        self._looked = time.monotonic()
         self._next_beat = 0.0
         self._changed = threading.Condition()
         # guarded by _changed:
@@ -107,16 +113,27 @@ class Ranks:
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
         shared = _get_default_store()
-        number = _INSTANCES[root] = _INSTANCES[root] + 1
-        prefix = f"vembed_async_ckpt/{xxhash.xxh3_64_hexdigest(root.encode())}/{number}"
-        store = PrefixStore(prefix, shared.clone())  # type: ignore[attr-defined]
+        name = os.path.basename(root)  # where the root is mounted may differ from node to node
+        number = _INSTANCES[name] = _INSTANCES[name] + 1
+        # torch before 2.8 cannot clone: then the calls, all short, take turns with the training's own.
+        own = shared.clone() if hasattr(shared, "clone") else shared
+        store = PrefixStore(f"vembed_async_ckpt/{name}/{number}", own)
         return cls(store, dist.get_rank(), dist.get_world_size(), shared)
+
+    @staticmethod
+    def forget(root: str) -> None:
+        """The checkpointer that was to be made of `root` was not: the next one takes its number."""
+        _INSTANCES[os.path.basename(root)] -= 1
 
     # -- from any thread
 
     def meet(self, directory: str, of_every_rank: bool) -> Meeting:
         """On the first rank: one call of `save()`. With `of_every_rank` all the others must come too."""
-        return _Meeting(self, self._key(directory, of_every_rank), directory, of_every_rank)
+        key = self._key(directory, of_every_rank)
+        if not of_every_rank:
+            before, _, number = key.rpartition("/")
+            self.add(_TakeBack(self, f"{before}/{int(number) - 1}/said"))  # nobody says that he has read it
+        return _Meeting(self, key, directory, of_every_rank)
 
     def join(
         self,
@@ -127,7 +144,7 @@ class Ranks:
     ) -> None:
         """On the others: add what `render` gives, and pass on what the first rank says until the save has ended. Both are
         called on the ranks' thread; what `render` raises fails the save everywhere."""
-        self.add(_Follow(self, self._key(directory, of_every_rank), directory, render, heard))
+        self.add(_Follow(self, self._key(directory, of_every_rank), directory, of_every_rank, render, heard))
 
     def add(self, task: _Task) -> None:
         with self._changed:
@@ -145,9 +162,16 @@ class Ranks:
             self._changed.notify_all()
         self._thread.join(timeout)
         with self._changed:
-            self._tasks.clear()
+            left, self._tasks = self._tasks, []
             self._changed.notify_all()
+        for task in left:
+            task.fail(StageError("the checkpointer was closed before all ranks knew the end of the save"))
         self._thread.join(1.0)
+
+    def check(self) -> None:
+        """Raise `StageError` if nobody looks into the store any more."""
+        if self._tasks and time.monotonic() - self._looked > 2 * PATIENCE:
+            raise StageError("the job's store has not answered for a long time; is the first rank's host gone?")
 
     def silence(self, rank: int) -> float | None:
         """Seconds since `rank` gave its last sign of life; None if it never gave one. On the ranks' thread."""
@@ -161,15 +185,16 @@ class Ranks:
             known = self._heard[rank] = (beat, now)
         return now - known[1]
 
-    # -- on the ranks' thread
-
     def _key(self, directory: str, of_every_rank: bool) -> str:
         number = self._calls[directory, of_every_rank] = self._calls[directory, of_every_rank] + 1
         return f"{directory}/{'all' if of_every_rank else 'first'}/{number}"
 
+    # -- on the ranks' thread
+
     def _run(self) -> None:
         try:
             while (tasks := self._wait()) is not None:
+                self._looked = time.monotonic()
                 if time.monotonic() >= self._next_beat:
                     self._beats += 1
                     self.store.set(f"beat/{self.rank}", str(self._beats))
@@ -204,6 +229,7 @@ class _Meeting:
         self._directory = directory
         self._of_every_rank = of_every_rank
         self.room = ranks.room * (ranks.world_size - 1) if of_every_rank else 0
+        self._over = False
         self.say(SaveState.STAGING)
 
     def gather(self, done: Callable[[Gathered], None]) -> None:
@@ -213,8 +239,11 @@ class _Meeting:
             done([])
 
     def say(self, state: SaveState, info: CheckpointInfo | None = None, error: CheckpointError | None = None) -> None:
+        if self._over:
+            return
+        self._over = state in _ENDS
         self._ranks.add(_Say(self._ranks, f"{self._key}/said", _said(state, info, error)))
-        if state in _ENDS and self._of_every_rank:
+        if self._over and self._of_every_rank:
             self._ranks.add(_Forget(self._ranks, self._key))
 
 
@@ -230,8 +259,20 @@ class _Say:
         pass  # the others notice by themselves that the store is gone
 
 
+class _TakeBack:
+    def __init__(self, ranks: Ranks, name: str) -> None:
+        self._ranks, self._name = ranks, name
+
+    def poll(self) -> bool:
+        self._ranks.store.delete_key(self._name)
+        return True
+
+    def fail(self, error: CheckpointError) -> None:
+        pass
+
+
 class _Forget:
-    """When every rank has read the end of a save, or none will any more, its keys are taken back."""
+    """When every rank has read the end of a save its keys are taken back. One that comes much later still finds the end."""
 
     def __init__(self, ranks: Ranks, key: str) -> None:
         self._ranks = ranks
@@ -240,10 +281,14 @@ class _Forget:
 
     def poll(self) -> bool:
         store, others = self._ranks.store, self._ranks.world_size - 1
-        if store.add(f"{self._key}/seen", 0) < others and time.monotonic() < self._deadline:
+        seen = store.add(f"{self._key}/seen", 0)
+        if seen < others and time.monotonic() < self._deadline:
             return False
-        for name in ("said", "seen", *(f"from/{rank}" for rank in range(1, others + 1))):
-            store.delete_key(f"{self._key}/{name}")
+        for rank in range(1, others + 1):
+            _take_back(store, f"{self._key}/from/{rank}")
+        if seen >= others:
+            store.delete_key(f"{self._key}/seen")
+            store.delete_key(f"{self._key}/said")
         return True
 
     def fail(self, error: CheckpointError) -> None:
@@ -268,9 +313,10 @@ class _Gather:
             name = f"{self._key}/from/{rank}"
             if not store.check([name]):
                 continue
-            added = json.loads(store.get(name))
+            added = json.loads(_get(store, name))
             if "error" in added:
-                self._done(StageError(f"rank {rank} cannot take part in saving {self._directory}: {added['error']}"))
+                kind = RaisedElsewhere if added["raised"] else StageError
+                self._done(kind(f"rank {rank} cannot take part in saving {self._directory}: {added['error']}"))
                 return True
             self._files[rank] = [(name, base64.b64decode(data)) for name, data in added["files"]]
             self._ranks.room = max(self._ranks.room, sum(len(data) + 8192 for _, data in self._files[rank]))
@@ -310,12 +356,14 @@ class _Follow:
         ranks: Ranks,
         key: str,
         directory: str,
+        of_every_rank: bool,
         render: Callable[[], Files],
         heard: Callable[[SaveState, CheckpointInfo | None, CheckpointError | None], None],
     ) -> None:
         self._ranks = ranks
         self._key = key
         self._directory = directory
+        self._of_every_rank = of_every_rank
         self._render = render
         self._heard = heard
         self._added = False
@@ -324,7 +372,9 @@ class _Follow:
 
     def poll(self) -> bool:
         if not self._added:
-            self._add()
+            self._added = True
+            if self._of_every_rank:
+                self._add()
         store = self._ranks.store
         name = f"{self._key}/said"
         if store.check([name]):
@@ -334,20 +384,21 @@ class _Follow:
                 state, info, error = _parse(said)
                 self._heard(state, info, error)
                 if state in _ENDS:
-                    store.add(f"{self._key}/seen", 1)
+                    if self._of_every_rank:
+                        store.add(f"{self._key}/seen", 1)
                     return True
         return self._give_up()
 
     def _add(self) -> None:
-        self._added = True
         try:
             files = [(name, base64.b64encode(data).decode()) for name, data in self._render()]
+        except Exception as error:  # whatever it is, the others must know
+            self._put({"error": f"{type(error).__name__}: {error}", "raised": True})
+        else:
             self._put({"files": files})
-        except CheckpointError as error:
-            self._put({"error": str(error)})
 
     def _put(self, value: Any) -> None:
-        self._ranks.store.set(f"{self._key}/from/{self._ranks.rank}", json.dumps(value))
+        _put(self._ranks.store, f"{self._key}/from/{self._ranks.rank}", json.dumps(value))
 
     def _give_up(self) -> bool:
         silence = self._ranks.silence(0)
@@ -357,12 +408,31 @@ class _Follow:
             reason = f"rank 0, which writes, did not call save() within {PATIENCE:.0f} s; every rank must call it"
         else:
             return False
-        self._put({"error": "it gave up waiting"})
+        self._put({"error": "it gave up waiting", "raised": False})
         self.fail(StageError(f"{self._directory}: {reason}"))
         return True
 
     def fail(self, error: CheckpointError) -> None:
         self._heard(SaveState.FAILED, None, error)
+
+
+def _put(store: Any, name: str, text: str) -> None:
+    """Store a text in pieces; when `name` is there, all of it is."""
+    pieces = [text[start : start + _CHUNK] for start in range(0, len(text), _CHUNK)]
+    for number, piece in enumerate(pieces):
+        store.set(f"{name}/{number}", piece)
+    store.set(name, str(len(pieces)))
+
+
+def _get(store: Any, name: str) -> str:
+    return "".join(store.get(f"{name}/{number}").decode() for number in range(int(store.get(name))))
+
+
+def _take_back(store: Any, name: str) -> None:
+    if store.check([name]):
+        for number in range(int(store.get(name))):
+            store.delete_key(f"{name}/{number}")
+        store.delete_key(name)
 
 
 def _said(state: SaveState, info: CheckpointInfo | None, error: CheckpointError | None) -> str:
@@ -377,7 +447,7 @@ def _said(state: SaveState, info: CheckpointInfo | None, error: CheckpointError 
         }
     if error is not None:
         kind = next(base.__name__ for base in type(error).__mro__ if hasattr(errors, base.__name__))
-        said["error"] = [kind, str(error)]
+        said["error"] = [kind, str(error), isinstance(error, RaisedElsewhere)]
     return json.dumps(said)
 
 
@@ -394,8 +464,8 @@ def _parse(said: bytes) -> tuple[SaveState, CheckpointInfo | None, CheckpointErr
             Timings(**body["timings"]),
         )
     if "error" in value:
-        kind, message = value["error"]
-        error = getattr(errors, kind)(message)
+        kind, message, raised = value["error"]
+        error = RaisedElsewhere(message) if raised else getattr(errors, kind)(message)
     return SaveState(value["state"]), info, error
 
 

@@ -89,6 +89,7 @@ class Save:
         self._job = (0, 0)
         self._deaths = 0
         self._handed_over = False
+        self._abandoned = False
         self._once = threading.Lock()
         self._over = False
         path = Path(context.root) / request.directory
@@ -136,15 +137,12 @@ class Save:
         in_host = [pair for pair in pairs if not is_on_device(pair[1])]
         return [to for to, _ in in_host], [source for _, source in in_host]
 
-    def hand_over(self) -> Callable[[], None]:
-        """`finish`, for the staging thread; from now on the save ends by itself."""
-        self._handed_over = True
-        return self.finish
-
     def abandon(self) -> None:
         """The call failed or was interrupted: unless the save ends by itself, give back what it holds."""
-        if self._handed_over:
-            return
+        with self._once:
+            if self._handed_over:
+                return
+            self._abandoned = True
         if self._snapshot is not None:
             self._snapshot.abandon()
         self._let_devices_end()
@@ -193,7 +191,10 @@ class Save:
     def _place_first(self, arena: Arena) -> Waves:
         outcome: queue.SimpleQueue[Gathered] = queue.SimpleQueue()
         self._meeting.gather(outcome.put)
-        gathered = outcome.get(timeout=2 * ARRIVAL)
+        try:
+            gathered = outcome.get(timeout=2 * ARRIVAL)
+        except queue.Empty:
+            raise StageError(f"{self.handle.path}: the other ranks' state did not come") from None
         if isinstance(gathered, CheckpointError):
             raise gathered
         assembly = self._assemble(FixedJson(self._plan, self._request), gathered, waves=True)
@@ -210,6 +211,10 @@ class Save:
 
     def finish(self) -> None:
         """Complete the copy, add what is rendered, and submit. Whatever fails ends on the handle."""
+        with self._once:
+            if self._abandoned:
+                return
+            self._handed_over = True  # from now on the save ends by itself
         try:
             if self._snapshot is not None:
                 begun = time.perf_counter()

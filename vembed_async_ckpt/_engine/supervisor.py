@@ -408,13 +408,15 @@ class Supervisor:
             return
 
         def run() -> None:
-            populate(arena.memory, arena.size)
-            if "torch" in sys.modules:  # else nobody can have used a device
-                from .._arena import cuda
+            try:
+                populate(arena.memory, arena.size)
+                if "torch" in sys.modules:  # else nobody can have used a device
+                    from .._arena import cuda
 
-                if cuda.in_use():
-                    arena.pin()
-            self._populating.discard(number)
+                    if cuda.in_use():
+                        arena.pin()
+            finally:
+                self._populating.discard(number)
 
         threading.Thread(target=run, name="vembed-ckpt-populate", daemon=True).start()
 

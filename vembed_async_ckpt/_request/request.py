@@ -250,7 +250,10 @@ def _refuse_second_weights(models: Mapping[str, ModelState], plain: Mapping[str,
 
 
 def _refuse_clashes(contents: list[Content], state: TrainingState, files: list[tuple[str, bytes]]) -> None:
-    taken = {names.MANIFEST, names.CONFIG, *state.file_names(), *(name for name, _ in files)}
+    given = {name for name, _ in files}
+    for name in given & {names.MANIFEST, *state.file_names()}:
+        raise PlanError(f"a file that a hook or caller adds is named {name!r}, which this save needs; rename it")
+    taken = {names.MANIFEST, names.CONFIG, *state.file_names(), *given}
     for content in contents:
         if content.name in taken:
             raise PlanError(

@@ -125,7 +125,7 @@ def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
             + "; ".join(str(error) for error in broken)
         )
     # How new one is whose manifest cannot be read, nobody knows: it may be the one that was looked for.
-    broken += [e.error for e in entries if e.error and e.order < (0, 0) and os.path.lexists(e.path)]
+    broken += [e.error for e in entries if e.error and e.order < (0, 0) and not _has_changed(e)]
     for error in broken:
         warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=3)
     return Path(entry.path)
@@ -133,9 +133,7 @@ def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
 
 def _has_changed(entry: Entry) -> bool:
     """Whether another checkpoint, or none, has the entry's name now."""
-    if not os.path.lexists(entry.path):
-        return True
-    return entry.manifest is not None and _read(entry.path).manifest != entry.manifest
+    return _read(entry.path).manifest != entry.manifest or not os.path.lexists(entry.path)
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:

@@ -162,6 +162,8 @@ def _wait(fd: int, root: str, mode: int, patience: float) -> None:
                 "mount it with locks (Lustre: -o flock), or save to another one"
             ) from error
         holder = _holder(fd)
+        if mode == fcntl.LOCK_SH and holder is not None and holder.may_live():
+            return  # its name was being written when it was looked for
         waited = time.monotonic() - begun
         if holder is None or holder.may_live():
             if waited > _GRACE:

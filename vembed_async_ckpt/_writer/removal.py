@@ -132,7 +132,8 @@ def discard(fs: Filesystem, root: str, name: str, save_id: str) -> None:
     _finish_swaps(fs, root, [name])
     replaced = names.replaced_directory(root)
     if os.path.isdir(replaced) and not os.path.islink(replaced):
-        fs.sync_directory(replaced)  # else a power cut could bring the predecessor back, half deleted, when this one is gone
+        # Else a power cut could bring the predecessor back, half deleted, when this one is gone.
+        fs.sync_directory(replaced)
     trash = names.trash_directory(root, save_id)
     # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
     fs.rename(os.path.join(root, name), trash, "plain")

@@ -19,7 +19,7 @@ from .._store import manifest as manifests
 from .._store import names
 from .._store.retention import KeepLast
 from ..errors import CorruptCheckpoint, PlanError
-from .shared import close_shared, shared
+from .shared import close_shared, shared, wait_shared
 
 
 def save_state(
@@ -69,10 +69,16 @@ def save_state(
         accelerator=accelerator,
         dialect=Accelerate(accelerator.step),
     )
-    handle = checkpointer.save_as(directory, names.trailing_number(directory) if step is None else step, objects)
-    if project.automatic_checkpoint_naming:
-        project.iteration += 1
-    return handle
+    try:
+        return checkpointer.save_as(directory, names.trailing_number(directory) if step is None else step, objects)
+    except BaseException:
+        if accelerator.num_processes == 1:
+            project.iteration -= (
+                project.automatic_checkpoint_naming
+            )  # the same name again; other ranks may not have raised
+        raise
+    finally:
+        project.iteration += project.automatic_checkpoint_naming
 
 
 def _next_in_line(accelerator: Any) -> str:
@@ -96,11 +102,11 @@ def _options(accelerator: Any, root: str) -> dict[str, Any]:
 
 
 def look_after(accelerator: Any) -> None:
-    """Once per accelerator: `end_training()` first waits for the pending saves, and raises what failed; `load_state()` changes
-    nothing that is still being copied."""
+    """Once per accelerator: `end_training()` first waits for the pending saves, and raises what failed; `load_state()` waits for
+    them too, so that it finds the newest, and changes nothing that is still being copied."""
     if getattr(accelerator, "_vembed_async_ckpt_looks_after", False):
         return
-    end_training = accelerator.end_training
+    end_training, load_state = accelerator.end_training, accelerator.load_state
 
     def drain_and_end_training() -> None:
         try:
@@ -108,7 +114,12 @@ def look_after(accelerator: Any) -> None:
         finally:
             end_training()
 
+    def wait_and_load_state(*args: Any, **kwargs: Any) -> Any:
+        wait_shared()
+        return load_state(*args, **kwargs)
+
     accelerator.end_training = drain_and_end_training
+    accelerator.load_state = wait_and_load_state
     accelerator.register_load_state_pre_hook(lambda models, input_dir: restore.wait_for_copies())
     accelerator._vembed_async_ckpt_looks_after = True
 
@@ -191,6 +202,8 @@ def attach(accelerator: Any) -> Any:
         if not os.path.lexists(os.path.join(input_dir, names.MANIFEST)):
             return
         saved: Mapping[str, Any] = manifests.read(os.fspath(input_dir)).names
+        if not saved:
+            return  # a save hook took the models out; a load hook brings them back
         if len(saved) != len(models):
             raise CorruptCheckpoint(f"{input_dir}: holds {len(saved)} models, the accelerator has {len(models)}")
         restore.load(input_dir, model=models[0] if list(saved) == [""] else dict(zip(saved, models, strict=True)))

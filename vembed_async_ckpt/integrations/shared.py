@@ -36,6 +36,14 @@ def open_at(root: str) -> AsyncCheckpointer | None:
         return None if known is None or known.closed else known
 
 
+def wait_shared() -> None:
+    """Return when no save of these checkpointers is in flight. Failures stay on their handles."""
+    with _LOCK:
+        checkpointers = [known for known, _ in _SHARED.values() if not known.closed]
+    for checkpointer in checkpointers:
+        checkpointer.wait()
+
+
 def close_shared(timeout: float = EXIT_DEADLINE, roots: Collection[str] | None = None) -> None:
     """Drain and close the checkpointers of `roots` (None: all of them). Raises what failed, after all are closed."""
     with _LOCK:

@@ -142,7 +142,8 @@ def _save_at_once(
     """The original's sequence, for what only looks like an accelerator."""
     begun = time.perf_counter()
     handle = SaveHandle(step, Path(path), lambda callback: callback())
-    if accelerator.is_main_process:
+    main = getattr(accelerator, "is_main_process", None)
+    if accelerator.is_local_main_process if main is None else main:
         accelerator.save_state(path)
         accelerator.unwrap_model(model).save_pretrained(path)
         if processor:
