@@ -74,6 +74,9 @@ class Double:
     def current_stream(self, device: torch.device) -> Stream:
         return self._current
 
+    def current_device(self) -> int:
+        return 0
+
     def Stream(self, device: torch.device) -> Stream:
         self.streams.append(Stream())
         return self.streams[-1]
@@ -187,6 +190,7 @@ def lazy_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lazy]:
         monkeypatch.setattr(f"{module}.is_on_device", devices.is_on_device)
     monkeypatch.setattr(devices, "copy_async", double.copy)
     monkeypatch.setattr(torch, "cuda", TorchCuda(double))
+    monkeypatch.setattr(devices, "_device", None)
     monkeypatch.setattr(devices, "pin", lambda address, size: True)
     monkeypatch.setattr(devices, "unpin", lambda address: None)
     yield double
