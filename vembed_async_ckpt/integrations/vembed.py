@@ -50,8 +50,8 @@ def save_checkpoint(
     *,
     step: int | None = None,
     training_state: bool | Mapping[str, Any] | None = True,
-    base_model: bool = False,
     checkpointer: AsyncCheckpointer | None = None,
+    base_model: bool = False,
 ) -> SaveHandle:
     """Save model, processor, config and training state to the directory `path`, without stopping the training.
 
