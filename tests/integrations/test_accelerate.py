@@ -379,8 +379,8 @@ def test_loading_waits_for_what_is_being_copied(
 
 
 def test_nothing_but_checkpoints_is_among_them_while_one_is_saved(project: Path) -> None:
-    """accelerate reads a number out of every entry: while a save is in flight `load_state()` finds the one before, and the next
-    save_state its number."""
+    """accelerate reads a number out of every entry: while a save is in flight, anybody's `load_state()` finds the one before, and
+    the next save_state its number. The accelerator that saves waits for it."""
     run = Run(project)
     run.accelerator.save_state()
     expected = run.weights()
@@ -389,11 +389,15 @@ def test_nothing_but_checkpoints_is_among_them_while_one_is_saved(project: Path)
     try:
         handle = run.begin()
         assert os.listdir(project / "checkpoints") == ["checkpoint_0"]
-        run.accelerator.load_state()
+        newest = run.weights()
+        Accelerator.load_state(run.accelerator)  # past what save_state has put before it
         assert run.weights() == expected
         assert not handle.done()
     finally:
         go_on()
+    run.accelerator.load_state()
+    assert handle.done()
+    assert run.weights() == newest
     run.begin()
     assert handle.result(60).path.name == "checkpoint_1"
     close_shared(60)

@@ -176,6 +176,10 @@ class AsyncCheckpointer:
         """
         self._ledger.wait(timeout, lambda: self._engine.prewarming, self._engine.check)
 
+    def in_flight(self) -> list[SaveHandle]:
+        """The saves that have not ended yet."""
+        return self._ledger.in_flight()
+
     def statistics(self) -> dict[str, Any]:
         """Counts of saves (started, committed, failed, skipped), saves in flight, bytes still to be written, arenas free and busy,
         host bytes held, whether overlap is on, and the last failure."""

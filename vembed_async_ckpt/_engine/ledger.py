@@ -95,6 +95,10 @@ class Ledger:
                 self._changed.wait(0.5 if self._in_flight else 0.01)
                 alive()
 
+    def in_flight(self) -> list[SaveHandle]:
+        with self._changed:
+            return list(self._in_flight)
+
     def statistics(self) -> dict[str, Any]:
         with self._changed:
             handles = list(self._in_flight)

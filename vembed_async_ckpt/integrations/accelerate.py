@@ -19,7 +19,7 @@ from .._store import manifest as manifests
 from .._store import names
 from .._store.retention import KeepLast
 from ..errors import CorruptCheckpoint, PlanError
-from .shared import close_shared, shared, wait_shared
+from .shared import close_shared, shared, wait_for, wait_for_all
 
 
 def save_state(
@@ -103,7 +103,7 @@ def _options(accelerator: Any, root: str) -> dict[str, Any]:
 
 def look_after(accelerator: Any) -> None:
     """Once per accelerator: `end_training()` first waits for the pending saves, and raises what failed; `load_state()` waits for
-    them too, so that it finds the newest, and changes nothing that is still being copied."""
+    the one it is to load, and changes nothing that is still being copied."""
     if getattr(accelerator, "_vembed_async_ckpt_looks_after", False):
         return
     end_training, load_state = accelerator.end_training, accelerator.load_state
@@ -114,9 +114,12 @@ def look_after(accelerator: Any) -> None:
         finally:
             end_training()
 
-    def wait_and_load_state(*args: Any, **kwargs: Any) -> Any:
-        wait_shared()
-        return load_state(*args, **kwargs)
+    def wait_and_load_state(input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if input_dir is not None:
+            wait_for(os.path.realpath(os.path.expanduser(input_dir)))
+        elif accelerator.project_dir is not None:
+            wait_for_all(os.path.realpath(os.path.join(accelerator.project_dir, "checkpoints")))
+        return load_state(input_dir, *args, **kwargs)
 
     accelerator.end_training = drain_and_end_training
     accelerator.load_state = wait_and_load_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Collection
 from typing import Any
@@ -36,12 +37,18 @@ def open_at(root: str) -> AsyncCheckpointer | None:
         return None if known is None or known.closed else known
 
 
-def wait_shared() -> None:
-    """Return when no save of these checkpointers is in flight. Failures stay on their handles."""
-    with _LOCK:
-        checkpointers = [known for known, _ in _SHARED.values() if not known.closed]
-    for checkpointer in checkpointers:
-        checkpointer.wait()
+def wait_for_all(root: str) -> None:
+    """Return when no save to `root` is in flight. Failures stay on their handles."""
+    checkpointer = open_at(root)
+    if checkpointer is not None:
+        checkpointer.wait(EXIT_DEADLINE)
+
+
+def wait_for(path: str) -> None:
+    """Return when no save of the checkpoint `path` is in flight. Failures stay on their handles."""
+    checkpointer = open_at(os.path.dirname(path))
+    if checkpointer is not None and any(os.fspath(handle.path) == path for handle in checkpointer.in_flight()):
+        checkpointer.wait(EXIT_DEADLINE)
 
 
 def close_shared(timeout: float = EXIT_DEADLINE, roots: Collection[str] | None = None) -> None:
