@@ -44,7 +44,7 @@ class LateCopies:
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateCopies]:
     state = LateCopies()
-    real_copy, real_barrier, real_capture = staging.copy, staging.Snapshot.barrier, staging.Late.capture
+    real_copy, real_barrier, real_init = staging.copy, staging.Snapshot.barrier, staging.Late.__init__
 
     def held_copy(destinations: Any, sources: Any) -> None:
         assert state.go.wait(BOUND), "nothing ever waited for the copy"
@@ -55,14 +55,13 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateCopies]:
         state.go.set()
         real_barrier(self)
 
-    def capture(*arguments: Any) -> staging.Late:
-        held = real_capture(*arguments)
-        state.labels += held.names
-        return held
+    def init(self: staging.Late, *arguments: Any, **options: Any) -> None:
+        real_init(self, *arguments, **options)
+        state.labels += self.names
 
     monkeypatch.setattr(staging, "copy", held_copy)
     monkeypatch.setattr(staging.Snapshot, "barrier", barrier)
-    monkeypatch.setattr(staging.Late, "capture", capture)
+    monkeypatch.setattr(staging.Late, "__init__", init)
     yield state
     state.go.set()
 

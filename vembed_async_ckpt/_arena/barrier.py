@@ -19,6 +19,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .cuda import is_capturing, is_on_device
+from .probe import Tails
 
 
 class Pending(Protocol):
@@ -94,6 +95,7 @@ class Division:
     late: list[int]
     names: list[str]
     sizes: list[int]
+    tails: Tails
 
 
 class Earned:
@@ -101,7 +103,7 @@ class Earned:
 
     def __init__(self) -> None:
         self._key: Any = None
-        self._division = Division([], [], [], [])
+        self._division = all_now(0)
 
     def divide(
         self,
@@ -124,14 +126,15 @@ class Earned:
             allowed |= {id(optimizer) for optimizer in seen}
             late = [n for n, owner in enumerate(owners) if id(owner) in allowed and _can_be_late(tensors[n])]
             rest = sorted(set(range(len(tensors))) - set(late))
-            self._division = Division(rest, late, [names[n] for n in late], [tensors[n].nbytes for n in late])
+            sizes = [tensors[n].nbytes for n in late]
+            self._division = Division(rest, late, [names[n] for n in late], sizes, Tails(sizes))
             self._key = now
         return self._division
 
 
 def all_now(count: int) -> Division:
     """Nothing is late."""
-    return Division(list(range(count)), [], [], [])
+    return Division(list(range(count)), [], [], [], Tails([]))
 
 
 def _can_be_late(tensor: torch.Tensor) -> bool:

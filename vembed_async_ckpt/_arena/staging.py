@@ -1,21 +1,19 @@
 """Stage: copy a state to its place in an arena, at once or while forward and backward run.
 
-What is copied late is held by `detach()` aliases, made per save and dropped when the copy is done: they keep the old memory alive
-when a parameter gets new storage, and they share its version counter.
+What is copied late is held by `.data` aliases, made per save and dropped when the copy is done: they keep the old memory alive
+when a parameter gets new storage. (`detach()` does the same in twice the time.)
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from operator import attrgetter, not_
+from typing import TypeVar
 
-import numpy as np
 import torch
 
 from ..errors import StageError
@@ -24,17 +22,16 @@ from . import cuda
 from .arena import Arena
 from .barrier import GATE, Division
 from .cuda import DeviceCopies
+from .probe import Tails
 
 GROUP_BYTES = 64 << 20  # per call of _foreach_copy_, which holds no GIL: few calls, few waits for the GIL
 BARRIER_DEADLINE = 600.0  # seconds; a host copy of any state takes a fraction of it
-PROBE_BYTES = 16
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.pwritev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
-_libc.pwritev.restype = ctypes.c_ssize_t
-_IOV_MAX = 1024  # vectors in one call, limits.h
 
 _AS_BYTES = {getattr(torch, "float4_e2m1fn_x2", None)} - {None}  # dtypes that torch cannot copy as themselves
+
+
+_DATA, _VERSION = attrgetter("data"), attrgetter("_version")
+_Value = TypeVar("_Value")
 
 
 class Destinations:
@@ -81,53 +78,41 @@ def copy(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
             torch._foreach_copy_(group_to, group_from)
 
 
-@dataclass
 class Late:
-    """What may be copied after `save()` has returned, and how it looked at the call."""
+    """What may be copied after `save()` has returned, and how it looked at the call.
 
-    names: Sequence[str]
-    sizes: Sequence[int]
-    destinations: Sequence[torch.Tensor]
-    aliases: list[torch.Tensor]
-    versions: list[int]
-    last_bytes: bytes | None
+    Two nets, neither a proof: version counters, blind to fused optimizers, `.data` and numpy; and the last bytes of what is in host
+    memory, blind to writes elsewhere in a tensor.
+    """
 
-    @classmethod
-    def capture(cls, division: Division, destinations: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Late:
-        """Alias the late `tensors` and note version and last bytes of each: two nets, neither a proof.
+    def __init__(
+        self, division: Division, destinations: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], *, mixed: bool
+    ) -> None:
+        """Alias the late `tensors`. `mixed`: some may be on a device."""
+        self.names = division.names
+        self._destinations = destinations
+        self._tensors = tensors
+        self.aliases: list[torch.Tensor] = list(map(_DATA, tensors))
+        self._versions = list(map(_VERSION, tensors))
+        self._on_device = list(map(cuda.is_on_device, self.aliases)) if mixed else []
+        self._tails = Tails(self._host(division.sizes)) if mixed else division.tails
+        self._last_bytes = self._tails.read(self._host(self.aliases))
 
-        Version counters are blind to fused optimizers, `.data` and numpy; the last bytes to writes elsewhere in a tensor, and
-        they are those of tensors in host memory only.
-        """
-        aliases = [tensor.detach() for tensor in tensors]
-        versions = [alias._version for alias in aliases]
-        late = cls(division.names, division.sizes, destinations, aliases, versions, None)
-        late.last_bytes = late._last_bytes(aliases)
-        return late
-
-    def _last_bytes(self, tensors: Sequence[torch.Tensor]) -> bytes | None:
-        return last_bytes(self._host(tensors), self._host(self.sizes))
-
-    def _host(self, values: Sequence[Any]) -> Sequence[Any]:
-        if not cuda.any_on_device(self.aliases):
-            return values
-        return [value for value, alias in zip(values, self.aliases, strict=True) if not cuda.is_on_device(alias)]
+    def _host(self, values: Sequence[_Value]) -> Sequence[_Value]:
+        return list(compress(values, map(not_, self._on_device))) if self._on_device else values
 
     def device_part(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(destinations, sources) of the copies from CUDA devices."""
-        pairs = [
-            (to, alias) for to, alias in zip(self.destinations, self.aliases, strict=True) if cuda.is_on_device(alias)
-        ]
-        return [to for to, _ in pairs], [alias for _, alias in pairs]
+        return list(compress(self._destinations, self._on_device)), list(compress(self.aliases, self._on_device))
 
     def host_part(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """(destinations, sources) of the copies within host memory."""
-        return self._host(self.destinations), self._host(self.aliases)
+        return self._host(self._destinations), self._host(self.aliases)
 
     def changed_version(self) -> str | None:
         """The name of a tensor that was changed since the call, if its version counter shows it."""
-        for name, alias, version in zip(self.names, self.aliases, self.versions, strict=True):
-            if alias._version != version:
+        for name, before, now in zip(self.names, self._versions, map(_VERSION, self._tensors), strict=True):
+            if now != before:
                 return name
         return None
 
@@ -136,40 +121,13 @@ class Late:
         changed = self.changed_version()
         if changed is not None:
             return changed
-        copied = self._last_bytes(self.destinations)
-        if self.last_bytes is None or copied is None or self.last_bytes == copied:
+        copied = self._tails.read(self._host(self._destinations))
+        if self._last_bytes is None or copied is None or self._last_bytes == copied:
             return None
-        at = 0
-        names: Sequence[str] = self._host(self.names)
-        for name, alias, size in zip(names, self._host(self.aliases), self._host(self.sizes), strict=True):
-            end = at + min(size, PROBE_BYTES)
-            if self.last_bytes[at:end] != copied[at:end] and alias.is_contiguous():
-                return name
-            at = end
-        return None
-
-
-def last_bytes(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> bytes | None:
-    """The last 16 bytes (or fewer) of every tensor in host memory, one after the other; None if they cannot be had.
-
-    They are gathered by pwritev(2), a thousand tensors in a call, which says EFAULT where a plain read would crash.
-    """
-    vectors = np.empty((len(tensors), 2), dtype=np.uint64)
-    ends = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64) + np.array(sizes, dtype=np.uint64)
-    vectors[:, 1] = np.minimum(sizes, PROBE_BYTES)
-    vectors[:, 0] = ends - vectors[:, 1]
-    fd = os.memfd_create("vembed_async_ckpt_probe", os.MFD_CLOEXEC)
-    try:
-        total = 0
-        for start in range(0, len(vectors), _IOV_MAX):
-            part = vectors[start : start + _IOV_MAX]
-            count = _libc.pwritev(fd, part.ctypes.data, len(part), total)
-            if count != int(part[:, 1].sum()):
-                return None
-            total += count
-        return os.pread(fd, total, 0)
-    finally:
-        os.close(fd)
+        # What is not contiguous (any more) has its last byte elsewhere.
+        strided = [not alias.is_contiguous() for alias in self._host(self.aliases)]
+        torn = self._tails.first_difference(self._last_bytes, copied, but=strided)
+        return None if torn is None else self._host(self.names)[torn]
 
 
 class TornSnapshot(StageError):

@@ -19,7 +19,9 @@ from .._arena.barrier import GATE, Division
 from .._arena.cuda import DeviceCopies, is_on_device
 from .._arena.staging import Destinations, Late, Snapshot, copy
 from .._plan.plan import SavePlan, pages
+from .._plan.safetensors import Layout
 from .._request.request import Request
+from .._request.training_state import TrainingState
 from .._writer.protocol import PROGRESS
 from ..errors import CheckpointError, CommitError, StageError, WriteError
 from ..events import Event, Phase, Reporter, Stage
@@ -42,13 +44,21 @@ class Context:
     ended: Callable[[SaveHandle, CheckpointError | None], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Image:
-    """A plan as it stands in an arena: headers and known files are written, the tensors' places are known."""
+    """A plan as it stands in an arena: headers and known files are written, the tensors' places are known; behind it, those of the
+    training state's last layout."""
 
     plan: SavePlan
     destinations: Destinations
     fixed: FixedJson
+    training: tuple[Layout, Destinations] | None = None
+
+    def training_places(self, arena: Arena, state: TrainingState) -> list[torch.Tensor]:
+        if self.training is None or self.training[0] is not state.layout:
+            offsets = [self.plan.end + state.layout.offsets[name] for name in state.tensors]
+            self.training = state.layout, Destinations(arena, list(state.tensors.values()), offsets)
+        return self.training[1].tensors
 
 
 def prepare(arena: Arena, plan: SavePlan, request: Request) -> Image:
@@ -107,19 +117,18 @@ class Save:
         image = prepare(self.arena, self._plan, request)
         begun = time.perf_counter()
         places, tensors = image.destinations.tensors, request.tensors
-        to, sources = self._training_tensors()
-        to += [places[n] for n in division.now]
-        sources += [tensors[n] for n in division.now]
-        late = None
-        if division.late:
-            late = Late.capture(division, [places[n] for n in division.late], [tensors[n] for n in division.late])
-        self._device = DeviceCopies.of(sources if late is None else [*sources, *late.aliases])
+        state = request.state
+        to = [*image.training_places(self.arena, state), *(places[n] for n in division.now)]
+        sources = [*state.tensors.values(), *(tensors[n] for n in division.now)]
+        late = [tensors[n] for n in division.late]
+        self._device = DeviceCopies.of([*sources, *late])
         if self._device is not None:
             self.arena.pin()
             to, sources = self._issue(self._device, to, sources)
         copy(to, sources)
-        if late is not None:
-            self._snapshot = Snapshot(late, self._device)
+        if late:
+            later = Late(division, [places[n] for n in division.late], late, mixed=self._device is not None)
+            self._snapshot = Snapshot(later, self._device)
             GATE.add(self._snapshot)
         elif self._device is not None and blocking:
             self._device.wait()
@@ -161,12 +170,6 @@ class Save:
         self._request.tensors.clear()
         self._request.owners.clear()
         self._request.state.tensors.clear()
-
-    def _training_tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        state = self._request.state
-        tensors = list(state.tensors.values())
-        offsets = [self._plan.end + state.layout.offsets[name] for name in state.tensors]
-        return Destinations(self.arena, tensors, offsets).tensors, tensors
 
     def pass_in_waves(self) -> None:
         """The arena is smaller than the plan: fill it and have it written, again and again, until all of the state has passed.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -77,6 +79,7 @@ class OptimizerState:
 
 
 _GROUP = "group."
+_DTYPE = attrgetter("dtype")
 
 
 def direct_key(index: Any, key: Any) -> str:
@@ -115,26 +118,28 @@ class OptimizerReader:
         return self._read(inner, inner.state_dict())
 
     def _read(self, inner: Any, state: Any) -> OptimizerState:
-        found: list[tuple[str, torch.Tensor]] = []
+        keys: list[str] = []
+        tensors: list[torch.Tensor] = []
+
+        def put(key: str, tensor: torch.Tensor) -> None:
+            keys.append(key)
+            tensors.append(tensor)
+
         plain = self._plain_state(state)
         if plain is None:
-            captured = self._capture(state, lambda key, tensor: found.append((key, tensor)))
+            small = captured = self._capture(state, put)
         else:
-            found += zip(plain.keys, plain.tensors(state), strict=True)
-            captured = {
-                "state": plain.refs,
-                "param_groups": _capture_groups(state, lambda key, tensor: found.append((key, tensor))),
-            }
+            keys += plain.keys
+            tensors += plain.tensors(state)
+            small = {"param_groups": _capture_groups(state, put)}
+            captured = {"state": plain.refs, **small}
         self._plain = plain
-        tensors = [tensor for _, tensor in found]
-        arrays = _arrays(captured if plain is None else captured["param_groups"], dict(found))
+        arrays = {name: tensors[keys.index(name)] for name in _arrays(small)}
         # When what is pickled with the tensors has grown to twice its size, the file gets more room for it.
-        room = tree.rough_size(
-            [value for key, value in captured.items() if key != "state" or plain is None]
-        ).bit_length()
-        layout = [room, *((key, tensor.dtype, tensor.shape) for key, tensor in found)]
+        room = tree.rough_size(list(small.values())).bit_length()
+        layout = (room, keys, list(map(_DTYPE, tensors)), list(map(torch.Tensor.size, tensors)))
         if self._content is None or layout != self._layout:
-            self._learn(found, captured, arrays)
+            self._learn(keys, tensors, captured, arrays)
             self._layout = layout
         assert self._content is not None
         if plain is not None and plain.pickled is None:
@@ -173,16 +178,19 @@ class OptimizerReader:
         return result
 
     def _learn(
-        self, found: Sequence[tuple[str, torch.Tensor]], captured: Any, arrays: Mapping[str, torch.Tensor]
+        self,
+        keys: list[str],
+        tensors: Sequence[torch.Tensor],
+        captured: Any,
+        arrays: Mapping[str, torch.Tensor],
     ) -> None:
-        keys = [key for key, _ in found]
         if len(set(keys)) != len(keys):
             raise PlanError(f"{self._file}: two values of the state have the same name: {sorted(keys)}")
-        for key, tensor in found:
+        for key, tensor in zip(keys, tensors, strict=True):
             check_storage(key, tensor, file=self._file)
         self._keys = keys
         self._labels = [f"{self._file}: {key}" for key in keys]
-        self._kinds = [_Kind(tensor.dtype, tuple(tensor.shape), tensor.nbytes) for _, tensor in found]
+        self._kinds = [_Kind(tensor.dtype, tuple(tensor.shape), tensor.nbytes) for tensor in tensors]
         self._owned = [not key.startswith(_GROUP) for key in keys]
         if self._plain is not None:
             self._plain.pickled = None  # the order of the records has changed
@@ -208,19 +216,18 @@ class RegisteredReader(OptimizerReader):
         return captured
 
 
-def _arrays(captured: Any, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of what was found, that which was a numpy array."""
+def _arrays(captured: Any) -> Iterator[str]:
+    """The names of what was a numpy array."""
     if isinstance(captured, Ref):
-        return {captured.name: found[captured.name]} if captured.numpy else {}
-    arrays: dict[str, torch.Tensor] = {}
-    if isinstance(captured, dict):
+        if captured.numpy:
+            yield captured.name
+    elif isinstance(captured, dict):
         for key, value in captured.items():
             if key != "params":  # numbers, thousands of them
-                arrays |= _arrays(value, found)
+                yield from _arrays(value)
     elif isinstance(captured, list | tuple):
         for value in captured:
-            arrays |= _arrays(value, found)
-    return arrays
+            yield from _arrays(value)
 
 
 def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:
@@ -259,7 +266,8 @@ class _PlainState:
     Its captured form and its pickle say only names and shapes, so they are made once and used for every save.
     """
 
-    structure: list[tuple[Any, ...]]
+    indices: list[int]
+    names: list[tuple[str, ...]]  # of the tensors of each parameter
     keys: list[str]
     refs: dict[int, dict[str, Ref]]
     pickled: bytes | None = None
@@ -270,22 +278,25 @@ class _PlainState:
         if not isinstance(state, dict) or state.keys() != {"state", "param_groups"}:
             return None
         entries = state["state"]
-        try:
-            structure = [(index, *entry) for index, entry in entries.items()]
-            if not all(isinstance(v, torch.Tensor) for entry in entries.values() for v in entry.values()):
-                return None
-        except (TypeError, AttributeError):
+        if type(entries) is not dict or not set(map(type, entries.values())) <= {dict}:
             return None
-        if known is not None and known.structure == structure:
+        indices, names = list(entries), list(map(tuple, entries.values()))
+        if not all(isinstance(value, torch.Tensor) for value in cls.tensors(state)):
+            return None
+        if known is not None and (known.indices, known.names) == (indices, names):
             return known
-        if not all(type(index) is int and all(type(key) is str for key in keys) for index, *keys in structure):
+        if not all(type(index) is int for index in indices) or not all(type(key) is str for key in chain(*names)):
             return None
-        refs = {index: {key: Ref(direct_key(index, key)) for key in keys} for index, *keys in structure}
-        return cls(structure, [ref.name for entry in refs.values() for ref in entry.values()], refs)
+        refs = {
+            index: {key: Ref(direct_key(index, key)) for key in keys}
+            for index, keys in zip(indices, names, strict=True)
+        }
+        return cls(indices, names, [ref.name for entry in refs.values() for ref in entry.values()], refs)
 
-    def tensors(self, state: Mapping[str, Any]) -> list[torch.Tensor]:
+    @staticmethod
+    def tensors(state: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors, in the order of `keys`."""
-        return [tensor for entry in state["state"].values() for tensor in entry.values()]
+        return list(chain.from_iterable(map(dict.values, state["state"].values())))
 
 
 # -- the pickle: protocol 2, as torch.serialization writes it for a tensor on the CPU

@@ -21,7 +21,7 @@ def capture(put: tree.Put) -> dict[str, Any]:
         "numpy": (kind, tree.Ref("rng.numpy", numpy=True), *rest),
         "torch": tree.Ref("rng.torch"),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = [tree.Ref(f"rng.cuda.{n}") for n in range(torch.cuda.device_count())]
         for ref, value in zip(state["cuda"], torch.cuda.get_rng_state_all(), strict=True):
             put(ref.name, value)

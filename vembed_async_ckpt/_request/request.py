@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -157,7 +157,7 @@ class RequestReader:
         return Request(
             directory=directory,
             step=step,
-            save_id=uuid.uuid4().hex,
+            save_id=os.urandom(16).hex(),
             contents=tuple(contents),
             tensors=list(chain.from_iterable(part.tensors for part in parts)),
             labels=list(chain.from_iterable(part.labels for part in parts)),

@@ -8,6 +8,7 @@ files that they read (see `dialect`).
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from .._plan import safetensors
-from .._plan.safetensors import Layout
+from .._plan.safetensors import Layout, TensorSpec
 from .._store import names
 from ..errors import CorruptCheckpoint, PlanError
 from . import random_state, tree
@@ -125,7 +126,7 @@ def capture(
     captured_extra = tree.capture({} if extra is None else extra, "extra", put)
     captured_accelerator = tree.capture(accelerator, "accelerator", put)
     rng = random_state.capture(put_fresh)
-    specs = [spec(name, tensor, file=names.TRAINING_TENSORS) for name, tensor in tensors.items()]
+    specs = tuple(spec(name, tensor, file=names.TRAINING_TENSORS) for name, tensor in tensors.items())
     return TrainingState(
         dialect=dialect,
         world_size=world_size,
@@ -140,8 +141,13 @@ def capture(
         rng=rng,
         tensors=tensors,
         copies=copies,
-        layout=safetensors.layout(specs, {"format": "pt"}, file=names.TRAINING_TENSORS),
+        layout=_layout(specs),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _layout(specs: tuple[TensorSpec, ...]) -> Layout:
+    return safetensors.layout(specs, {"format": "pt"}, file=names.TRAINING_TENSORS)
 
 
 def _state_dict(what: str, owner: Any) -> Any:
