@@ -22,13 +22,8 @@ from . import cuda
 from .arena import Arena
 from .barrier import GATE, Division
 from .cuda import DeviceCopies
+from .host_copy import AS_BYTES, DEADLINE, copy_beside
 from .probe import Tails
-
-GROUP_BYTES = 64 << 20  # per call of _foreach_copy_, which holds no GIL: few calls, few waits for the GIL
-BARRIER_DEADLINE = 600.0  # seconds; a host copy of any state takes a fraction of it
-
-_AS_BYTES = {getattr(torch, "float4_e2m1fn_x2", None)} - {None}  # dtypes that torch cannot copy as themselves
-
 
 _DATA, _VERSION = attrgetter("data"), attrgetter("_version")
 _Value = TypeVar("_Value")
@@ -43,7 +38,7 @@ class Destinations:
         self.tensors = [self._place(whole, t, at) for t, at in zip(tensors, offsets, strict=True)]
 
     def _place(self, whole: torch.Tensor, like: torch.Tensor, offset: int) -> torch.Tensor:
-        dtype = torch.uint8 if like.dtype in _AS_BYTES else like.dtype
+        dtype = torch.uint8 if like.dtype in AS_BYTES else like.dtype
         if offset % dtype.itemsize:  # never so in files of ours; as_strided counts in elements
             raise AssertionError(f"offset {offset} is not a multiple of {dtype.itemsize}")
         base = self._bases.get(dtype)
@@ -59,23 +54,6 @@ def _contiguous_strides(shape: Sequence[int]) -> list[int]:
         strides.append(step)
         step *= max(n, 1)
     return strides[::-1]
-
-
-def copy(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy tensor by tensor within host memory, in few calls. Returns when every byte has arrived."""
-    group_to: list[torch.Tensor] = []
-    group_from: list[torch.Tensor] = []
-    size = 0
-    with torch.no_grad():
-        for to, source in zip(destinations, sources, strict=True):
-            group_to.append(to)
-            group_from.append(source.view(torch.uint8) if source.dtype in _AS_BYTES else source)
-            size += to.nbytes
-            if size >= GROUP_BYTES:
-                torch._foreach_copy_(group_to, group_from)
-                group_to, group_from, size = [], [], 0
-        if group_to:
-            torch._foreach_copy_(group_to, group_from)
 
 
 class Late:
@@ -158,7 +136,7 @@ class Snapshot:
         try:
             if self._device is not None:
                 self._device.issue(*late.device_part())
-            copy(*late.host_part())
+            copy_beside(*late.host_part())
             changed = late.check()
             self._copied.set()
             if self._device is not None:
@@ -194,9 +172,9 @@ class Snapshot:
         awaited = self._arrived if cuda.is_capturing() else self._copied
         if not awaited.is_set():
             begun = time.perf_counter()
-            if not awaited.wait(BARRIER_DEADLINE):
+            if not awaited.wait(DEADLINE):
                 raise StageError(
-                    f"the copy of the state did not end within {BARRIER_DEADLINE:.0f} s; is the host out of memory?"
+                    f"the copy of the state did not end within {DEADLINE:.0f} s; is the host out of memory?"
                 )
             self.waited += time.perf_counter() - begun
         if self._device is not None and not self._arrived.is_set():

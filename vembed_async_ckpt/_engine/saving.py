@@ -17,7 +17,8 @@ import torch
 from .._arena.arena import Arena
 from .._arena.barrier import GATE, Division
 from .._arena.cuda import DeviceCopies, is_on_device
-from .._arena.staging import Destinations, Late, Snapshot, copy
+from .._arena.host_copy import copy_blocking
+from .._arena.staging import Destinations, Late, Snapshot
 from .._plan.plan import SavePlan, pages
 from .._plan.safetensors import Layout
 from .._request.request import Request
@@ -125,7 +126,7 @@ class Save:
         if self._device is not None:
             self.arena.pin()
             to, sources = self._issue(self._device, to, sources)
-        copy(to, sources)
+        copy_blocking(to, sources)
         if late:
             later = Late(division, [places[n] for n in division.late], late, mixed=self._device is not None)
             self._snapshot = Snapshot(later, self._device)

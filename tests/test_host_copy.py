@@ -1,0 +1,77 @@
+"""Copies within host memory: every byte of every kind of tensor, whatever thread copies it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from vembed_async_ckpt._arena import host_copy
+from vembed_async_ckpt._arena.host_copy import PIECE_BYTES, SERIAL, copy_beside, copy_blocking
+
+Copy = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+COUNTS = [0, 1, SERIAL, SERIAL + 1, 3 * SERIAL + 7]
+
+
+def sources() -> list[torch.Tensor]:
+    """Every dtype in sizes around what is copied in one thread, one tensor of several pieces, and views that are not plain."""
+    made = []
+    for dtype in DTYPES:
+        for count in COUNTS:
+            made.append(torch.randint(0, 100, (count,)).to(dtype))
+    made.append(torch.rand(2 * PIECE_BYTES // 4 + 3))
+    square = torch.rand(300, 301)
+    turned = torch.rand(200, 400, dtype=torch.complex64)
+    return [
+        *made,
+        square.t(),
+        square[:, ::2],
+        square[7:],
+        turned.conj(),
+        turned.conj().imag,
+        torch.rand(1).expand(50_000),
+    ]
+
+
+@pytest.mark.parametrize("copy", [copy_beside, copy_blocking])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_tensor_arrives_whole(copy: Copy, threads: int) -> None:
+    """Bit for bit, contiguous at its place, with one thread and with several."""
+    made = sources()
+    places = [torch.full(source.shape, 1, dtype=source.dtype) for source in made]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        copy(places, made)
+    finally:
+        torch.set_num_threads(before)
+    for place, source in zip(places, made, strict=True):
+        plain = source.resolve_conj().resolve_neg().contiguous()
+        assert torch.equal(place.reshape(-1).view(torch.uint8), plain.reshape(-1).view(torch.uint8)), source.dtype
+
+
+def test_threads_share_the_pieces_and_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that must both have a piece before either goes on; none is left that could slow the training down."""
+    both, copying = threading.Barrier(2), set()
+
+    class Libc:
+        @staticmethod
+        def memcpy(*piece: Any) -> None:
+            if len(copying) < 2:
+                copying.add(threading.get_ident())
+                both.wait(20)
+            memcpy(*piece)
+
+    memcpy = host_copy._libc.memcpy
+    monkeypatch.setattr(host_copy, "_libc", Libc)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    source, alive = torch.rand(3 * PIECE_BYTES // 4), threading.active_count()
+    place = torch.zeros_like(source)
+    copy_blocking([place], [source])
+    assert len(copying) == 2
+    assert threading.active_count() == alive
+    assert torch.equal(place, source)
