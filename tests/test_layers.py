@@ -19,7 +19,7 @@ LAYERS = [
     {"_engine", "restore"},
     {"_request", "_arena", "_writer", "_store"},
     {"_plan"},
-    {"errors", "events"},
+    {"errors", "events", "stall"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = ["_writer", "_store", "_plan"]

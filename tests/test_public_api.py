@@ -33,6 +33,8 @@ CONTRACT = [
     "CorruptCheckpoint",
     "CheckpointerBusy",
     "CheckpointerClosed",
+    "StallMeter",
+    "StallReport",
 ]
 
 
@@ -124,7 +126,7 @@ def test_an_option_that_makes_no_sense_is_refused_by_name(tmp_path: Path, option
 SCRIPT = """
 import json, sys
 import vembed_async_ckpt
-from vembed_async_ckpt import KeepLast, CheckpointError, CorruptCheckpoint, latest, verify
+from vembed_async_ckpt import KeepLast, CheckpointError, CorruptCheckpoint, StallMeter, latest, verify
 assert latest(sys.argv[1]) is None
 try:
     verify(sys.argv[1])

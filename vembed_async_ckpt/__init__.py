@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .events import Event
     from .integrations.vembed import save_checkpoint
     from .restore import Restored, load
+    from .stall import StallMeter, StallReport
 
 __all__ = [
     # saving
@@ -48,6 +49,9 @@ __all__ = [
     "load",
     "verify",
     "Restored",
+    # measuring
+    "StallMeter",
+    "StallReport",
     # errors
     "CheckpointError",
     "PlanError",
@@ -70,6 +74,7 @@ _HOMES = {
     ),
     ".events": ("Event",),
     ".restore": ("load", "Restored"),
+    ".stall": ("StallMeter", "StallReport"),
     ".integrations.vembed": ("save_checkpoint",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -17,7 +17,7 @@ from typing import Literal
 
 logger = logging.getLogger("vembed_async_ckpt")
 
-Stage = Literal["plan", "arena", "backpressure", "stage", "barrier", "write", "save", "writer", "prewarm"]
+Stage = Literal["plan", "arena", "backpressure", "stage", "barrier", "write", "save", "writer", "prewarm", "call"]
 Phase = Literal["started", "complete", "failed"]
 
 

@@ -120,7 +120,7 @@ class Earned:
         """
         seen = GATE.optimizers()
         groups = [group["params"] for optimizer in seen for group in optimizer.param_groups]
-        now = (key, GATE.generation, [len(parameters) for parameters in groups])
+        now = (key, GATE.generation, [list(map(id, parameters)) for parameters in groups])
         if now != self._key:
             allowed = {id(parameter) for parameters in groups for parameter in parameters} - volatile
             allowed |= {id(optimizer) for optimizer in seen}

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 PROBE_BYTES = 16
 
@@ -27,13 +26,13 @@ class Tails:
         self._starts = whole - self._lengths
         self._ends = np.cumsum(self._lengths).tolist()
 
-    def read(self, tensors: Sequence[torch.Tensor]) -> bytes | None:
-        """Those of `tensors` in host memory, one after the other; None if they cannot be had.
+    def read(self, addresses: Sequence[int]) -> bytes | None:
+        """Those of tensors that begin at these addresses of host memory, one after the other; None if they cannot be had.
 
         They are gathered by pwritev(2), a thousand tensors in a call, which says EFAULT where a plain read would crash.
         """
         vectors = np.empty((len(self._lengths), 2), dtype=np.uint64)
-        vectors[:, 0] = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(vectors)) + self._starts
+        vectors[:, 0] = np.array(addresses, dtype=np.uint64) + self._starts
         vectors[:, 1] = self._lengths
         total = 0
         fd = os.memfd_create("vembed_async_ckpt_probe", os.MFD_CLOEXEC)

@@ -74,7 +74,8 @@ class Late:
         self._versions = list(map(_VERSION, tensors))
         self._on_device = list(map(cuda.is_on_device, self.aliases)) if mixed else []
         self._tails = Tails(self._host(division.sizes)) if mixed else division.tails
-        self._last_bytes = self._tails.read(self._host(self.aliases))
+        self._addresses = list(map(torch.Tensor.data_ptr, self.aliases))
+        self._last_bytes = self._tails.read(self._host(self._addresses))
 
     def _host(self, values: Sequence[_Value]) -> Sequence[_Value]:
         return list(compress(values, map(not_, self._on_device))) if self._on_device else values
@@ -86,6 +87,15 @@ class Late:
     def host_part(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """(destinations, sources) of the copies within host memory."""
         return self._host(self._destinations), self._host(self.aliases)
+
+    def moved(self) -> str | None:
+        """The name of a tensor whose storage was freed or resized since the call: its memory may not be read."""
+        for name, before, now in zip(
+            self.names, self._addresses, map(torch.Tensor.data_ptr, self.aliases), strict=True
+        ):
+            if now != before:
+                return name
+        return None
 
     def changed_version(self) -> str | None:
         """The name of a tensor that was changed since the call, if its version counter shows it."""
@@ -99,7 +109,7 @@ class Late:
         changed = self.changed_version()
         if changed is not None:
             return changed
-        copied = self._tails.read(self._host(self._destinations))
+        copied = self._tails.read(list(map(torch.Tensor.data_ptr, self._host(self._destinations))))
         if self._last_bytes is None or copied is None or self._last_bytes == copied:
             return None
         # What is not contiguous (any more) has its last byte elsewhere.
@@ -134,16 +144,7 @@ class Snapshot:
         late = self._late
         assert late is not None
         try:
-            if self._device is not None:
-                self._device.issue(*late.device_part())
-            copy_beside(*late.host_part())
-            changed = late.check()
-            self._copied.set()
-            if self._device is not None:
-                self._device.wait()
-                later = late.changed_version()
-                if not self._passed:  # else an optimizer may have stepped already, behind the copies
-                    changed = changed or later
+            changed = late.moved() or self._copy(late)
             if changed is not None:
                 self.error = TornSnapshot(
                     f"{changed!r} was changed while it was being copied, without passing through a torch optimizer's step; "
@@ -156,6 +157,20 @@ class Snapshot:
             self._late = None
             del late
             self._end()
+
+    def _copy(self, late: Late) -> str | None:
+        """Returns the name of a tensor that was changed meanwhile, if one shows it."""
+        if self._device is not None:
+            self._device.issue(*late.device_part())
+        copy_beside(*late.host_part())
+        changed = late.check()
+        self._copied.set()
+        if self._device is not None:
+            self._device.wait()
+            later = late.changed_version()
+            if not self._passed:  # else an optimizer may have stepped already, behind the copies
+                changed = changed or later
+        return changed
 
     def abandon(self) -> None:
         """The save is off before it was submitted: nobody waits for it, nothing is held."""

@@ -45,6 +45,7 @@ class Follower:
             raise
         rank, world_size = self._ranks.rank, self._ranks.world_size
         following.stall = time.perf_counter() - begun
+        self._reporter.emit(Event("call", "complete", step=step, seconds=following.stall))
 
         def render() -> Files:
             return [*state.render(rank, world_size), *further]

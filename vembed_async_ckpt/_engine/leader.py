@@ -112,7 +112,10 @@ class Leader:
         except BaseException:
             self._ledger.withdrawn(save.handle)
             raise
-        save.stalled(time.perf_counter() - begun)
+        else:
+            stall = time.perf_counter() - begun
+            save.stalled(stall)
+            self._reporter.emit(Event("call", "complete", request.save_id, step, save_plan.end, stall))
         return save.handle
 
     def _start(self, save: Save, request: Request, save_plan: SavePlan, room: int) -> None:

@@ -1,0 +1,470 @@
+"""What saving costs a training, measured in its own loop: any engine, ours or not.
+
+    meter = StallMeter()
+    for batch in loader:
+        with meter.step():                      # the training step, with `optimizer.step()` in it
+            train_step(batch)
+        if due:
+            with meter.save():                  # whatever saves
+                handle = checkpointer.save(...)
+            meter.watch(handle)                 # until when it is under way in the background
+    print(meter.report())
+
+As a sink, `AsyncCheckpointer(root, sinks=[meter])`, it hears of saves by itself: only `meter.step()` is needed then.
+
+A step is *busy* if a save was in flight at any time of it, else *quiet*. What busy steps would have taken is told by their
+neighbours: the mean of two medians, that of the 16 quiet steps before them and that of the 16 after. So a step time that drifts
+over the run counts for nothing, and neither do a few slow steps. Time outside of `step()` and `save()` is not looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+from .events import Event, logger
+
+NEIGHBOURS = 16  # quiet steps on either side of the busy ones
+SAMPLES = 4096  # of the blocked times are kept, drawn evenly from all
+_RECENT = 64  # saves that a late event may still belong to
+
+
+@dataclass(frozen=True, slots=True)
+class StallReport:
+    """What saving cost. Times are in seconds; None is what was not seen.
+
+    `saves`: begun, `failed` of them. `steps`: all, `busy_steps` of them with a save in flight, over `elapsed` seconds from the
+    first step to the end of the last. `blocked_*`: what the call took from the training thread, `blocked_first` the first one,
+    which is cold. `barrier_*`: what `optimizer.step()` waited for the copy, known of our engine only; a part of the busy steps.
+    `quiet_step`: what the busy steps would have taken by their neighbours, on average, and `busy_step` what they took.
+    `inflation`: busy to quiet, 0.02 is 2 % slower. `noise`: the inflation that the neighbours show when they are measured against
+    their own medians; an inflation no larger than that means nothing. `slowed_per_save`: what the steps took longer.
+    `cost_per_save` = blocked + slowed; `cost_per_hour`: of training as it was.
+    """
+
+    saves: int
+    failed: int
+    steps: int
+    busy_steps: int
+    elapsed: float
+    blocked_p50: float | None
+    blocked_p99: float | None
+    blocked_max: float | None
+    blocked_first: float | None
+    blocked_total: float
+    barrier_max: float
+    barrier_total: float
+    quiet_step: float | None
+    busy_step: float | None
+    inflation: float | None
+    noise: float | None
+    slowed_per_save: float | None
+    cost_per_save: float | None
+    cost_per_hour: float | None
+
+    def json(self) -> str:
+        """All of it as one JSON object."""
+        return json.dumps(asdict(self))
+
+    def __str__(self) -> str:
+        barrier = f"total {_ms(self.barrier_total)}, max {_ms(self.barrier_max)}"
+        slower = (
+            "" if self.inflation is None or self.noise is None else f", {self.inflation:+.1%} (noise {self.noise:+.1%})"
+        )
+        share = "" if self.cost_per_hour is None else f" ({self.cost_per_hour / 3600:.3%})"
+        rows = [
+            ("saves", f"{self.saves} ({self.failed} failed) in {self.elapsed / 3600:.2f} h"),
+            ("steps", f"{self.steps}, {self.busy_steps} of them with a save in flight"),
+            (
+                "blocked by the call",
+                f"p50 {_ms(self.blocked_p50)}, p99 {_ms(self.blocked_p99)}, max {_ms(self.blocked_max)}, "
+                f"first {_ms(self.blocked_first)}",
+            ),
+            ("waited at the barrier", barrier),
+            ("quiet step", _ms(self.quiet_step)),
+            ("busy step", _ms(self.busy_step) + slower),
+            ("slower steps, per save", _ms(self.slowed_per_save)),
+            ("cost per save", _ms(self.cost_per_save)),
+            ("cost per hour", _ms(self.cost_per_hour) + share),
+        ]
+        return "\n".join(f"{name:<24}{value}" for name, value in rows)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f} ms"
+
+
+class StallMeter:
+    """Measures what saving costs the loop it stands in. `step()` is for one thread; all else may come from any.
+
+    Memory is bounded whatever the run's length, and a step costs about a microsecond.
+    """
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time
+    ) -> None:
+        """`clock`: seconds, monotonic. `wall`: the clock that events are stamped with."""
+        self._clock = clock
+        self._wall = wall
+        self._context = _StepContext(self)
+        self._lock = threading.Lock()
+        # guarded by _lock:
+        self._current: _Step | None = None
+        self._last: _Step | None = None  # an event may still tell something of it
+        self._begun: float | None = None
+        self._ended = 0.0
+        self._steps = 0
+        self._account = _Account()
+        self._flying: dict[object, _Save] = {}
+        self._watched: list[tuple[Any, Callable[[], bool], _Save]] = []
+        self._calls: deque[_Save] = deque(maxlen=_RECENT)  # made through `save()`
+        self._heard: dict[str, _Save] = {}  # by the events' save_id, the newest
+        self._saves = 0
+        self._failed = 0
+        self._blocked = _Sample(SAMPLES)
+        self._barrier_total = 0.0
+        self._barrier_max = 0.0
+
+    # -- in the loop
+
+    def step(self) -> AbstractContextManager[None]:
+        """Around one training step. A step that raises is not counted."""
+        return self._context
+
+    def save(self) -> AbstractContextManager[None]:
+        """Around a call that saves. Inside a `step()` its time is taken out of the step's."""
+        return _Call(self)
+
+    def watch(self, handle: Any) -> None:
+        """The newest save is in flight until `handle` says it is over: a `SaveHandle`, a `Future`, whatever else has `done()`, or a
+        function that returns whether it is. It is asked before each step."""
+        done = getattr(handle, "done", handle)
+        if not callable(done):
+            raise TypeError(
+                f"a {type(handle).__qualname__} has no done() and cannot be called; give a handle or a function"
+            )
+        with self._lock:
+            if not self._calls:
+                raise ValueError("watch() comes after a save in `with meter.save():`")
+            save = self._calls[-1]
+            self._watched.append((handle, done, save))
+            self._take_off(handle, save)
+
+    def __call__(self, event: Event) -> None:
+        """The meter as a sink of `AsyncCheckpointer`."""
+        key = event.save_id or f"step {event.step}"  # the ranks that do not write know no save_id
+        happened = (event.stage, event.phase)
+        with self._lock:
+            ended = self._clock() - max(self._wall() - event.time, 0.0)
+            if happened in _BEGINNINGS:
+                save = self._save_of(key, ended - event.seconds)
+                if event.stage == "call" and not save.called:
+                    self._note_call(save, ended - event.seconds, event.seconds)
+            elif happened == ("barrier", "complete") and key in self._heard:
+                self._note_barrier(self._heard[key], event.seconds)
+            elif event.stage == "save" and event.phase != "started":
+                save = self._save_of(key, ended - event.seconds)
+                self._flying.pop(key, None)
+                if not event.save_id:
+                    del self._heard[key]  # the same step may be saved again
+                if event.phase == "failed":
+                    self._note_failure(save)
+
+    def report(self) -> StallReport:
+        """Everything up to now; the measuring goes on."""
+        with self._lock:
+            account = self._account.copy()
+            if self._last is not None:
+                account.add(self._last)
+            account.settle()
+            return self._report(account)
+
+    def _report(self, account: _Account) -> StallReport:
+        elapsed = 0.0 if self._begun is None else self._ended - self._begun
+        blocked = self._blocked
+        known = account.known_steps > 0 and account.expected > 0
+        slowed = account.taken - account.expected
+        no_cost = blocked.first is None or (not known and account.busy_steps > 0)
+        cost = None if no_cost else blocked.total + slowed
+        near = account.neighbourhood()
+        return StallReport(
+            saves=self._saves,
+            failed=self._failed,
+            steps=self._steps,
+            busy_steps=account.busy_steps,
+            elapsed=elapsed,
+            blocked_p50=blocked.percentile(0.5),
+            blocked_p99=blocked.percentile(0.99),
+            blocked_max=blocked.largest,
+            blocked_first=blocked.first,
+            blocked_total=blocked.total,
+            barrier_max=self._barrier_max,
+            barrier_total=self._barrier_total,
+            quiet_step=account.expected / account.known_steps if known else near,
+            busy_step=account.busy_seconds / account.busy_steps if account.busy_steps else None,
+            inflation=slowed / account.expected if known else None,
+            noise=account.noise / account.expected if known else None,
+            slowed_per_save=None if cost is None else slowed / self._saves,
+            cost_per_save=None if cost is None else cost / self._saves,
+            cost_per_hour=None if cost is None or elapsed <= 0 else cost / elapsed * 3600,
+        )
+
+    # -- steps
+
+    def _begin_step(self) -> None:
+        if self._watched:
+            self._ask()
+        with self._lock:
+            self._current = step = _Step(bool(self._flying))
+            step.start = self._clock()
+            if self._begun is None:
+                self._begun = step.start
+
+    def _end_step(self, completed: bool) -> None:
+        now = self._clock()
+        with self._lock:
+            step, self._current = self._current, None
+            if step is None or not completed:
+                return
+            step.end = self._ended = now
+            self._steps += 1
+            if self._last is not None:
+                self._account.add(self._last)
+            self._last = step
+
+    def _ask(self) -> None:
+        """Those who are watched, outside the lock: what they do is theirs."""
+        for entry in tuple(self._watched):
+            handle, done, save = entry
+            try:
+                if not done():
+                    continue
+                barrier, failed = _outcome(handle, save)
+            except Exception:
+                logger.exception("a watched save does not say whether it is over; it counts as over")
+                barrier, failed = 0.0, False
+            with self._lock:
+                self._watched.remove(entry)
+                self._flying.pop(id(handle), None)
+                self._note_barrier(save, barrier)
+                if failed:
+                    self._note_failure(save)
+
+    # -- saves; all under the lock
+
+    def _take_off(self, handle: Any, save: _Save) -> None:
+        self._flying[id(handle)] = save
+        self._mark_busy(save)
+
+    def _mark_busy(self, save: _Save) -> None:
+        """Steps that are under way, or just over, may have begun before the save was heard of."""
+        if self._current is not None:
+            self._current.busy = True
+        if self._last is not None and save.start < self._last.end:
+            self._last.busy = True
+
+    def _save_of(self, key: str, start: float) -> _Save:
+        save = self._heard.get(key)
+        if save is None:
+            save = next((call for call in reversed(self._calls) if call.start <= start <= call.end), None)
+            if save is None:
+                save = _Save(start)
+                self._saves += 1
+            self._heard[key] = save
+            if len(self._heard) > _RECENT:
+                oldest = next(iter(self._heard))
+                del self._heard[oldest]
+                self._flying.pop(oldest, None)  # its end was not told, and cannot be so far away
+            self._flying[key] = save
+            self._mark_busy(save)
+        return save
+
+    def _note_call(self, save: _Save, start: float, seconds: float) -> None:
+        save.called = True
+        save.blocked = seconds
+        self._blocked.add(seconds)
+        for step in (self._current, self._last):
+            if step is not None and step.start <= start < step.end:
+                step.taken_out += seconds
+
+    def _note_barrier(self, save: _Save, seconds: float) -> None:
+        if seconds > save.barrier:  # the same wait may be told by an event and by the handle
+            self._barrier_total += seconds - save.barrier
+            self._barrier_max = max(self._barrier_max, seconds)
+            save.barrier = seconds
+
+    def _note_failure(self, save: _Save) -> None:
+        if not save.failed:
+            save.failed = True
+            self._failed += 1
+
+
+_BEGINNINGS = {("call", "complete"), ("stage", "complete"), ("write", "started")}  # a save's first sign of life
+_FOREVER = float("inf")
+
+
+def _outcome(handle: Any, save: _Save) -> tuple[float, bool]:
+    """(seconds at the barrier, whether it failed) of what is over. A failure must not be taken for read by us."""
+    state = getattr(getattr(handle, "state", None), "value", None)
+    if state == "committed":
+        timings = handle.result(0).timings
+        return getattr(timings, "barrier", max(timings.stall - save.blocked, 0.0)), False
+    if state is None and callable(getattr(handle, "exception", None)):  # a Future
+        return 0.0, handle.cancelled() or handle.exception() is not None
+    return 0.0, state == "failed"
+
+
+class _Step:
+    __slots__ = ("busy", "end", "start", "taken_out")
+
+    def __init__(self, busy: bool) -> None:
+        self.busy = busy
+        self.start = 0.0
+        self.end = _FOREVER
+        self.taken_out = 0.0  # seconds of calls that saved
+
+
+class _Save:
+    __slots__ = ("barrier", "blocked", "called", "end", "failed", "start")
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+        self.end = _FOREVER  # of the call
+        self.called = False  # and `blocked` is known
+        self.blocked = 0.0
+        self.barrier = 0.0
+        self.failed = False
+
+
+class _StepContext:
+    """One for all steps: there is only one at a time."""
+
+    __slots__ = ("_meter",)
+
+    def __init__(self, meter: StallMeter) -> None:
+        self._meter = meter
+
+    def __enter__(self) -> None:
+        self._meter._begin_step()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._meter._end_step(kind is None)
+
+
+class _Call:
+    def __init__(self, meter: StallMeter) -> None:
+        self._meter = meter
+
+    def __enter__(self) -> None:
+        meter = self._meter
+        with meter._lock:
+            self._save = _Save(meter._clock())
+            self._save.called = True
+            meter._saves += 1
+            meter._calls.append(self._save)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        meter, save = self._meter, self._save
+        save.end = meter._clock()
+        with meter._lock:
+            meter._note_call(save, save.start, save.end - save.start)
+            if kind is not None:
+                meter._note_failure(save)
+
+
+class _Account:
+    """Busy steps against their neighbours. An *episode* is a run of busy steps with no quiet one between them."""
+
+    def __init__(self) -> None:
+        self.busy_steps = 0
+        self.busy_seconds = 0.0
+        # of the episodes that had neighbours:
+        self.known_steps = 0
+        self.taken = 0.0
+        self.expected = 0.0
+        self.noise = 0.0
+        # of the one that is open:
+        self._count = 0
+        self._seconds = 0.0
+        self._before: tuple[float, ...] = ()
+        self._after = 0  # quiet steps since
+        self._quiet: deque[float] = deque(maxlen=NEIGHBOURS)  # the newest
+
+    def copy(self) -> _Account:
+        other = _Account()
+        vars(other).update(vars(self))
+        other._quiet = self._quiet.copy()
+        return other
+
+    def add(self, step: _Step) -> None:
+        seconds = step.end - step.start - step.taken_out
+        if step.busy:
+            if self._after:
+                self.settle()
+            if not self._count:
+                self._before = tuple(self._quiet)
+            self._count += 1
+            self._seconds += seconds
+            self.busy_steps += 1
+            self.busy_seconds += seconds
+        else:
+            self._quiet.append(seconds)
+            if self._count:
+                self._after += 1
+                if self._after == NEIGHBOURS:
+                    self.settle()
+
+    def settle(self) -> None:
+        """Close the open episode with the neighbours it has."""
+        after = tuple(self._quiet)[-self._after :] if self._after else ()
+        sides = [side for side in (self._before, after) if side]
+        if self._count and sides:
+            near = sum(map(median, sides)) / len(sides)
+            self.known_steps += self._count
+            self.taken += self._seconds
+            self.expected += self._count * near
+            self.noise += self._count * (sum(sum(side) / len(side) for side in sides) / len(sides) - near)
+        self._count = self._after = 0
+        self._seconds = 0.0
+
+    def neighbourhood(self) -> float | None:
+        """The median of the newest quiet steps."""
+        return median(self._quiet) if self._quiet else None
+
+
+class _Sample:
+    """At most `size` numbers, drawn evenly from all that came; first, largest and sum are those of all."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept = array("d")
+        self._count = 0
+        self._chance = random.Random(0)
+        self.first: float | None = None
+        self.largest: float | None = None
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        self._count += 1
+        self.total += value
+        self.first = value if self.first is None else self.first
+        self.largest = value if self.largest is None else max(self.largest, value)
+        if len(self._kept) < self._size:
+            self._kept.append(value)
+        elif (place := self._chance.randrange(self._count)) < self._size:
+            self._kept[place] = value
+
+    def percentile(self, share: float) -> float | None:
+        """The smallest number that `share` of the sample does not exceed."""
+        ordered: Sequence[float] = sorted(self._kept)
+        return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
