@@ -20,9 +20,9 @@ import pytest
 import torch
 import transformers as hf
 
-from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, load, verify
+from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, load, restore, verify
 from vembed_async_ckpt._request import model as models
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._store import fs, names
 
 BOUND = 30
 
@@ -584,3 +584,71 @@ def test_a_saved_value_that_we_never_write_is_corrupt(broken: Path):
         with pytest.raises(CorruptCheckpoint, match=r"training_state|cannot be read"):
             load(broken, model=model, verify="full")
         assert same(model.state_dict(), before)
+
+
+# -- while another process saves the same step
+
+
+class Replacing:
+    """`copies` take the place of a checkpoint, one after another, at the openings of files that `when` counts out."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, copies: list[Path], when: set[int]) -> None:
+        self.opened = 0
+        self.replaced = 0
+        really = fs.open_regular
+
+        def open_regular(path: str) -> int:
+            self.opened += 1
+            if self.opened in when and self.replaced < len(copies):
+                old = copies[self.replaced]
+                fs.LocalFilesystem().rename(str(old), str(checkpoint), "exchange")
+                self.replaced += 1
+                shutil.rmtree(old)
+            return really(path)
+
+        for module in (fs, restore):
+            monkeypatch.setattr(module, "open_regular", open_regular)
+
+
+@pytest.fixture(scope="module")
+def of_one_step(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, dict[str, Any]]]:
+    """Three checkpoints whose files have the same names and sizes, and the states in them."""
+    found = []
+    for seed in (4, 5, 6):
+        training = Training(seed)
+        found.append((save(tmp_path_factory.mktemp("same"), **vars(training), extra=seed), training.state()))
+    return found
+
+
+@pytest.mark.parametrize("how", ["size", "full", "none"])
+def test_what_is_replaced_while_it_is_loaded_is_loaded_whole(
+    of_one_step: list[tuple[Path, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Any
+) -> None:
+    """Before any opening of a file: what comes back is one of the two in all its parts, never some of each."""
+    (old, state), (new, other_state), _ = of_one_step
+    for n in range(1, 200):
+        checkpoint, copy_ = (Path(shutil.copytree(path, tmp_path / f"{n}-{path.parent.name}")) for path in (old, new))
+        training = Training(1)
+        with monkeypatch.context() as patch:
+            replacing = Replacing(patch, checkpoint, [copy_], {n})
+            restored = load(checkpoint, **vars(training), verify=how)
+        if replacing.replaced == 0:
+            break
+        came_back = training.state()
+        expected = state if restored.extra == 4 else other_state
+        assert all(same(came_back[part], expected[part]) for part in came_back), (n, restored)
+    assert n > 6
+
+
+def test_what_is_replaced_again_and_again_is_refused(
+    of_one_step: list[tuple[Path, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more try, then an error that says so; nothing was changed."""
+    checkpoint, *copies = (Path(shutil.copytree(path, tmp_path / path.parent.name)) for path, _ in of_one_step)
+    training = Training(1)
+    before = training.state()
+    replacing = Replacing(monkeypatch, checkpoint, copies, {3, 12})
+    with pytest.raises(CheckpointError, match="was replaced twice while it was read"):
+        load(checkpoint, **vars(training))
+    assert replacing.replaced == 2
+    assert same(training.state(), before)

@@ -10,10 +10,11 @@ import functools
 import json
 import mmap
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +36,10 @@ from ._store import names
 from ._store.fs import open_regular, read_regular
 from ._store.manifest import Manifest, Verify
 from .errors import CheckpointError, CorruptCheckpoint
+
+_T = TypeVar("_T")
+_Plan = tuple[list[Callable[[], None]], Any, Any, Any]  # what will restore each object; random states, config, extra
+_MOMENT = 0.05  # seconds that a directory which made way without an exchange is given to come back
 
 
 @dataclass(frozen=True)
@@ -63,42 +68,81 @@ def load(
     The random number generators are set too when anything but a model is given: training goes on exactly where it was.
     With `accelerator`, its prepared models, optimizers, schedulers and scaler take the place of those not given; its registered
     objects, places in dataloaders and count of micro-batches are restored too, if they were saved. `verify`: compare "size"s,
-    "full" hashes, or "none", before anything is changed. The checkpoint is safe from retention while it is read.
+    "full" hashes, or "none", before anything is changed. The checkpoint is safe from retention while it is read; where another
+    process saves the same step meanwhile, what is restored is one of the two, never a mixture.
 
     Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` when the objects do not fit what was saved; both
     before any object is changed.
     """
-    directory = os.fspath(path)
-    with _held(directory):
-        manifest = manifests.read(directory)
-        manifests.check(directory, manifest, verify)
-        with contextlib.ExitStack() as stack:
-            source = _Source(directory, manifest, stack)
-            return _restore(source, model, optimizer, scheduler, dataloader, scaler, accelerator)
+
+    def plan(source: _Source) -> _Plan:
+        return _plan(source, model, optimizer, scheduler, dataloader, scaler, accelerator)
+
+    with contextlib.ExitStack() as stack:
+        source, planned = _of_one_save(os.fspath(path), verify, stack, plan)
+        return _restore(source, planned)
 
 
 def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict[str, torch.Tensor], Restored]:
     """A checkpoint for hosts that put states back themselves: copies of the weights under the names that their files have
     (of tied ones every name, sharing one tensor), and what `load` returns. Raises `CorruptCheckpoint` as `load` does."""
-    directory = os.fspath(path)
-    with _held(directory), contextlib.ExitStack() as stack:
-        manifest = manifests.read(directory)
-        manifests.check(directory, manifest, verify)
-        source = _Source(directory, manifest, stack)
+
+    def plan(source: _Source) -> tuple[dict[str, torch.Tensor], _Plan]:
         weights: dict[str, torch.Tensor] = {}
-        for described in manifest.names.values():
+        for described in source.manifest.names.values():
             for file in described["files"]:
                 weights |= {key: source.tensor(file, key).clone() for key in source.entries(file)}
             weights |= {alias: weights[kept] for alias, kept in described["ties"].items() if kept in weights}
-        return weights, _restore(source, None, None, None, None, None, None)
+        return weights, _plan(source, None, None, None, None, None, None)
+
+    with contextlib.ExitStack() as stack:
+        source, (weights, planned) = _of_one_save(os.fspath(path), verify, stack, plan)
+        return weights, _restore(source, planned)
 
 
-def _restore(
-    source: _Source, model: Any, optimizer: Any, scheduler: Any, dataloader: Any, scaler: Any, accelerator: Any
-) -> Restored:
-    with _making_sense(source.directory):
-        steps, rng, extra = _plan(source, model, optimizer, scheduler, dataloader, scaler, accelerator)
-        config = source.config()
+def _of_one_save(
+    directory: str, verify: Verify, stack: contextlib.ExitStack, plan: Callable[[_Source], _T]
+) -> tuple[_Source, _T]:
+    """A checkpoint's files, held by `stack`, and what `plan` makes of them: all of one save, whoever replaces it meanwhile.
+
+    Where another save took the name while the files were opened, all is done once more. Raises what `plan` raises,
+    `CorruptCheckpoint`, and `CheckpointError` if the name is taken by yet another save.
+    """
+    for _ in range(2):
+        before = None
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(_held(directory))
+                manifest = manifests.read(directory)
+                before = manifest.save_id
+                manifests.check(directory, manifest, verify)
+                source = _Source(directory, manifest)
+                with _making_sense(directory):
+                    planned = plan(source)
+            except CheckpointError:
+                if not _has_changed(directory, before):
+                    raise
+                continue
+            if not _has_changed(directory, before):
+                stack.push(held.pop_all())
+                return source, planned
+    raise CheckpointError(
+        f"{directory}: was replaced twice while it was read; load it when nobody saves under its name"
+    )
+
+
+def _has_changed(directory: str, save_id: str | None) -> bool:
+    """Whether the directory holds another save now; where there was none (None), it is given a moment to come."""
+    if save_id is None:
+        time.sleep(_MOMENT)
+    try:
+        return manifests.read(directory).save_id != save_id
+    except CheckpointError:
+        return save_id is not None
+
+
+def _restore(source: _Source, planned: _Plan) -> Restored:
+    steps, rng, config, extra = planned
     wait_for_copies()
     for step in steps:
         step()
@@ -118,8 +162,8 @@ def _making_sense(directory: str) -> Iterator[None]:
 
 def _plan(
     source: _Source, model: Any, optimizer: Any, scheduler: Any, dataloader: Any, scaler: Any, accelerator: Any
-) -> tuple[list[Callable[[], None]], Any, Any]:
-    """(what will restore each object, random states, extra). Raises before anything is changed."""
+) -> _Plan:
+    """(what will restore each object, random states, config, extra). Raises before anything is changed."""
     saved = source.training_state()
     if accelerator is not None:
         if model is None and source.manifest.names:  # else a save hook took the models out
@@ -150,7 +194,7 @@ def _plan(
             steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
     if accelerator is not None:
         steps += _plan_accelerator(source, saved, accelerator)
-    return steps, rng, tree.decode(saved["extra"], source.training_tensor)
+    return steps, rng, source.config(), tree.decode(saved["extra"], source.training_tensor)
 
 
 def wait_for_copies() -> None:
@@ -189,7 +233,7 @@ def _of_this_rank(source: _Source, saved: Mapping[str, Any]) -> tuple[Any, Any]:
         warnings.warn(
             f"{source.directory}: was saved by {source.manifest.world_size} ranks and is loaded by {world_size}: "
             "random states and the order of the data cannot go on exactly",
-            stacklevel=4,
+            stacklevel=6,
         )
     if rank == 0:
         get = source.training_tensor
@@ -236,12 +280,11 @@ def _held(directory: str) -> Iterator[None]:
 
 
 class _Source:
-    """The files of one checkpoint, mapped when they are first needed and unmapped by `stack`."""
+    """The files of one checkpoint, mapped when they are first needed."""
 
-    def __init__(self, directory: str, manifest: Manifest, stack: contextlib.ExitStack) -> None:
+    def __init__(self, directory: str, manifest: Manifest) -> None:
         self.directory = directory
         self.manifest = manifest
-        self._stack = stack
         self._maps: dict[str, mmap.mmap] = {}
         self._entries: dict[str, dict[str, safetensors.Entry]] = {}
 

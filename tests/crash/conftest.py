@@ -40,7 +40,7 @@ _TALLIES = pytest.StashKey[list[Tally]]()
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Tally:
     """The tally of this test; it is printed at the end of the session."""
-    found = Tally(request.node.nodeid.rpartition("/")[2])
+    found = Tally(f"{request.node.path.name}::{request.node.name}")
     request.config.stash.setdefault(_TALLIES, []).append(found)
     return found
 

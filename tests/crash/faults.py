@@ -35,13 +35,15 @@ _LINE = re.compile(r"(?P<thread>\d+)\s+(?P<call>\w+)\((?P<arguments>.*)\)\s+= (?
 
 @dataclass(frozen=True)
 class Call:
-    """One system call of a trace: `paths` are the paths among its arguments, those of descriptors too, in order."""
+    """One system call of a trace: `paths` are the paths among its arguments, those of descriptors too, in order. By any of
+    `watched` strace can pick it out: where a path is given by a directory's descriptor and a name, that is the directory."""
 
     thread: str
     name: str
     arguments: str
     paths: tuple[str, ...]
     succeeded: bool
+    watched: tuple[str, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -59,27 +61,38 @@ def parse_trace(text: str) -> list[Call]:
         if resumed := re.search(r"<\.\.\. \w+ resumed>(.*)", line):
             line = begun.pop(thread, "") + resumed[1]
         if match := _LINE.match(line):
-            arguments = match["arguments"]
-            paths = re.findall(r'"(/[^"]*)"|\d+<(/[^>]*)>', arguments)
+            name, arguments = match["call"], match["arguments"]
+            found = list(_paths(name, arguments))
             calls.append(
                 Call(
                     match["thread"],
-                    match["call"],
+                    name,
                     arguments,
-                    tuple(a or b for a, b in paths),
+                    tuple(path for path, _ in found),
                     not match["result"].startswith("-"),
+                    tuple(watched for _, watched in found),
                 )
             )
     return calls
 
 
+def _paths(call: str, arguments: str) -> Iterator[tuple[str, str]]:
+    """(path, what strace has to watch for it) of every path among the arguments of a call."""
+    relative = ', "(?P<name>[^"/][^"]*)"' if re.search("at2?$", call) else "(?P<name>$^)"
+    for found in re.finditer(rf'"(?P<path>/[^"]*)"|(?:\d+|AT_FDCWD)<(?P<fd>/[^>]*)>(?:{relative})?', arguments):
+        if found["path"] or found["name"] or "AT_FDCWD" not in found[0]:
+            watched = found["path"] or found["fd"]
+            yield os.path.join(watched, found["name"]) if found["name"] else watched, watched
+
+
 @dataclass(frozen=True)
 class Point:
-    """The moment before the `k`-th call `name` on `path`, which is relative to the root."""
+    """The moment before the `k`-th call `name` on `watched`, which is one on `path`; both are relative to the root."""
 
     name: str
     path: str
     k: int
+    watched: str
 
     def __str__(self) -> str:
         return f"{self.name} #{self.k} {self.path}"
@@ -93,11 +106,12 @@ def points(calls: list[Call], root: str) -> list[Point]:
     counts: Counter[tuple[str, str, str]] = Counter()
     found: dict[Point, None] = {}
     for call in calls:
-        for path in set(call.paths):
+        for path in set(call.watched):
             counts[call.thread, call.name, path] += 1
         if call.paths and call.changes and (call.paths[0] + "/").startswith(root + "/"):
-            path = call.paths[0]
-            found[Point(call.name, os.path.relpath(path, root), counts[call.thread, call.name, path])] = None
+            path, watched = call.paths[0], call.watched[0]
+            k = counts[call.thread, call.name, watched]
+            found[Point(call.name, os.path.relpath(path, root), k, os.path.relpath(watched, root))] = None
     return list(found)
 
 
@@ -110,8 +124,8 @@ def kill_options(point: Point, root: str) -> list[str]:
 
 
 def inject_options(point: Point, root: str, what: str) -> list[str]:
-    """Injects `what` into the calls like that of `point`, on its path."""
-    path = os.path.normpath(os.path.join(root, point.path))
+    """Injects `what` into the calls like that of `point`, on what it watches."""
+    path = os.path.normpath(os.path.join(root, point.watched))
     return ["-f", "-o", "/dev/null", "-P", path, "-e", f"trace={point.name}", "-e", f"inject={point.name}:{what}"]
 
 

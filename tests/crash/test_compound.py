@@ -266,7 +266,7 @@ def deadly(directory: Path, call: str, times: int) -> str:
 
 
 @needs_strace
-@pytest.mark.parametrize("call", ["mkdir", "renameat2"])
+@pytest.mark.parametrize("call", ["mkdirat", "renameat2"])
 def test_the_writer_after_the_killed_one_is_killed_too(
     trainers: Nursery, tally: Tally, tmp_path: Path, call: str
 ) -> None:

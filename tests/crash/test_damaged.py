@@ -18,9 +18,19 @@ from typing import Any
 import pytest
 import torch
 
-from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, latest, load, verify
+from vembed_async_ckpt import (
+    AsyncCheckpointer,
+    CheckpointError,
+    CorruptCheckpoint,
+    Event,
+    KeepLast,
+    latest,
+    load,
+    verify,
+)
 from vembed_async_ckpt._store import manifest as manifests
 from vembed_async_ckpt._store import names
+from vembed_async_ckpt.testing import FailingFilesystem, use_filesystem
 
 from .conftest import Tally
 from .inprocess import Hasty, Writer
@@ -330,4 +340,31 @@ def test_names_that_are_none_of_ours(tally: Tally, root: Path, name: str) -> Non
         problems.append(f"retention left {os.listdir(root)}")
     verify(root / name)
     tally.fault(name, problems)
+    tally.settle(at_least=1)
+
+
+# -- what the writer has to say about it
+
+
+@pytest.mark.parametrize(
+    ("call", "path"), [("sync_directory", ""), ("unlink", "trash-")], ids=["the sweep", "retention"]
+)
+def test_what_the_writer_could_not_clean_up_is_logged_once(
+    tally: Tally, memory: Path, caplog: pytest.LogCaptureFixture, call: str, path: str
+) -> None:
+    """One warning that names the root, one event; the saves are made."""
+    root, events = memory / "root", list[Event]()
+    disk = FailingFilesystem(Hasty())
+    disk.fail(errno.EIO, call, path=path)
+    with (
+        use_filesystem(disk),
+        AsyncCheckpointer(root, retention=KeepLast(1), writer="thread", sinks=[events.append]) as checkpointer,
+    ):
+        for step in (1, 2):
+            checkpointer.save(step, **training()).result(60)
+    assert disk.failed
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    told = [event.detail for event in events if event.stage == "writer" and event.phase == "failed"]
+    right = len(said) == len(told) == 1 and str(root) in said[0] and told[0] in said[0]
+    tally.fault(call, [] if right and os.strerror(errno.EIO) in said[0] else [f"{said}, {told}"])
     tally.settle(at_least=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,9 +45,10 @@ def test_a_signal_ends_the_training(trainers: Nursery, tally: Tally, tmp_path: P
     tally.settle(at_least=1)
 
 
-@pytest.mark.parametrize(("end", "code"), [("end", 0), ("close in the end", 1)])
+@pytest.mark.parametrize(("end", "code"), [("end", 120), ("close in the end", 1)])
 def test_the_last_save_fails(trainers: Nursery, tally: Tally, tmp_path: Path, end: str, code: int) -> None:
-    """At exit that is printed; `close()` raises it, so that the training ends with an error."""
+    """At exit that is printed, and the exit code is Python's for a clean-up that went wrong; `close()` raises it, so that the
+    training ends with an error."""
     root = tmp_path / "root"
     root.mkdir()
     (root / "checkpoint-1").write_text("in the way")
@@ -56,8 +59,42 @@ def test_the_last_save_fails(trainers: Nursery, tally: Tally, tmp_path: Path, en
         said = child.stderr()
         assert said.count(str(root / "checkpoint-1")) >= 1
         assert said.count("exists and is not a directory") == 1
-        assert said.count("Traceback") == code
+        assert said.count("Traceback") == (code == 1)
     tally.fault(end, [])
+    tally.settle(at_least=1)
+
+
+AT_EXIT = """
+import atexit, sys
+atexit.register(lambda: print("registered before", flush=True))
+from vembed_async_ckpt import AsyncCheckpointer
+atexit.register(lambda: (print("registered after", file=sys.stderr), sys.stderr.flush()))
+checkpointer = AsyncCheckpointer(sys.argv[1], writer="thread", on_error=sys.argv[2])
+handle = checkpointer.save(1, extra={"a": 1})
+atexit.register(lambda: sys.argv[3] == "read" and handle.exception(60))
+sys.stdout.write("not flushed")
+if sys.argv[3] == "raise":
+    raise RuntimeError("the training itself broke")
+"""
+
+
+@pytest.mark.parametrize(
+    ("on_error", "what", "code"),
+    [("raise", "end", 120), ("raise", "raise", 120), ("raise", "read", 0), ("warn", "end", 0)],
+)
+def test_the_exit_code_says_that_a_checkpoint_was_lost(
+    tally: Tally, tmp_path: Path, on_error: str, what: str, code: int
+) -> None:
+    """Unless somebody has read of it or asked for a warning only; everybody's exit handlers run, and all output is there."""
+    (tmp_path / "checkpoint-1").write_text("in the way")
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, str(tmp_path), on_error, what], capture_output=True, text=True, timeout=120
+    )
+    said = (done.returncode, sorted(done.stdout.split("\n")), done.stderr.count("registered after"))
+    right = said == (code, ["", "not flushedregistered before"], 1)
+    if ("at exit: WriteError" in done.stderr) != (code == 120) or done.stderr.count("Traceback") != (what == "raise"):
+        right = False
+    tally.fault(what, [] if right else [f"{done}"])
     tally.settle(at_least=1)
 
 
@@ -116,7 +153,7 @@ def test_a_frozen_disk(trainers: Nursery, tally: Tally, disk: Disk, ending: str)
             if ending.startswith("close"):
                 assert ask(child, ending).startswith("TimeoutError")
             child.tell("end")
-            assert child.wait(IN_TIME) == 0
+            assert child.wait(IN_TIME) == (120 if ending == "end" else 0)
             if ending == "end":
                 assert "at exit: TimeoutError" in child.stderr()
         finally:

@@ -5,8 +5,11 @@ What is a name, a link or a pipe is shown to the real writer and readers; what i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import resource
+import shutil
 import socket
 import stat
 import struct
@@ -15,19 +18,21 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xxhash
 
-from vembed_async_ckpt import CheckpointError, CorruptCheckpoint, latest, verify
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt import CheckpointError, CorruptCheckpoint, cli, latest, verify
+from vembed_async_ckpt._store import catalog, fs, names
 from vembed_async_ckpt._store.lock import RootLock
 from vembed_async_ckpt._store.tensors import stored_tensors
+from vembed_async_ckpt._writer import commit, removal
 
 from .conftest import Tally
-from .inprocess import Hasty, Outcome, Writer
+from .inprocess import Hasty, Outcome, Writer, without_exchange
 from .victims import contents
 
 PATIENCE = 20.0
@@ -285,6 +290,140 @@ def test_a_planted_link_under_the_name_of_a_work_directory(tally: Tally, root: P
     tally.settle(at_least=1)
 
 
+@pytest.mark.parametrize("make", [fifo, unix_socket], ids=["FIFO", "socket"])
+def test_a_pipe_in_what_is_replaced_without_hard_links(
+    tally: Tally, root: Path, make: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be copied, and is kept where what is replaced is kept; a file beside it is carried over, piece by piece."""
+    monkeypatch.setattr(commit, "_COPY_CHUNK", 1000)
+    monkeypatch.setattr(removal, "_CHUNK", 1000)
+    make(root / "checkpoint-3" / "pipe")
+    (root / "checkpoint-3" / "notes").write_bytes(bytes(range(256)) * 17)
+    with Writer(str(root), without_exchange(Hasty)()) as writer:
+        outcome = in_time(lambda: writer.save(4, 3, keep=9))
+    problems = [] if outcome == Outcome(acknowledged=True) else [f"{outcome}"]
+    if (root / "checkpoint-3" / "notes").read_bytes() != bytes(range(256)) * 17:
+        problems.append("the file beside it is not the same")
+    kept = [str(path.relative_to(root)) for path in root.rglob("*") if path.name in ("pipe", "notes")]
+    if sorted(kept) != [f"{WORK}/replaced/kept-{4:032x}.checkpoint-3/pipe", "checkpoint-3/notes"]:
+        problems.append(f"{kept}")
+    tally.fault("pipe", problems)
+    tally.settle(at_least=1)
+
+
+class Swap:
+    """At the n-th look for a directory, before it or right after it, `victim` makes way for a link to `elsewhere`."""
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, victim: Path, put: Callable[[Path], object], n: int, late: bool
+    ) -> None:
+        self.victim, self.moved = victim, victim.with_name("moved")
+        self.struck = self.over = False
+        really = fs.parent_of
+        counting = itertools.count(1)
+
+        @contextmanager
+        def parent_of(path: str) -> Iterator[tuple[int, str]]:
+            strikes = next(counting) >= n
+            if strikes and not late:
+                self.strike(put)
+            with really(path) as found:
+                if strikes and late:
+                    self.strike(put)
+                yield found
+
+        patch.setattr(fs, "parent_of", parent_of)
+
+    def strike(self, put: Callable[[Path], object]) -> None:
+        if not self.struck and self.victim.is_dir():
+            self.victim.rename(self.moved)
+            put(self.victim)
+            self.struck = True
+
+    def undo(self) -> None:
+        """The directory is back, unless what was put there has gone elsewhere."""
+        if self.victim.is_symlink():
+            self.victim.unlink()
+            self.moved.rename(self.victim)
+
+
+def broken(visible: list[catalog.Entry], outcome: Outcome) -> list[str]:
+    """What is visible and not whole; it may be so only where it was changed after the last look, and then that was said."""
+    problems = []
+    for entry in visible:
+        try:
+            verify(entry.path)
+        except CorruptCheckpoint as error:
+            if "changed it while it was published" not in "".join(outcome.errors):
+                problems.append(f"{error}, {outcome}")
+    return problems
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "right after"])
+@pytest.mark.parametrize("victim", ["..", ".", WORK, "work", "work/inner"])
+def test_a_link_is_put_in_the_place_of_a_directory_that_is_written(
+    tally: Tally, root: Path, memory: Path, victim: str, late: bool
+) -> None:
+    """At any moment of a save with a replacement and a retention: it fails with a reason, or all of it is there; nothing that the
+    link leads to is written or deleted."""
+    outside = memory / "elsewhere"
+    shutil.copytree(memory / "root", outside / "root")
+    shutil.copytree(root / "checkpoint-1", outside / "inner")
+    for on_its_way_out in (f"work-{4:032x}.0", f"trash-{1:032x}"):
+        shutil.copytree(root / "checkpoint-1", outside / "root" / WORK / on_its_way_out)
+    before = snapshot(outside)
+    to = {"..": outside, ".": outside / "root", WORK: outside / "root" / WORK}.get(victim, outside)
+    for n in itertools.count(1):
+        here = memory / f"{n}" / "root"
+        shutil.copytree(root, here)
+        place = Path(
+            os.path.normpath(
+                here / victim.replace("work", f"{WORK}/work-{4:032x}.0") if victim != WORK else here / WORK
+            )
+        )
+        with pytest.MonkeyPatch.context() as patch, Writer(str(here), fs.LocalFilesystem()) as writer:
+            swap = Swap(patch, place, lambda path: path.symlink_to(to), n, late)
+            outcome = writer.save(4, 3, keep=2)
+        swap.undo()
+        problems = [] if snapshot(outside) == before else ["what is outside was changed"]
+        if not outcome.acknowledged and not outcome.errors:
+            problems.append(f"neither done nor failed: {outcome}")
+        visible = [entry for entry in catalog.scan(str(here)) if entry.manifest]
+        problems += broken(visible, outcome)
+        if outcome.acknowledged and visible[-1].manifest.save_id != f"{4:032x}":  # type: ignore[union-attr]
+            problems.append("acknowledged, and not there")
+        if len(visible) < 1:
+            problems.append("nothing is there")
+        shutil.rmtree(memory / f"{n}")
+        if not swap.struck:
+            break
+        tally.fault(f"call {n}", problems)
+    tally.settle(at_least=5)
+
+
+def test_another_directory_is_put_in_the_place_of_the_one_that_is_written(
+    tally: Tally, root: Path, memory: Path
+) -> None:
+    """At any moment of a save but the very last: nothing is published that misses what was written before."""
+    doubtful = 0
+    for n in itertools.count(1):
+        here = memory / f"{n}" / "root"
+        shutil.copytree(root, here)
+        with pytest.MonkeyPatch.context() as patch, Writer(str(here), fs.LocalFilesystem()) as writer:
+            swap = Swap(patch, here / WORK / f"work-{4:032x}.0", Path.mkdir, n, late=False)
+            outcome = writer.save(4, 4, keep=9)
+        if not swap.struck:
+            break
+        problems = broken(catalog.scan(str(here)), outcome)
+        doubtful += "while it was published" in "".join(outcome.errors)
+        if outcome.acknowledged == bool(outcome.errors):
+            problems.append(f"neither done nor failed: {outcome}")
+        tally.fault(f"call {n}", problems)
+        shutil.rmtree(memory / f"{n}")
+    assert doubtful <= 2, "source and target of the one rename"
+    tally.settle(at_least=5)
+
+
 @pytest.mark.parametrize("kind", ["link", "FIFO", "file"])
 def test_something_else_has_the_final_name(tally: Tally, root: Path, outside: Path, kind: str) -> None:
     """The save is refused and names it; it is neither replaced nor followed."""
@@ -456,6 +595,106 @@ def test_a_hostile_safetensors_file(tally: Tally, of_one_tensor: Path, tmp_path:
         problems.append("the model was changed")
     tally.fault(what, problems)
     tally.settle(at_least=1)
+
+
+# -- the command line
+
+
+def sparse(checkpoint: Path, name: str, start: bytes, size: int) -> None:
+    """A file that says it is large, and takes no space."""
+    with open(checkpoint / name, "wb") as file:
+        file.write(start)
+        file.truncate(size)
+    if name != MANIFEST:
+        rewrite(checkpoint, lambda body: body["files"].update({name: {"size": size, "xxh3_128": "0" * 32}}))
+
+
+def listed(*entry: Any) -> Callable[[Path], object]:
+    """A manifest that says where a tensor is in a file that is not safetensors."""
+    return lambda path: rewrite(path, lambda body: body.update(tensors={"inner/tokens.bin": {"w": list(entry)}}))
+
+
+def set_to(**values: Any) -> Callable[[Path], object]:
+    return lambda path: rewrite(path, lambda body: body.update(values))
+
+
+INDEX = json.dumps({"weight_map": {"w": "../../outside/model.safetensors", "v": "/etc/passwd"}}).encode()
+LOOKED_AT: dict[str, tuple[int, Callable[[Path], object]]] = {
+    **{
+        f"header: {what}": (int(what not in WELL_FORMED), lambda path, data=data: replace_file(path, "model.safetensors", data))  # type: ignore[misc]
+        for what, data in HEADERS.items()
+    },
+    "a header of 100 MB": (1, lambda path: sparse(path, "model.safetensors", struct.pack("<Q", 10**8), 10**8 + 8)),
+    "a manifest of 1 TB": (1, lambda path: sparse(path, MANIFEST, b"{", 1 << 40)),
+    "a config of 1 TB": (1, lambda path: sparse(path, names.CONFIG, b"{", 1 << 40)),
+    "a config that is deep": (1, lambda path: replace_file(path, names.CONFIG, b"[" * 100_000)),
+    "an index that leaves": (0, lambda path: replace_file(path, "model.safetensors.index.json", INDEX)),
+    "a pipe": (1, lambda path: fifo(path / "model.safetensors")),
+    "a link": (1, lambda path: link(path / "model.safetensors", Path("/dev/zero"))),
+    "an offset behind the end": (1, listed("F32", [2], 1 << 60)),
+    "a negative offset": (1, listed("F32", [2], -4)),
+    "a negative shape": (1, listed("F32", [-2], 0)),
+    "a shape too large": (1, listed("F32", [1 << 62, 1 << 62], 0)),
+    "a dtype in a list": (1, listed(["F32"], [2], 0)),
+    "an entry of two": (1, listed("F32", [2])),
+    "tensors in a list": (1, set_to(tensors={"inner/tokens.bin": ["w"]})),
+    "a metric too large": (1, set_to(metrics={"loss": 10**400})),
+    "a size too large": (1, set_to(files={"model.safetensors": {"size": 10**400, "xxh3_128": ""}})),
+    "a time that is none": (0, set_to(time=1e300)),
+    "names with markup": (0, set_to(metrics={"[/]": 1.0}, versions={"[/bold]": "[/]"})),
+    "a file name with markup": (0, lambda path: ((path / "[").mkdir(), replace_file(path, "[/red]", b"mine"))),
+    "a metric that is no text": (0, set_to(metrics={"\ud800": 1.0}, versions={"\ud800": "1"})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LOOKED_AT, ids=lambda what: what.replace("/", "|"))
+def test_the_command_line_looks_at_it(
+    tally: Tally,
+    root: Path,
+    outside: Path,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """What is well formed is shown; of the rest a line says why not, with exit code 1, in time and without taking much memory."""
+    code, spoil = LOOKED_AT[what]
+    checkpoint = root / "checkpoint-3"
+    (checkpoint / "model_state_dict.safetensors").unlink()
+    rewrite(checkpoint, lambda body: body["files"].pop("model_state_dict.safetensors"))
+    spoil(checkpoint)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    problems = []
+    for arguments in (
+        ("inspect", "--tensors", checkpoint),
+        ("inspect", "--json", checkpoint),
+        ("diff", checkpoint, root / "checkpoint-2"),
+        ("ls", root),
+        *([("verify", checkpoint)] if "TB" not in what else []),
+    ):
+        monkeypatch.setattr(sys, "argv", ["vembed-ckpt", *map(str, arguments)])
+        ended = in_time(lambda: cli_code())
+        said = capfd.readouterr()
+        expected = {code} if arguments[0] == "inspect" else {0, 1}
+        if (what.startswith(("a config", "header")) and arguments[:2] == ("inspect", "--tensors")) or arguments[0] in (
+            "ls",
+            "verify",
+        ):
+            expected = {0, 1}
+        if ended not in expected or "Traceback" in said.err or (ended == 1 and not said.out + said.err):
+            problems.append(f"{arguments}: {ended!r} {said.err[-500:]}")
+        if code and arguments[0] == "inspect" and ended and str(checkpoint) not in said.err:
+            problems.append(f"{arguments}: {said.err}")
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 500_000:
+        problems.append("it took much memory")
+    tally.fault(what, problems)
+    tally.settle(at_least=1)
+
+
+def cli_code() -> Any:
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
 
 
 STATES: dict[str, Callable[[dict[str, Any]], object]] = {

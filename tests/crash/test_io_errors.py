@@ -133,13 +133,13 @@ def find_points(process: Process, log: Path) -> list[Point]:
         return path
 
     found = points(parse_trace(log.read_text()), process.root)
-    return [dataclasses.replace(point, path=opened(point.path)) for point in found]
+    return [dataclasses.replace(point, path=opened(point.path), watched=opened(point.watched)) for point in found]
 
 
 def strike(process: Process, point: Point, error: int, for_ever: bool) -> list[str]:
     """Have the next save fail at `point`; then all is well again, and another one is made."""
     root = process.root
-    here = dataclasses.replace(point, path=point.path.format(this=process.n + 1, last=process.n))
+    here = dataclasses.replace(point, watched=point.watched.format(this=process.n + 1, last=process.n))
     what = f"error={errno.errorcode[error]}:when={point.k}{'+' if for_ever else ''}"
     with watched(process.writer, inject_options(here, root, what)):
         said = process.save()

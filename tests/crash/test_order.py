@@ -217,7 +217,7 @@ def made_in_place(calls: list[Call], root: str) -> list[Call]:
         ("rule 3", without(lambda call, root: call.name == "fsync" and call.paths[0] == root)),
         ("rule 3", without(sync_of(names.WORK))),
         ("rule 3", earlier(lambda call: "committed" in call.arguments)),
-        ("rule 4", earlier(lambda call: call.name == "rename")),
+        ("rule 4", earlier(lambda call: call.name == "renameat")),
         ("rule 5", write_into_published),
         ("rule 6", made_in_place),
         ("rule 7", without(lambda call, root: call.name == "fsync" and call.paths[0] == root)),

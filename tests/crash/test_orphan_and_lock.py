@@ -33,7 +33,7 @@ def nobody_left(trainers: Nursery) -> Iterator[None]:
 @pytest.fixture
 def slow(tmp_path: Path) -> str:
     """A writer that takes a while before it begins to write."""
-    return delayed(tmp_path, "mkdir", 0.7)
+    return delayed(tmp_path, "mkdirat", 0.7)
 
 
 @pytest.fixture

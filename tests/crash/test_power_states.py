@@ -19,6 +19,7 @@ from .states import Story, crash_states
 DISKS = {"exchange": PowerCutFilesystem, "no-exchange": without_exchange(PowerCutFilesystem)}
 STORIES = {
     "retention": Story(1, [(1, 1), (2, 2), (3, 3)]),
+    "retention of what was replaced": Story(1, [(1, 1), (2, 1), (3, 3)]),
     "the same step again": Story(
         3, [(1, 1), (2, 1)], {"checkpoint-1/notes.txt": b"mine", "checkpoint-1/inner/mine.bin": bytes(range(256)) * 40}
     ),

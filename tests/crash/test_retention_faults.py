@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
+import logging
 import os
 import shutil
 import time
@@ -19,7 +21,17 @@ from vembed_async_ckpt import KeepBest, KeepLast, latest, verify
 from vembed_async_ckpt._store import names
 from vembed_async_ckpt._store.catalog import scan
 from vembed_async_ckpt._writer import removal
-from vembed_async_ckpt.testing import Change, Choose, FailingFilesystem, PowerCutFilesystem, at_random, kept, lost
+from vembed_async_ckpt.integrations.rotation import Rotation
+from vembed_async_ckpt.testing import (
+    Change,
+    Choose,
+    FailingFilesystem,
+    PowerCutFilesystem,
+    at_random,
+    kept,
+    lost,
+    use_filesystem,
+)
 
 from . import checks
 from .conftest import Tally
@@ -271,3 +283,77 @@ def test_a_deletion_is_interrupted_and_then_the_power_fails(tally: Tally, memory
     for where, problems in cuts(memory, keep):
         tally.fault(where, problems)
     tally.settle(at_least=200)
+
+
+# -- checkpoints that Trainer itself wrote
+
+STOCK = {
+    "trainer_state.json": b'{"global_step": 2}',
+    "model.safetensors": b"stock",
+    "inner/deep/notes.txt": b"whoever's",
+}
+
+
+def stock(root: Path, name: str = "checkpoint-2") -> Path:
+    for relative, data in STOCK.items():
+        path = root / name / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root / name
+
+
+def rotate(root: Path, disk: object, limit: int = 1) -> None:
+    """As `save_total_limit` has it, to the end or until the disk gives up."""
+    with use_filesystem(disk):  # type: ignore[arg-type]
+        rotation = Rotation(str(root), limit, None)
+    rotation.start(())
+    rotation.join()
+
+
+def test_a_rotation_that_is_cut_off_is_finished(tally: Tally, memory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At any call, whatever of it reached the disk: the checkpoint is whole or never seen again, and nothing of it is left."""
+    caplog.set_level(logging.CRITICAL, "vembed_async_ckpt")
+    for k in itertools.count(1):
+        root = memory / f"root-{k}"
+        save(root, (8, 8), keep=1)
+        stock(root)
+        disk = PowerCutFilesystem(root)
+        disk.after(k)
+        rotate(root, disk)
+        for name, choose in (("lost", lost), ("kept", kept), ("random", at_random(k))):
+            image = disk.image(memory / "image", choose)
+            problems = []
+            with Writer(str(image), Hasty()) as writer:
+                if "error" in writer.ready:
+                    problems.append(f"{writer.ready}")
+            there = {str(path.relative_to(image / "checkpoint-2")) for path in (image / "checkpoint-2").rglob("*.*")}
+            if there not in (set(), set(STOCK)):
+                problems.append(f"half of it: {there}")
+            verify(image / "checkpoint-8")
+            if checks.leftovers(str(image)):
+                problems.append(f"left over: {checks.leftovers(str(image))}")
+            tally.fault(f"call {k}, {name}", problems)
+            shutil.rmtree(image)
+        if not disk.off:
+            break
+    assert not (root / "checkpoint-2").exists()
+    tally.settle(at_least=20)
+
+
+def test_a_sweep_deletes_whole_only_what_rotation_was_deleting(tally: Tally, root: Path) -> None:
+    """Somebody's directory that was replaced, one on its way out as if it were ours, one of nearly such a name: all of it stays."""
+    (outcome,) = save(root, (1, 1), keep=1)
+    assert outcome.acknowledged
+    work, identity = root / names.WORK, "a" * 32
+    mine = [work / name for name in (f"trash-{identity}", f"rotated-{identity}x", f"rotated-{identity}.0", "replaced")]
+    for path in (*mine, root / "checkpoint-2"):
+        stock(path.parent, path.name)
+    stock(work, f"rotated-{identity}")
+    (work / f"rotated-{'b' * 32}").symlink_to(root / "checkpoint-2")
+    assert all(outcome.acknowledged for outcome in save(root, (2, 2), keep=1))
+    found = sorted(path.read_bytes() for path in root.rglob("notes.txt"))
+    problems = [] if found == [STOCK["inner/deep/notes.txt"]] * 5 else [f"{found}"]
+    if (work / f"rotated-{identity}").exists():
+        problems.append("what rotation was deleting is there")
+    tally.fault("sweep", problems)
+    tally.settle(at_least=1)

@@ -235,7 +235,7 @@ def test_a_save_waits_for_a_stopped_writer(trainers: Nursery, tally: Tally, tmp_
 def test_closing_with_a_stopped_writer(trainers: Nursery, tally: Tally, tmp_path: Path) -> None:
     """`close(timeout)` gives up in time; the trainer's end does not wait either, and the writer finishes when it can."""
     root = tmp_path / "root"
-    with trainers.child("obey", root=str(root), tracer=delayed(tmp_path, "mkdir", 0.3)) as child:
+    with trainers.child("obey", root=str(root), tracer=delayed(tmp_path, "mkdirat", 0.3)) as child:
         writer = staged(child)
         with stopped(writer):
             assert ask(child, "close 0.5").startswith("TimeoutError")

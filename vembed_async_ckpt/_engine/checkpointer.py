@@ -141,7 +141,8 @@ class AsyncCheckpointer:
 
         When this returns, everything may be changed by the next `optimizer.step()` (with `staging="blocking"`: by anything), and
         the checkpoint will be what it was at the call. Other changes before `handle.wait_staged()` returns are noticed where
-        they can be, and fail the save.
+        they can be, and fail the save. Not noticed: a write through `.data`, numpy or another process that leaves a tensor's last
+        16 bytes as they were, and storage that is freed at the very moment it is read.
 
         Raises `PlanError` for what cannot be saved, before anything is touched; `CheckpointerBusy` with `when_busy="error"`;
         `CheckpointerClosed`; and once what an earlier save failed with (see `on_error`): then nothing of this call was saved,
@@ -277,8 +278,29 @@ class AsyncCheckpointer:
         self._engine.forget()
 
 
+class _Unclean:
+    """A standard stream as it was, but the interpreter's last flush of it fails: that is how Python itself knows that cleaning up
+    went wrong, and ends with exit code 120 (see `sys.exit`) after everybody's exit handlers have run."""
+
+    closed = False
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def flush(self) -> None:
+        if not self._stream.closed:
+            self._stream.flush()
+        if sys.is_finalizing():
+            raise OSError("checkpoints were lost at exit")
+
+
 @atexit.register
 def _drain_at_exit() -> None:
+    """What nobody closed is closed, within `EXIT_DEADLINE`. What failed is printed, and the exit code is 120, whatever it would
+    have been: no other way is left to say it, and a script that looks at the code must not go on as if all had been saved."""
     for checkpointer in list(_LIVING):
         if checkpointer._closed:
             continue
@@ -286,6 +308,8 @@ def _drain_at_exit() -> None:
             checkpointer.close(EXIT_DEADLINE)
         except Exception as error:  # every root gets its turn
             print(f"vembed_async_ckpt: at exit: {type(error).__name__}: {error}", file=sys.stderr)
+            if sys.stderr is not None and not isinstance(sys.stderr, _Unclean):
+                sys.stderr = _Unclean(sys.stderr)
 
 
 def _forget_in_child() -> None:

@@ -374,8 +374,7 @@ class Supervisor:
                 logger.warning("%s: %s", self._root, line)
                 self._report("complete", line)
             if "error" in reply:
-                logger.warning("%s: %s", self._root, reply["error"])
-                self._report("failed", reply["error"])
+                self._report("failed", f"{self._root}: {reply['error']}")  # which logs it
         elif event == "space":
             self._space = reply["free"]
             if reply["question"] == self._questions:
@@ -383,8 +382,7 @@ class Supervisor:
         elif event == "populated":
             self._populate_here(reply["arena"])
         elif event == "warning":
-            logger.warning("%s: %s", self._root, reply["message"])
-            self._report("failed", reply["message"])
+            self._report("failed", f"{self._root}: {reply['message']}")
         elif job is None:
             return
         elif event == "accepted":

@@ -20,7 +20,6 @@ from typing import Literal, Protocol
 RenameMode = Literal["noreplace", "exchange", "plain"]
 
 _RENAME_FLAGS = {"noreplace": 1, "exchange": 2}  # linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
-_AT_FDCWD = -100
 
 
 class Filesystem(Protocol):
@@ -90,22 +89,55 @@ def _naming(fd: int) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def parent_of(path: str) -> Iterator[tuple[int, str]]:
+    """(descriptor of the directory that holds `path`, last name of `path`), to be used together: whoever moves a directory on
+    the way meanwhile, or puts a symbolic link in its place, nothing happens anywhere else.
+
+    Raises OSError(ELOOP) if a directory on the way is a symbolic link. An OSError of the block gets the whole path.
+    """
+    directory, name = os.path.split(path)
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    at = "/" if os.path.isabs(directory) else "."
+    fd = os.open(at, flags)
+    try:
+        for part in directory.split("/"):
+            if part:
+                at = os.path.join(at, part)
+                inner = os.open(part, flags, dir_fd=fd)
+                os.close(fd)
+                fd = inner
+        at = path
+        yield fd, name or "."
+    except OSError as error:
+        if at is not path and error.errno == errno.ENOTDIR and os.path.islink(at):
+            raise OSError(errno.ELOOP, "is a symbolic link; links are not followed", at) from error
+        if not os.path.isabs(error.filename or ""):
+            error.filename = at
+        raise
+    finally:
+        os.close(fd)
+
+
 class LocalFilesystem:
-    """The real one."""
+    """The real one. Follows no symbolic link in any part of a path, whenever it was put there: paths are absolute and resolved."""
 
     def make_directory(self, path: str) -> None:
-        os.mkdir(path)
+        with parent_of(path) as (parent, name):
+            os.mkdir(name, dir_fd=parent)
 
     def create(self, path: str, *, direct: bool) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        if not direct:
-            return os.open(path, flags, 0o666)
-        try:
-            return os.open(path, flags | os.O_DIRECT, 0o666)
-        except OSError as error:
-            if error.errno == errno.EINVAL and os.path.lexists(path):
-                os.unlink(path)  # some kernels create the name before they refuse the flag
-            raise
+        with parent_of(path) as (parent, name):
+            if not direct:
+                return os.open(name, flags, 0o666, dir_fd=parent)
+            try:
+                return os.open(name, flags | os.O_DIRECT, 0o666, dir_fd=parent)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=parent)  # some kernels create the name before they refuse the flag
+                raise
 
     def write(self, fd: int, data: memoryview, offset: int) -> int:
         with _naming(fd):
@@ -135,7 +167,8 @@ class LocalFilesystem:
         os.close(fd)
 
     def sync_directory(self, path: str) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with parent_of(path) as (parent, name):
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
             with _naming(fd):
                 os.fsync(fd)
@@ -143,27 +176,32 @@ class LocalFilesystem:
             os.close(fd)
 
     def rename(self, source: str, target: str, mode: RenameMode) -> None:
-        if mode == "plain":
-            os.rename(source, target)
-            return
-        libc = ctypes.CDLL(None, use_errno=True)
-        if not hasattr(libc, "renameat2"):
-            raise OSError(errno.ENOSYS, "renameat2 is not available", source)
-        if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_FLAGS[mode]):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), source, None, target)
+        with parent_of(target) as (there, new), parent_of(source) as (here, old):
+            if mode == "plain":
+                os.rename(old, new, src_dir_fd=here, dst_dir_fd=there)
+                return
+            libc = ctypes.CDLL(None, use_errno=True)
+            if not hasattr(libc, "renameat2"):
+                raise OSError(errno.ENOSYS, "renameat2 is not available", source)
+            if libc.renameat2(here, os.fsencode(old), there, os.fsencode(new), _RENAME_FLAGS[mode]):
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), source, None, target)
 
     def link(self, source: str, target: str) -> None:
-        os.link(source, target, follow_symlinks=False)
+        with parent_of(target) as (there, new), parent_of(source) as (here, old):
+            os.link(old, new, src_dir_fd=here, dst_dir_fd=there, follow_symlinks=False)
 
     def symlink(self, text: str, path: str) -> None:
-        os.symlink(text, path)
+        with parent_of(path) as (parent, name):
+            os.symlink(text, name, dir_fd=parent)
 
     def unlink(self, path: str) -> None:
-        os.unlink(path)
+        with parent_of(path) as (parent, name):
+            os.unlink(name, dir_fd=parent)
 
     def remove_directory(self, path: str) -> None:
-        os.rmdir(path)
+        with parent_of(path) as (parent, name):
+            os.rmdir(name, dir_fd=parent)
 
 
 # What thread writers started in this context use instead of the real one; set by `testing.use_filesystem`.
@@ -178,7 +216,7 @@ def read_regular(path: str, limit: int | None = None) -> bytes:
     """
     fd = open_regular(path)
     with os.fdopen(fd, "rb") as file:
-        return file.read(-1 if limit is None else limit)
+        return file.read(-1 if limit is None else min(limit, os.fstat(fd).st_size))
 
 
 def open_regular(path: str) -> int:

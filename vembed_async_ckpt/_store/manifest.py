@@ -22,6 +22,8 @@ FORMAT = "vembed_async_ckpt"
 VERSION = 1
 Verify = Literal["none", "size", "full"]
 
+MAX_BYTES = 1 << 28  # a manifest of a million tensors takes half of it
+
 _HASH_CHUNK = 4 << 20
 
 
@@ -95,6 +97,8 @@ def parse(content: bytes, *, file: str) -> Manifest:
                 raise TypeError(f"{key} is {str(body[key])[:60]!r}")
         if not all(isinstance(value, int | float) for value in body["metrics"].values()):
             raise TypeError(f"metrics is {str(body['metrics'])[:60]!r}")
+        for value in body["metrics"].values():
+            float(value)  # OverflowError for a number that is none
         return Manifest(
             save_id=body["save_id"],
             step=None if body["step"] is None else int(body["step"]),
@@ -120,7 +124,7 @@ def _safe(name: str) -> str:
 
 def _record(value: Mapping[str, Any]) -> FileRecord:
     size, digest = value["size"], value["xxh3_128"]
-    if type(size) is not int or size < 0 or not isinstance(digest, str):
+    if type(size) is not int or not 0 <= size < 1 << 63 or not isinstance(digest, str):
         raise ValueError(f"unusable file record {value!r}")
     return FileRecord(size, digest)
 
@@ -131,11 +135,13 @@ def read(directory: str) -> Manifest:
     if os.path.islink(directory):
         raise CorruptCheckpoint(f"{directory}: is a symbolic link; links are not followed")
     try:
-        content = fs.read_regular(path)
+        content = fs.read_regular(path, MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptCheckpoint(f"{directory}: incomplete: it has no {names.MANIFEST}") from error
     except OSError as error:
         raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
+        raise CorruptCheckpoint(f"{path}: unusable manifest: larger than {MAX_BYTES} bytes")
     return parse(content, file=path)
 
 

@@ -27,7 +27,7 @@ PROGRESS = "training_state.json"  # vembed's own, since it resumes
 
 _CHECKPOINT = re.compile(r"checkpoint(?:-|_|-step-|-epoch-)(0|[1-9][0-9]*)")
 _SAVE_ID = r"[0-9a-f]{32}"
-_WORK_ENTRY = re.compile(rf"(?P<kind>work|trash)-(?P<save_id>{_SAVE_ID})(?:\.(?P<attempt>[0-9]+))?")
+_WORK_ENTRY = re.compile(rf"(?P<kind>work|trash|rotated)-(?P<save_id>{_SAVE_ID})(?:\.(?P<attempt>[0-9]+))?")
 _SWAP = re.compile(rf"swap-({_SAVE_ID})\.([^/]+)")
 _OURS = re.compile(
     r"(?:[^/]+/)?(?:"
@@ -45,9 +45,10 @@ _OURS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class WorkEntry:
-    """What an entry of the work directory says it is: a save under way, or a checkpoint on its way out."""
+    """What an entry of the work directory says it is: a save under way, or a checkpoint on its way out: one of ours, of which
+    only what its manifest names goes, or one that rotation may delete whole, whoever wrote it."""
 
-    kind: Literal["work", "trash"]
+    kind: Literal["work", "trash", "rotated"]
     save_id: str
 
 
@@ -94,6 +95,11 @@ def trash_directory(root: str, save_id: str) -> str:
     return os.path.join(work_directory(root), f"trash-{save_id}")
 
 
+def rotated_directory(root: str, identity: str) -> str:
+    """Where rotation moves a checkpoint that Trainer itself wrote, before all of it is deleted. `identity` is like a save's."""
+    return os.path.join(work_directory(root), f"rotated-{identity}")
+
+
 def replaced_directory(root: str) -> str:
     """Where things wait that are not ours to delete."""
     return os.path.join(work_directory(root), REPLACED)
@@ -105,11 +111,12 @@ def is_save_id(value: object) -> bool:
 
 
 def parse_work_entry(name: str) -> WorkEntry | None:
-    """What an entry of the work directory is, or None if it was not made by `save_directory` or `trash_directory`."""
+    """What an entry of the work directory is, or None if it was made neither by `save_directory` nor by `trash_directory` nor by
+    `rotated_directory`."""
     match = _WORK_ENTRY.fullmatch(name)
     if match is None or (match["kind"] == "work") != (match["attempt"] is not None):
         return None
-    return WorkEntry("work" if match["kind"] == "work" else "trash", match["save_id"])
+    return WorkEntry(match["kind"], match["save_id"])  # type: ignore[arg-type]  # it is one of the three
 
 
 def swap_directory(root: str, save_id: str, name: str) -> str:

@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
 
@@ -40,9 +41,22 @@ def stored_tensors(directory: str, manifest: Manifest) -> Iterator[StoredTensor]
             entries = safetensors.parse(head, record.size, file=path)[0]
             for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
                 yield StoredTensor(file, name, entry.dtype, entry.shape, entry.offset, entry.nbytes)
-        for name, (dtype, shape, offset) in manifest.tensors.get(file, {}).items():
-            bits = safetensors.BITS.get(dtype, 8 * _BYTES.get(dtype, 0))
-            yield StoredTensor(file, name, dtype, tuple(shape), offset, math.prod(shape) * bits // 8)
+        try:
+            yield from [
+                _listed(file, record.size, name, *entry) for name, entry in manifest.tensors.get(file, {}).items()
+            ]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CorruptCheckpoint(f"{path}: what the manifest says of its tensors cannot be used: {error}") from error
+
+
+def _listed(file: str, size: int, name: str, dtype: Any, shape: Any, offset: Any) -> StoredTensor:
+    """A tensor as a manifest describes it, in a file of `size` bytes."""
+    if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, offset)):
+        raise ValueError(f"{name!r} is described as {str((dtype, shape, offset))[:200]}")
+    nbytes = math.prod(shape) * safetensors.BITS.get(dtype, 8 * _BYTES.get(dtype, 0)) // 8
+    if offset + nbytes > size:
+        raise ValueError(f"{name!r} ends behind the file, at {offset + nbytes} of {size}")
+    return StoredTensor(file, name, dtype, tuple(shape), offset, nbytes)
 
 
 def _head(path: str, size: int) -> bytes:
@@ -63,7 +77,7 @@ def digests(directory: str, manifest: Manifest) -> dict[tuple[str, str], str]:
     for tensor in stored_tensors(directory, manifest):
         path = os.path.join(directory, *tensor.file.split("/"))
         if tensor.file != open_file:
-            status = os.stat(path)
+            status = os.lstat(path)
             skip = (status.st_dev, status.st_ino) in seen
             seen.add((status.st_dev, status.st_ino))
             open_file = tensor.file
@@ -81,5 +95,7 @@ def _mapped(path: str) -> mmap.mmap:
     fd = open_regular(path)
     try:
         return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpoint(f"{path}: cannot be mapped: {error}") from error
     finally:
         os.close(fd)

@@ -7,16 +7,18 @@ the new one is durable.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 
 from .._store import fs as files
 from .._store import names
 from .._store.fs import Filesystem
-from .._store.manifest import Manifest, read
+from .._store.manifest import MAX_BYTES, Manifest, check, read
 from ..errors import CommitError, CorruptCheckpoint, WriteError
 from .removal import foreign_files, make_directories
 
+_COPY_CHUNK = 16 << 20
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
 
 
@@ -32,11 +34,21 @@ def commit(fs: Filesystem, root: str, name: str, work: str, manifest: Manifest) 
     # Foreign files go into the new directory before the exchange: never is there a moment without them.
     carry_over(fs, target, work)
     # The manifest is last: a work directory with a manifest is whole, whenever the power went.
-    _write_synced(fs, os.path.join(work, names.MANIFEST), manifest.to_bytes())
+    content = manifest.to_bytes()
+    if len(content) > MAX_BYTES:
+        raise WriteError(
+            f"{target}: its manifest would have {len(content)} bytes; at most {MAX_BYTES} can be read back"
+        )
+    _write_synced(fs, os.path.join(work, names.MANIFEST), content)
     # Else after a power cut the published directory could miss names whose contents are safe.
     for directory in files.walk_directories(work):
         fs.sync_directory(directory)
+    # Else what somebody moved, or put in its place, while it was written would be missing under the final name.
+    if wrong := _not_what_was_written(work, manifest):
+        raise WriteError(f"somebody else changed {work} while it was written; nothing was published: {wrong}")
     replaced = _publish(fs, root, name, work, manifest.save_id)
+    if wrong := _not_what_was_written(target, manifest):
+        raise CommitError(f"{target}: somebody else changed it while it was published: {wrong}")
     try:
         # Else the rename itself could be undone after it was acknowledged; the work directory lost an entry too.
         fs.sync_directory(root)
@@ -44,6 +56,15 @@ def commit(fs: Filesystem, root: str, name: str, work: str, manifest: Manifest) 
     except OSError as error:
         raise CommitError(f"{target}: published, but its parent could not be synced: {error}") from error
     return replaced
+
+
+def _not_what_was_written(directory: str, manifest: Manifest) -> str:
+    """What is missing or of another kind or size than when it was written; empty if nothing is."""
+    try:
+        check(directory, manifest, "size")
+    except CorruptCheckpoint as error:
+        return str(error)
+    return "it is a symbolic link" if os.path.islink(directory) else ""
 
 
 def refuse_non_directory(target: str) -> None:
@@ -67,17 +88,24 @@ def carry_over(fs: Filesystem, target: str, work: str) -> None:
         try:
             fs.link(source, destination)
         except OSError:
-            _copy_synced(fs, source, destination)
+            if stat.S_IFMT(os.lstat(source).st_mode) in (
+                stat.S_IFREG,
+                stat.S_IFLNK,
+            ):  # a pipe or device stays in `replaced/`
+                _copy_synced(fs, source, destination)
 
 
-def _write_synced(fs: Filesystem, path: str, content: bytes, mode: int | None = None) -> None:
+def _write_synced(fs: Filesystem, path: str, content: bytes | io.RawIOBase, mode: int | None = None) -> None:
     fd = fs.create(path, direct=False)
     try:
         if mode is not None:
             fs.set_mode(fd, mode)
-        done = 0
-        while done < len(content):
-            done += fs.write(fd, memoryview(content)[done:], done)
+        at = 0
+        for chunk in [content] if isinstance(content, bytes) else iter(lambda: content.read(_COPY_CHUNK) or b"", b""):
+            done = 0
+            while done < len(chunk):
+                done += fs.write(fd, memoryview(chunk)[done:], at + done)
+            at += done
         fs.sync(fd)
     finally:
         fs.close(fd)
@@ -87,7 +115,8 @@ def _copy_synced(fs: Filesystem, source: str, destination: str) -> None:
     if os.path.islink(source):
         fs.symlink(os.readlink(source), destination)
         return
-    _write_synced(fs, destination, files.read_regular(source), stat.S_IMODE(os.lstat(source).st_mode))
+    with open(files.open_regular(source), "rb", buffering=0) as file:
+        _write_synced(fs, destination, file, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
 
 
 def _publish(fs: Filesystem, root: str, name: str, work: str, save_id: str) -> str | None:

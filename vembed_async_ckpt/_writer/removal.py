@@ -19,6 +19,8 @@ from .._store.manifest import Manifest
 from .._store.retention import Policy
 from ..errors import CorruptCheckpoint
 
+_CHUNK = 16 << 20
+
 
 def foreign_files(directory: str) -> Iterable[tuple[str, str]]:
     """(relative name, path) of the files in a checkpoint directory that its manifest does not name."""
@@ -80,9 +82,13 @@ def _same_content(path: str, other: str) -> bool:
     try:
         if os.path.samestat(os.lstat(path), os.lstat(other)):
             return True
-        return files.read_regular(path) == files.read_regular(other)
+        with open(files.open_regular(path), "rb") as one, open(files.open_regular(other), "rb") as another:
+            while (chunk := one.read(_CHUNK)) == another.read(_CHUNK):
+                if not chunk:
+                    return True
     except OSError:
-        return False
+        pass
+    return False
 
 
 def _unlink_if_there(fs: Filesystem, path: str) -> None:
@@ -97,12 +103,31 @@ def remove_work(fs: Filesystem, directory: str, save_id: str) -> None:
 
     One that holds another save is left alone: an exchange took place after all, though an error was reported.
     """
-    if os.path.islink(directory) or _save_id(directory) not in (None, save_id):
-        return
+    if not os.path.islink(directory) and _save_id(directory) in (None, save_id):
+        _remove_all(fs, directory)
+
+
+def remove_rotated(fs: Filesystem, root: str, name: str, identity: str) -> None:
+    """Delete `root/name`, a checkpoint that Trainer itself wrote and `save_total_limit` does not keep, all of it.
+
+    What a crash leaves of it, `sweep` deletes.
+    """
+    rotated = names.rotated_directory(root, identity)
+    # In one step out of sight: nobody resumes from a checkpoint that is half deleted.
+    fs.rename(os.path.join(root, name), rotated, "plain")
+    # Else a power cut could bring the name back with files missing.
+    fs.sync_directory(root)
+    _remove_all(fs, rotated)
+
+
+def _remove_all(fs: Filesystem, directory: str) -> None:
     for _, entry in list(files.walk_files(directory)):
-        fs.unlink(entry.path)
+        _unlink_if_there(fs, entry.path)
     for inner in list(files.walk_directories(directory)):
-        fs.remove_directory(inner)
+        try:
+            fs.remove_directory(inner)
+        except FileNotFoundError:
+            pass  # a rotation and a sweep may come to the same
 
 
 def prune(fs: Filesystem, root: str, policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
@@ -187,7 +212,10 @@ def sweep(fs: Filesystem, root: str) -> list[str]:
         parsed = names.parse_work_entry(entry)
         if parsed is None or os.path.islink(path) or not os.path.isdir(path):
             continue
-        if parsed.kind == "work" and parsed.save_id not in committed:
+        if parsed.kind == "rotated":
+            _remove_all(fs, path)
+            done.append(f"finished deleting {entry}")
+        elif parsed.kind == "work" and parsed.save_id not in committed:
             inside = _save_id(path)
             if inside not in (None, parsed.save_id):
                 # Not the save itself but what it was exchanged for: a whole checkpoint, whose successor cannot be seen.

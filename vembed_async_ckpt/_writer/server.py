@@ -20,7 +20,7 @@ from typing import Any, cast
 from .._plan.plan import pages
 from .._store import names
 from .._store.catalog import Committed, interrupted
-from .._store.fs import Filesystem
+from .._store.fs import Filesystem, parent_of
 from .._store.manifest import FileRecord, Manifest
 from .._store.retention import from_spec
 from ..errors import CommitError, WriteError
@@ -179,7 +179,10 @@ class Server:
             log = os.path.join(names.work_directory(self._root), names.ORPHAN_LOG)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             try:
-                with open(log, "a", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
+                with (
+                    parent_of(log) as (parent, name),
+                    os.fdopen(os.open(name, flags, 0o666, dir_fd=parent), "a") as file,
+                ):
                     file.write(f"{time.strftime('%F %T')} {pending.job['name']} was staged but not saved: {message}\n")
             except OSError:
                 pass  # the disk that took no checkpoint takes no note of it either; the jobs behind this one go on

@@ -10,13 +10,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from .._store import manifest as manifests
 from .._store import names
 from .._store.fs import open_regular, read_regular
 from .._store.tensors import StoredTensor, digests, stored_tensors
+from ..errors import CheckpointError, CorruptCheckpoint
 from .reading import AsJson
+
+_MAX_CONFIG = 64 << 20  # bytes
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint's directory.")]
 
@@ -36,15 +40,17 @@ def inspect(
         return
     console = Console()
     metrics = " ".join(f"{name}={value:.4g}" for name, value in manifest.metrics.items())
-    console.print(f"{directory}: step {manifest.step}, sequence {manifest.sequence} {metrics}", highlight=False)
-    console.print(" ".join(f"{name} {version}" for name, version in manifest.versions.items()), highlight=False)
+    console.print(
+        f"{directory}: step {manifest.step}, sequence {manifest.sequence} {metrics}", highlight=False, markup=False
+    )
+    versions = " ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    console.print(versions, highlight=False, markup=False)
     console.print(_files_table(manifest, found))
     if tensors:
         console.print(_tensors_table(found))
 
 
 def _summary(directory: str, manifest: manifests.Manifest, found: list[StoredTensor]) -> dict[str, Any]:
-    config = names.CONFIG
     return {
         "path": directory,
         "step": manifest.step,
@@ -53,8 +59,19 @@ def _summary(directory: str, manifest: manifests.Manifest, found: list[StoredTen
         "versions": dict(manifest.versions),
         "files": {name: record.size for name, record in manifest.files.items()},
         "tensors": [{"file": t.file, "name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in found],
-        "config": json.loads(read_regular(os.path.join(directory, config))) if config in manifest.files else None,
+        "config": _config(directory) if names.CONFIG in manifest.files else None,
     }
+
+
+def _config(directory: str) -> Any:
+    path = os.path.join(directory, names.CONFIG)
+    try:
+        content = read_regular(path, _MAX_CONFIG + 1)
+        if len(content) > _MAX_CONFIG:
+            raise ValueError(f"larger than {_MAX_CONFIG} bytes")
+        return json.loads(content)
+    except (ValueError, RecursionError, OSError) as error:
+        raise CorruptCheckpoint(f"{path}: cannot be read: {error}") from error
 
 
 def _files_table(manifest: manifests.Manifest, found: list[StoredTensor]) -> Table:
@@ -62,14 +79,17 @@ def _files_table(manifest: manifests.Manifest, found: list[StoredTensor]) -> Tab
     for name, record in sorted(manifest.files.items()):
         inside = [tensor for tensor in found if tensor.file == name]
         dtypes = " ".join(sorted({tensor.dtype for tensor in inside}))
-        table.add_row(name, decimal(record.size), str(len(inside) or ""), dtypes, record.xxh3_128[:8])
+        row = (name, decimal(record.size), str(len(inside) or ""), dtypes, record.xxh3_128[:8])
+        table.add_row(*map(escape, row))
     return table
 
 
 def _tensors_table(found: list[StoredTensor]) -> Table:
     table = Table("file", "tensor", "dtype", "shape", "size")
     for t in found:
-        table.add_row(t.file, t.name, t.dtype, "x".join(map(str, t.shape)) or "scalar", decimal(t.nbytes))
+        table.add_row(
+            escape(t.file), escape(t.name), escape(t.dtype), "x".join(map(str, t.shape)) or "scalar", decimal(t.nbytes)
+        )
     return table
 
 
@@ -83,6 +103,8 @@ def diff(
 ) -> None:
     """Say which tensors of two checkpoints differ, by the hash of their bytes. Exit code 1 if any does."""
     sides = [(os.fspath(path), manifests.read(os.fspath(path))) for path in (a, b)]
+    for side in sides:
+        manifests.check(*side, "size")
     one, other = (digests(directory, manifest) for directory, manifest in sides)
     common = one.keys() & other.keys()
     changed = sorted(key for key in common if one[key] != other[key])
@@ -128,9 +150,12 @@ def _read(directory: str, stored: StoredTensor) -> Any:
     with os.fdopen(open_regular(os.path.join(directory, *stored.file.split("/"))), "rb") as file:
         file.seek(stored.offset)
         data = bytearray(file.read(stored.nbytes))
-    dtype = TO_TORCH.get(stored.dtype) or getattr(torch, stored.dtype)
-    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(stored.shape).to(torch.float64)
+    try:
+        dtype = TO_TORCH.get(stored.dtype) or getattr(torch, stored.dtype)
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.reshape(stored.shape).to(torch.float64)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: {stored.name!r} of {stored.file} cannot be measured: {error}") from error
 
 
 def _in_words(norms: dict[str, float | None] | None) -> str:

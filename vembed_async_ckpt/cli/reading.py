@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.progress import DownloadColumn, Progress
 from rich.table import Table
 
@@ -62,19 +63,23 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for title in ("checkpoint", "step", "age", "size", "metrics", "state"):
         table.add_column(title, justify="right" if title in ("step", "age", "size") else "left")
     for row in rows:
+        metrics = " ".join(f"{name}={value:.4g}" for name, value in row["metrics"].items())
         table.add_row(
-            row["name"],
+            escape(row["name"]),
             "" if row["step"] is None else str(row["step"]),
             "" if row["time"] is None else _age(row["time"]),
             "" if row["bytes"] is None else decimal(row["bytes"]),
-            " ".join(f"{name}={value:.4g}" for name, value in row["metrics"].items()),
-            "[green]complete[/]" if row["complete"] else f"[red]broken:[/] {row['reason']}",
+            escape(metrics),
+            "[green]complete[/]" if row["complete"] else f"[red]broken:[/] {escape(row['reason'])}",
         )
     return table
 
 
 def _age(then: float) -> str:
-    return str(datetime.timedelta(seconds=max(round(time.time() - then), 0)))
+    try:
+        return str(datetime.timedelta(seconds=max(round(time.time() - then), 0)))
+    except (ValueError, OverflowError):
+        return "?"
 
 
 def latest(
@@ -118,7 +123,7 @@ def _verified(path: str, bar: Progress) -> dict[str, Any]:
     try:
         found = manifests.read(path)
         size = sum(record.size for record in found.files.values())
-        task = bar.add_task(os.path.basename(path), total=size)
+        task = bar.add_task(escape(os.path.basename(path)), total=size)
         manifests.check(path, found, "full", lambda count: bar.advance(task, count))
     except CorruptCheckpoint as error:
         return {"path": path, "ok": False, "reason": str(error)}

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import threading
 import uuid
 from collections.abc import Collection, Sequence
@@ -22,7 +21,7 @@ from .._store.catalog import Committed
 from .._store.fs import INSTEAD, Filesystem, LocalFilesystem
 from .._store.manifest import Manifest
 from .._store.retention import Policy
-from .._writer.removal import prune
+from .._writer.removal import prune, remove_rotated
 from ..events import logger
 
 _OF_A_STEP = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -92,7 +91,7 @@ class Rotation:
         if self._policy is None:
             for name in older:
                 if name not in kept:
-                    self._remove(os.path.join(self._root, name))
+                    remove_rotated(self._fs, self._root, name, uuid.uuid4().hex)
         chosen = _Chosen(frozenset(committed[name][1].save_id for name in newest_first if name in kept))
         prune(self._fs, self._root, chosen, list(committed.values()))
 
@@ -104,13 +103,6 @@ class Rotation:
         assert self._limit is not None
         others = [name for name in newest_first if name not in safe]
         return safe | set(others[: max(self._limit - len(safe), 0)])
-
-    def _remove(self, directory: str) -> None:
-        # In one step out of sight: nobody resumes from a checkpoint that is half deleted.
-        trash = names.trash_directory(self._root, uuid.uuid4().hex)
-        self._fs.rename(directory, trash, "plain")
-        self._fs.sync_directory(self._root)
-        shutil.rmtree(trash)
 
 
 def _trainers_own(root: str, ours: Collection[str]) -> list[str]:
