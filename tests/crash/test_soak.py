@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from vembed_async_ckpt._store.catalog import scan
+
 from .faults import missing
+from .nursery import Nursery
 
 _FAULTS = Path(__file__).parents[2] / "benchmarks" / "faults"
 
@@ -28,9 +33,17 @@ def soak() -> ModuleType:
     return found
 
 
-def test_kills(soak: ModuleType, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def nursery(soak: ModuleType) -> Iterator[Nursery]:
+    """Forks the soak's trainers."""
+    found = Nursery("soak_trainer", str(_FAULTS))
+    yield found
+    found.close()
+
+
+def test_kills(soak: ModuleType, nursery: Nursery, tmp_path: Path) -> None:
     """A few kills of each kind leave everything that was promised."""
-    figures = soak.soak(tmp_path, kills=9, cuts=0, seed=1, roots=1)
+    figures = soak.soak(tmp_path, kills=9, cuts=0, seed=1, roots=1, nursery=nursery)
     assert figures["violations"] == []
     assert figures["faults_in_all"] >= 9
     assert figures["saves"]["committed, acknowledged"] > 9
@@ -41,21 +54,19 @@ def test_kills(soak: ModuleType, tmp_path: Path) -> None:
 
 @pytest.mark.root
 @pytest.mark.skipif(bool(missing("xfs") or missing("ext4")), reason=missing("xfs") or missing("ext4"))
-def test_power_cuts(soak: ModuleType, tmp_path: Path) -> None:
+def test_power_cuts(soak: ModuleType, nursery: Nursery, tmp_path: Path) -> None:
     """A few power cuts on each file system leave everything that was committed."""
-    figures = soak.soak(tmp_path, kills=0, cuts=4, seed=1)
+    figures = soak.soak(tmp_path, kills=0, cuts=4, seed=1, nursery=nursery)
     assert figures["violations"] == []
     assert figures["faults_in_all"] == 4
 
 
-@pytest.mark.parametrize("harm", ["lost", "altered", "back again", "foreign file lost"])
-def test_harm_is_noticed(soak: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
+@pytest.mark.parametrize("harm", ["lost", "altered", "back again", "file of nobody"])
+def test_harm_is_noticed(
+    soak: ModuleType, nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
     """What somebody does to a checkpoint between a fault and the look at it is a violation."""
-    import shutil
-
-    from vembed_async_ckpt import latest as real
-    from vembed_async_ckpt._store.catalog import scan
-
+    real = soak.latest
     done: list[str] = []
 
     def latest(root: str) -> Path | None:
@@ -77,6 +88,6 @@ def test_harm_is_noticed(soak: ModuleType, tmp_path: Path, monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(soak, "latest", latest)
-    figures = soak.soak(tmp_path, kills=6, cuts=0, seed=3, roots=1)
+    figures = soak.soak(tmp_path, kills=6, cuts=0, seed=3, roots=1, nursery=nursery)
     assert done
     assert figures["violations"]

@@ -94,7 +94,7 @@ def parent_of(path: str) -> Iterator[tuple[int, str]]:
     """(descriptor of the directory that holds `path`, last name of `path`), to be used together: whoever moves a directory on
     the way meanwhile, or puts a symbolic link in its place, nothing happens anywhere else.
 
-    Raises OSError(ELOOP) if a directory on the way is a symbolic link. An OSError of the block gets the whole path.
+    Raises OSError(ELOOP) if a directory on the way is a symbolic link. Every other OSError, the block's too, gets the whole path.
     """
     directory, name = os.path.split(path)
     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -107,13 +107,13 @@ def parent_of(path: str) -> Iterator[tuple[int, str]]:
                 inner = os.open(part, flags, dir_fd=fd)
                 os.close(fd)
                 fd = inner
-        at = path
+        at = ""
         yield fd, name or "."
     except OSError as error:
-        if at is not path and error.errno == errno.ENOTDIR and os.path.islink(at):
+        if at and error.errno == errno.ENOTDIR and os.path.islink(at):
             raise OSError(errno.ELOOP, "is a symbolic link; links are not followed", at) from error
-        if not os.path.isabs(error.filename or ""):
-            error.filename = at
+        if at or not os.path.isabs(error.filename or ""):
+            error.filename = path
         raise
     finally:
         os.close(fd)
