@@ -6,24 +6,28 @@ torch.
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 
 import typer
 
 from ..errors import CheckpointError
-from . import cleaning, inspecting, reading, training
+from . import bench, cleaning, inspecting, reading, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
     *(training.demo, reading.ls, reading.latest, reading.verify),
-    *(inspecting.inspect, inspecting.diff, cleaning.prune, cleaning.sweep),
+    *(inspecting.inspect, inspecting.diff, cleaning.prune, cleaning.sweep, bench.bench),
 ):
     app.command()(command)
 
 
 def main() -> None:
     """Run the command line. Errors of the library end in one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name may be no text
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         app()

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import errno
 import mmap
 import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 CHUNK, IN_FLIGHT = 16 << 20, 4  # the raw write: this many bytes each, this many at once
-PACKAGES = ("vembed-async-ckpt", "torch", "safetensors", "torch-checkpointing", "transformers", "xxhash")
+PACKAGES = (
+    *("vembed-async-ckpt", "torch", "safetensors", "transformers", "xxhash"),
+    *("torch-checkpointing", "torchsnapshot", "lightning"),
+)
 
 
-def facts(directory: str) -> dict[str, object]:
+def facts(directory: str) -> dict[str, Any]:
     """Machine, file system and versions, for the result file."""
-    kind, device = _file_system(directory)
+    kind, device = file_system(directory)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": _field("/proc/cpuinfo", "model name"),
         "cpus": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "kernel": platform.release(),
         "file_system": kind,
@@ -46,7 +53,7 @@ def _field(path: str, name: str) -> str:
         return next((line.split(":", 1)[1].strip() for line in file if line.startswith(name)), "")
 
 
-def _file_system(directory: str) -> tuple[str, str]:
+def file_system(directory: str) -> tuple[str, str]:
     """Type and device of the mount that holds `directory`."""
     best, found = "", ("", "")
     with open("/proc/self/mounts") as file:
@@ -58,30 +65,27 @@ def _file_system(directory: str) -> tuple[str, str]:
     return found
 
 
-class Ceilings:
-    """The best this machine can do with the same bytes: copy them to warm memory, write them to one new file."""
+class CopyCeiling:
+    """The best this machine can do to copy these tensors to warm host memory; pinned where they are on a GPU."""
 
-    def __init__(self, directory: str, tensors: Sequence[torch.Tensor]) -> None:
-        self._path = os.path.join(directory, "raw.bin")
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._sources = list(tensors)
-        self._warm = [torch.zeros_like(tensor) for tensor in tensors]
-        self._size = -(-sum(tensor.nbytes for tensor in tensors) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._fd = os.memfd_create("raw")
-        os.ftruncate(self._fd, self._size)
-        self._memory = mmap.mmap(self._fd, self._size)
-        block = os.urandom(1 << 20)
-        for start in range(0, self._size, len(block)):
-            self._memory[start : start + len(block)] = block[: self._size - start]
+        self._cuda = any(tensor.is_cuda for tensor in tensors)
+        self._warm = [torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda) for tensor in tensors]
 
-    def foreach_copy(self) -> float:
-        """Seconds of one `_foreach_copy_` with torch's threads."""
+    def seconds(self) -> float:
+        """Of the fastest copy known: one `_foreach_copy_` with torch's threads, or memcpy in two."""
+        return self._foreach() if self._cuda else min(self._foreach(), self._memcpy(2))
+
+    def _foreach(self) -> float:
         with torch.no_grad():
             begun = time.perf_counter()
-            torch._foreach_copy_(self._warm, self._sources)
+            torch._foreach_copy_(self._warm, self._sources, non_blocking=True)
+            if self._cuda:
+                torch.cuda.synchronize()
             return time.perf_counter() - begun
 
-    def memcpy(self, threads: int = 2) -> float:
-        """Seconds of memcpy in a few threads, each with its share of the tensors."""
+    def _memcpy(self, threads: int) -> float:
         pairs = [(to.data_ptr(), of.data_ptr(), of.nbytes) for to, of in zip(self._warm, self._sources, strict=True)]
 
         def copy(share: int) -> None:
@@ -90,30 +94,98 @@ class Ceilings:
 
         return _together(copy, threads)
 
-    def write(self) -> float:
-        """Seconds of O_DIRECT writes, several in flight, to a new file, with fsync. Raises OSError where there is no O_DIRECT."""
-        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
-        starts = iter(range(0, self._size, CHUNK))
-        lock, view = threading.Lock(), memoryview(self._memory)
 
-        def work(_: int) -> None:
-            while True:
-                with lock:
-                    start = next(starts, None)
-                if start is None:
-                    return
-                end = min(start + CHUNK, self._size)
-                if os.pwrite(fd, view[start:end], start) != end - start:
-                    raise OSError("short write")
+class Disk:
+    """The best this disk can do with `size` bytes: several large transfers in flight past the page cache.
 
+    `direct`: whether the file system has O_DIRECT; without it the page cache is used, and writes are synced all the same.
+    """
+
+    def __init__(self, directory: str, size: int) -> None:
+        self._path = os.path.join(directory, "raw.bin")
+        self._size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = mmap.mmap(-1, self._size)
+        block = os.urandom(1 << 20)
+        for start in range(0, self._size, len(block)):
+            self._memory[start : start + len(block)] = block[: self._size - start]
+        self.direct = True
+        try:
+            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT))
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+            self.direct = False
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+    def write(self, *, keep: bool = False) -> float:
+        """Seconds to write a new file and fsync it."""
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | self._flag)
         try:
             begun = time.perf_counter()
-            _together(work, IN_FLIGHT)
+            self._transfer(lambda view, start: os.pwrite(fd, view, start))
             os.fsync(fd)
             return time.perf_counter() - begun
         finally:
             os.close(fd)
-            os.unlink(self._path)
+            if not keep:
+                os.unlink(self._path)
+
+    def read(self) -> float:
+        """Seconds to read the file that `write(keep=True)` made, none of it from the page cache."""
+        drop_cache([self._path])
+        fd = os.open(self._path, os.O_RDONLY | self._flag)
+        try:
+            begun = time.perf_counter()
+            self._transfer(lambda view, start: os.preadv(fd, [view], start))
+            return time.perf_counter() - begun
+        finally:
+            os.close(fd)
+
+    @property
+    def _flag(self) -> int:
+        return os.O_DIRECT if self.direct else 0
+
+    def _transfer(self, move: Callable[[memoryview, int], int]) -> None:
+        starts = iter(range(0, self._size, CHUNK))
+        lock, view = threading.Lock(), memoryview(self._memory)
+        errors: list[BaseException] = []
+
+        def work(_: int) -> None:
+            try:
+                while True:
+                    with lock:
+                        start = next(starts, None)
+                    if start is None:
+                        return
+                    part = view[start : start + CHUNK]
+                    if move(part, start) != len(part):
+                        raise OSError("the kernel transferred less than it was asked to")
+            except BaseException as error:
+                errors.append(error)
+
+        _together(work, IN_FLIGHT)
+        if errors:
+            raise errors[0]
+
+
+def drop_cache(paths: Iterable[str]) -> None:
+    """Have the page cache forget these files, which have been synced."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def files_of(path: str) -> list[str]:
+    """Every file below `path`."""
+    return [os.path.join(base, name) for base, _, names in os.walk(path) for name in names]
+
+
+def bytes_on_disk(path: str) -> int:
+    """Sizes of the files below `path`, a file with two names once."""
+    return sum({(found := os.lstat(file)).st_ino: found.st_size for file in files_of(path)}.values())
 
 
 def _together(work: Callable[[int], None], threads: int) -> float:
@@ -130,8 +202,7 @@ def _together(work: Callable[[int], None], threads: int) -> float:
 
 def sync_tree(path: str) -> None:
     """fsync every file and directory of `path`, and the directory that holds it: what an engine without fsync leaves out."""
-    paths = [os.path.join(base, name) for base, _, files in os.walk(path) for name in files]
-    for each in [*paths, *(base for base, _, _ in os.walk(path)), os.path.dirname(path)]:
+    for each in [*files_of(path), *(base for base, _, _ in os.walk(path)), os.path.dirname(path)]:
         fd = os.open(each, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)

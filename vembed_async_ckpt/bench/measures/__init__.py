@@ -1,0 +1,1 @@
+"""One module for each measure: `measure(bench)` visits the engines and returns every sample, raw."""

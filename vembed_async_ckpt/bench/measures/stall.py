@@ -1,0 +1,114 @@
+"""What a save takes from the training loop, and what it does to the steps beside it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from typing import Any
+
+from ..engines import Engine, Handle, create
+from ..machine import CopyCeiling, Others, sync_tree
+from ..state import State, Training
+from ..visits import Say
+from .common import Bench, Sample, Setting, between_steps, cpus, rounds, settle, small_steps, steady, with_threads
+
+
+def measure(bench: Bench) -> list[Sample]:
+    """A visit to every engine each round."""
+    return [{"round": number, **bench.visit(visit, engine)} for number, engine in rounds(bench, bench.engines)]
+
+
+def visit(say: Say, setting: Setting, name: str, directory: str) -> Sample:
+    """Steps before the engine exists; saves beside training; steps with the engine idle and beside a save, by turns, with one
+    torch thread and with all; at last the copy ceiling, when the engine has let go of its memory."""
+    options, state = setting.options, setting.spec.build()
+    small = small_steps(state, setting)
+    threads = sorted({1, cpus()})
+    bare = {}
+    for count in threads:
+        with_threads(count)
+        bare[count] = steady(options, small, between_steps(state, small))
+    with_threads(cpus())
+    engine = create(name, directory, state)
+    saves = blocked(engine, setting, state.training(setting.batch, options.width))
+    steps = []
+    number = len(saves) + options.warm_up
+    for count in threads:
+        with_threads(count)
+        quiet: list[float] = []
+        beside: list[float] = []
+        for _ in range(options.saves):
+            settle(options.patience)
+            quiet += steady(options, small, between_steps(state, small))
+            beside += steps_beside(engine, number, small)
+            number += 1
+        steps.append({"threads": count, "bare": bare[count], "quiet": quiet, "beside": beside})
+    engine.close()
+    with_threads(cpus())
+    copy = CopyCeiling(state.distinct())
+    return {"bytes": state.nbytes, "blocked": saves, "steps": steps, "copy": [copy.seconds() for _ in range(4)][1:]}
+
+
+def blocked(engine: Engine, setting: Setting, training: Training) -> list[Sample]:
+    """Saves beside training, after some that do not count; each after a stretch of training without one."""
+    samples = []
+    engine.state.step()
+    for number in range(setting.options.warm_up + setting.options.saves):
+        settle(setting.options.patience)
+        others = Others()
+        sample = save_beside(engine, number, training)
+        if number >= setting.options.warm_up:
+            samples.append({**sample, "others": others.share()})
+    return samples
+
+
+def save_beside(engine: Engine, number: int, training: Training) -> Sample:
+    """As in a training loop: save, forward and backward, optimizer step; then wait for the checkpoint.
+
+    `save` and `step` are what the loop is blocked for: no step changes anything here, so that `step` is the wait before it.
+    """
+    alone = training.stretch()
+    begun = time.perf_counter()
+    handle = engine.save(number)
+    saved = time.perf_counter()
+    work = training.stretch()
+    worked = time.perf_counter()
+    handle.barrier()
+    engine.state.step()
+    stepped = time.perf_counter()
+    sample = finish(engine, handle, number, begun)
+    return {
+        "save": saved - begun,
+        "step": stepped - worked,
+        "blocked": saved - begun + stepped - worked,
+        "work": work,
+        "work_alone": alone,
+    } | sample
+
+
+def finish(engine: Engine, handle: Handle, number: int, begun: float) -> Sample:
+    """Wait for a save, sync what the engine leaves out, make room; seconds since `begun`, and what our own engine says."""
+    info = handle.wait()
+    written = time.perf_counter()
+    if not engine.syncs:
+        sync_tree(engine.path(number))
+    durable = time.perf_counter()
+    engine.remove(number)
+    says: dict[str, Any] = {} if info is None else asdict(info.timings)
+    return {"written": written - begun, "durable": durable - begun, **{f"our_{key}": says[key] for key in says}}
+
+
+def steps_beside(engine: Engine, number: int, training: Training) -> list[float]:
+    """Seconds of each step begun between the return of `save()` and the end of the save; the first holds the barrier."""
+    state: State = engine.state
+    between = between_steps(state, training)
+    handle = engine.save(number)
+    steps = []
+    while not handle.done():
+        steps.append(training.step(lambda: (handle.barrier(), between())))
+    handle.wait()
+    if not engine.syncs and os.path.exists(engine.path(number)):
+        sync_tree(engine.path(number))
+    engine.remove(number)
+    return steps
