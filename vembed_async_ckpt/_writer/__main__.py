@@ -13,6 +13,8 @@ import sys
 from .._store.fs import LocalFilesystem
 from .server import serve
 
+NICENESS = 10  # a tenth of a training thread's share where they compete for a core; writing waits for the disk anyway
+
 
 def main(arguments: list[str]) -> None:
     """Serve until the trainer is gone and every accepted job has ended."""
@@ -20,6 +22,7 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Schedulers send these to everybody first; the end of the trainer is what ends this process.
         signal.signal(number, signal.SIG_IGN)
+    os.nice(NICENESS)
     sock = socket.socket(fileno=socket_fd)
     try:
         trainer = os.pidfd_open(trainer_pid)
