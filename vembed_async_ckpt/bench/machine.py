@@ -273,4 +273,7 @@ class Others:
                     own += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))
             except FileNotFoundError:
                 continue
-        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own
+        waiting = (
+            ticks[3] + ticks[4] + ticks[7]
+        )  # idle, for the disk, for the host: virtual disks take the guest's own share
+        return sum(ticks), sum(ticks) - waiting, own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def draw(result: Sample, stem: Path) -> list[Path]:
 
 
 def stall(result: Sample) -> Figure:
-    """Left: a bar to the median of the blocked time, a dot for every save. Right: steps while a save is in flight."""
+    """Left: a bar to the median of the blocked time, a dot for every save. Right: what the training takes longer for one save."""
     engines = result["summary"]["stall"]["engines"]
     samples: dict[str, list[float]] = {name: [] for name in engines}
     for visit in result["measures"]["stall"]["samples"]:
@@ -52,24 +53,18 @@ def stall(result: Sample) -> Figure:
     left.set_xlabel("training loop blocked per save (log scale)\nbar: median, dot: one save; less is better")
     threads = [part["threads"] for part in engines[names[0]]["steps"]]
     for row, name in enumerate(names):
-        if all(part["inflation"] is None for part in engines[name]["steps"]):
-            right.text(1.0, row, " writes before it returns", va="center", fontsize=9, color="#52606d")
         for place, part in enumerate(engines[name]["steps"]):
-            if part["inflation"] is not None:
-                y = row + 0.32 * (0.5 * (len(threads) - 1) - place)
-                right.barh(
-                    y,
-                    part["inflation"] - 1,
-                    left=1,
-                    height=0.28,
-                    color=_colour(name),
-                    alpha=(0.55, 1.0)[place] if len(threads) > 1 else 1.0,
-                )
-                right.text(max(part["inflation"], 1) + 0.01, y, f"{part['inflation']:.2f}", va="center", fontsize=8.5)
-    right.axvline(1, color=PEERS, linewidth=1)
-    right.margins(x=0.2)
-    pale = f"; pale: {threads[0]} torch thread, full: {threads[-1]}" if len(threads) > 1 else ""
-    right.set_xlabel(f"step beside a save / quiet step\nmedian{pale}")
+            y = row + 0.32 * (0.5 * (len(threads) - 1) - place)
+            alpha = (0.55, 1.0)[place] if len(threads) > 1 else 1.0
+            lost = max(part["lost"], 0) * 1e3
+            right.barh(y, lost, height=0.28, color=_colour(name), alpha=alpha)
+            right.text(lost, y, f" {part['lost'] * 1e3:,.0f}", va="center", fontsize=8.5)
+    for place, line in enumerate(("dotted", "dashed")[-len(threads) :]):
+        floor = statistics.median(entry["steps"][place]["floor"] for entry in engines.values()) * 1e3
+        right.axvline(floor, color=INK, linewidth=1, linestyle=line)
+    right.margins(x=0.15)
+    pale = f"pale, dotted: {threads[0]} torch thread, full, dashed: {threads[-1]}; " if len(threads) > 1 else ""
+    right.set_xlabel(f"training lost per save until it is durable, ms\n{pale}lines: a raw write")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(length=0)

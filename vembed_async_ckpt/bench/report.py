@@ -130,15 +130,17 @@ def _stall(summary: Sample) -> list[Noted]:
             _seconds(entry["durable"]),
         )
     steps = _table(
-        "Steps while a save is in flight, and with the engine idle",
+        "What a save costs the steps, and what the idle engine does",
         "engine",
-        *("threads", "inflation", "p99", "idle", "idle p99", "quiet step, ms", "steps beside"),
+        *("threads", "lost, ms", "floor, ms", "inflation", "p99", "idle", "idle p99", "quiet step, ms", "steps"),
     )
     for name, entry in _in_order(summary, "blocked"):
         for part in entry["steps"]:
             steps.add_row(
                 title(name),
                 str(part["threads"]),
+                milliseconds(part["lost"]),
+                milliseconds(part["floor"]),
                 *(_ratio(part[key]) for key in ("inflation", "inflation_p99", "idle", "idle_p99")),
                 milliseconds(part["quiet"]),
                 str(part["count"]),
@@ -151,9 +153,10 @@ blocked: save() and the wait before optimizer.step(), median. x ours: times what
 beside the save, to the same without. copy ceiling: the fastest copy of this state to warm memory, of blocked; above 100 %
 the copy goes on behind the loop's back. durable: from the call to fsynced, beside training."""
 _STEPS = """\
-inflation: steps between the return of save() and the end of the save, to steps without a save in the same process, median.
-p99: the same of 99th percentiles. idle: steps with the engine there and no save, to steps before it existed. threads: of
-torch; with 1 a core is spare if there are two. An engine that writes in save() has no steps beside a save."""
+lost: what the training takes longer for one save, from the call until the checkpoint is durable (what an engine leaves
+unsynced is synced by a thread meanwhile), median. floor: the same beside a raw write of as many bytes. inflation: the steps
+meanwhile, to steps without a save in the same process, median; p99: the same of 99th percentiles. idle: steps with the engine
+there and no save, to steps without it. threads: of torch; with 1 a core is spare if there are two."""
 
 
 def _durable(summary: Sample) -> list[Noted]:

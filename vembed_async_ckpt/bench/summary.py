@@ -99,8 +99,8 @@ def stall(samples: Sequence[Sample]) -> Sample:
 
 
 def _steps(visits: Sequence[Sample]) -> list[Sample]:
-    """By number of torch threads. `inflation`: steps beside a save to quiet steps of the same visit. `idle`: quiet steps to steps
-    before the engine existed."""
+    """By number of torch threads. `lost`: what a save costs the training until it is durable, `floor`: what a raw write does.
+    `inflation`: steps beside a save to quiet steps of the same visit. `idle`: quiet steps to steps before and after the engine."""
     found = []
     for threads in [steps["threads"] for steps in visits[0]["steps"]]:
         ours = [steps for visit in visits for steps in visit["steps"] if steps["threads"] == threads]
@@ -110,6 +110,8 @@ def _steps(visits: Sequence[Sample]) -> list[Sample]:
         found.append(
             {
                 "threads": threads,
+                "lost": median(value for steps in ours for value in steps["lost"]),
+                "floor": median(value for steps in ours for value in steps["floor"]),
                 "quiet": median(step for steps in ours for step in steps["quiet"]),
                 "inflation": median(beside) if beside else None,
                 "inflation_p99": p99(beside) / p99(quiet) if beside else None,

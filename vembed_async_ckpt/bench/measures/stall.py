@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 from ..engines import Engine, Handle, create
-from ..machine import CopyCeiling, Others, sync_tree
+from ..machine import CopyCeiling, Disk, Others, sync_tree
+from ..options import Options
 from ..state import State, Training
 from ..visits import Say
 from .common import Bench, Sample, Setting, between_steps, cpus, rounds, settle, small_steps, steady, with_threads
@@ -21,30 +24,41 @@ def measure(bench: Bench) -> list[Sample]:
 
 def visit(say: Say, setting: Setting, name: str, directory: str) -> Sample:
     """Steps before the engine exists; saves beside training; steps with the engine idle and beside a save, by turns, with one
-    torch thread and with all; at last the copy ceiling, when the engine has let go of its memory."""
+    torch thread and with all; at last, when the engine has let go of its memory, steps without it, steps beside a raw write of as
+    many bytes, and the copy ceiling."""
     options, state = setting.options, setting.spec.build()
     small = small_steps(state, setting)
     threads = sorted({1, cpus()})
-    bare = {}
+    between = between_steps(state, small)
+    bare: dict[int, list[float]] = {}
     for count in threads:
         with_threads(count)
-        bare[count] = steady(options, small, between_steps(state, small))
+        bare[count] = steady(options, small, between)
     with_threads(cpus())
     engine = create(name, directory, state)
     saves = blocked(engine, setting, state.training(setting.batch, options.width))
-    steps = []
+    steps: list[Sample] = []
     number = len(saves) + options.warm_up
     for count in threads:
         with_threads(count)
         quiet: list[float] = []
         beside: list[float] = []
+        lost: list[float] = []
         for _ in range(options.saves):
             settle(options.patience)
-            quiet += steady(options, small, between_steps(state, small))
-            beside += steps_beside(engine, number, small)
+            before = steady(options, small, between)
+            call, during = steps_beside(engine, number, small)
+            quiet += before
+            beside += during
+            lost.append(call + sum(during) - len(during) * statistics.median(before))
             number += 1
-        steps.append({"threads": count, "bare": bare[count], "quiet": quiet, "beside": beside})
+        steps.append({"threads": count, "bare": bare[count], "quiet": quiet, "beside": beside, "lost": lost})
     engine.close()
+    disk = Disk(directory, state.nbytes)
+    for part in steps:
+        with_threads(part["threads"])
+        part["bare"] += steady(options, small, between)
+        part["floor"] = [lost_to_the_disk(disk, options, small, between) for _ in range(options.saves)]
     with_threads(cpus())
     copy = CopyCeiling(state.distinct())
     return {"bytes": state.nbytes, "blocked": saves, "steps": steps, "copy": [copy.seconds() for _ in range(4)][1:]}
@@ -99,16 +113,46 @@ def finish(engine: Engine, handle: Handle, number: int, begun: float) -> Sample:
     return {"written": written - begun, "durable": durable - begun, **{f"our_{key}": says[key] for key in says}}
 
 
-def steps_beside(engine: Engine, number: int, training: Training) -> list[float]:
-    """Seconds of each step begun between the return of `save()` and the end of the save; the first holds the barrier."""
+def steps_beside(engine: Engine, number: int, training: Training) -> tuple[float, list[float]]:
+    """Seconds that `save()` took, and of each step begun between its return and the moment when the checkpoint is durable: what
+    the engine leaves unsynced is synced meanwhile. The first step holds the barrier."""
     state: State = engine.state
     between = between_steps(state, training)
+    begun = time.perf_counter()
     handle = engine.save(number)
-    steps = []
-    while not handle.done():
-        steps.append(training.step(lambda: (handle.barrier(), between())))
+    call = time.perf_counter() - begun
+
+    def barrier() -> None:
+        handle.barrier()
+        between()
+
+    steps = steps_until(handle.done, training, barrier)
     handle.wait()
-    if not engine.syncs and os.path.exists(engine.path(number)):
-        sync_tree(engine.path(number))
+    if not engine.syncs:
+        steps += steps_during(lambda: sync_tree(engine.path(number)), training, between)
     engine.remove(number)
+    return call, steps
+
+
+def steps_until(over: Callable[[], bool], training: Training, between: Callable[[], object]) -> list[float]:
+    steps = []
+    while not over():
+        steps.append(training.step(between))
     return steps
+
+
+def steps_during(work: Callable[[], object], training: Training, between: Callable[[], object]) -> list[float]:
+    """Seconds of each step begun while a thread does `work`."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        steps = steps_until(done.done, training, between)
+        done.result()
+    return steps
+
+
+def lost_to_the_disk(disk: Disk, options: Options, training: Training, between: Callable[[], object]) -> float:
+    """Seconds that steps beside a raw write take longer than those before it: what no engine can do without."""
+    settle(options.patience)
+    before = steady(options, training, between)
+    during = steps_during(disk.write, training, between)
+    return sum(during) - len(during) * statistics.median(before)
