@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,14 @@ def test_retention_keeps_the_newest(root: Path) -> None:
             train(model, optimizer, scheduler)
             checkpointer.save(step, model=model, optimizer=optimizer)
     assert sorted(path.name for path in root.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_the_writer_gives_way_to_the_training(root: Path) -> None:
+    """Every thread of its process, also those that it started later, has a lower priority than the training's."""
+    with AsyncCheckpointer(root) as checkpointer:
+        checkpointer.save(1, model=torch.nn.Linear(2, 2)).result(60)
+        writer = checkpointer.statistics()["writer_pid"]
+        threads = [int(thread) for thread in os.listdir(f"/proc/{writer}/task")]
+        priorities = [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads]
+    assert len(threads) > 1
+    assert min(priorities) > os.getpriority(os.PRIO_PROCESS, 0)
