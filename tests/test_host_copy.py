@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from vembed_async_ckpt import StageError
 from vembed_async_ckpt._arena import host_copy
 from vembed_async_ckpt._arena.host_copy import PIECE_BYTES, SERIAL, copy_beside, copy_blocking
 
@@ -75,3 +76,42 @@ def test_threads_share_the_pieces_and_are_gone_afterwards(monkeypatch: pytest.Mo
     assert len(copying) == 2
     assert threading.active_count() == alive
     assert torch.equal(place, source)
+
+
+def test_an_interrupted_copy_leaves_no_thread_that_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arena may be another save's afterwards: what was not begun is not copied, what was begun has ended."""
+    begun, go = threading.Event(), threading.Event()
+
+    class Libc:
+        @staticmethod
+        def memcpy(*piece: Any) -> None:
+            begun.set()
+            go.wait(20)
+            memcpy(*piece)
+
+    def interrupted(*_: Any) -> None:
+        assert begun.wait(20)
+        threading.Timer(0.1, go.set).start()
+        raise KeyboardInterrupt
+
+    memcpy = host_copy._libc.memcpy
+    monkeypatch.setattr(host_copy, "_libc", Libc)
+    monkeypatch.setattr(host_copy, "copy_beside", interrupted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    source = torch.ones(4 * PIECE_BYTES // 4)
+    place = torch.zeros_like(source)
+    with pytest.raises(KeyboardInterrupt):
+        copy_blocking([place], [source])
+    after = place.sum().item()
+    assert go.is_set()
+    assert after == PIECE_BYTES // 4
+    assert not [thread for thread in threading.enumerate() if thread.name.endswith("(_copy_pieces)")]
+
+
+def test_storage_that_was_freed_is_refused() -> None:
+    """By name of what it is, instead of reading from address zero."""
+    source = torch.rand(SERIAL + 1)
+    place = torch.zeros_like(source)
+    source.untyped_storage().resize_(0)
+    with pytest.raises(StageError, match="no memory"):
+        copy_blocking([place], [source])

@@ -170,6 +170,9 @@ class StallMeter:
                 save = self._save_of(key, ended - event.seconds)
                 if event.stage == "call" and not save.called:
                     self._note_call(save, ended - event.seconds, event.seconds)
+            elif happened == ("backpressure", "failed") and key in self._flying:  # a rank learned that it was skipped
+                del self._flying[key], self._heard[key]
+                self._saves -= 1
             elif happened == ("barrier", "complete") and key in self._heard:
                 self._note_barrier(self._heard[key], event.seconds)
             elif event.stage == "save" and event.phase != "started":

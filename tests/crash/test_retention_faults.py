@@ -20,6 +20,7 @@ import pytest
 from vembed_async_ckpt import KeepBest, KeepLast, latest, verify
 from vembed_async_ckpt._store import names
 from vembed_async_ckpt._store.catalog import scan
+from vembed_async_ckpt._store.fs import LocalFilesystem
 from vembed_async_ckpt._writer import removal
 from vembed_async_ckpt.integrations.rotation import Rotation
 from vembed_async_ckpt.testing import (
@@ -356,4 +357,31 @@ def test_a_sweep_deletes_whole_only_what_rotation_was_deleting(tally: Tally, roo
     if (work / f"rotated-{identity}").exists():
         problems.append("what rotation was deleting is there")
     tally.fault("sweep", problems)
+    tally.settle(at_least=1)
+
+
+def test_what_cannot_be_deleted_does_not_keep_the_rest_from_it(tally: Tally, root: Path) -> None:
+    """One leftover that the disk will not let go of: the others go, retention goes on, save after save."""
+
+    class Stubborn(LocalFilesystem):
+        def unlink(self, path: str) -> None:
+            if "rotated-" + "a" * 32 in path:
+                raise PermissionError(errno.EACCES, "not yours", path)
+            super().unlink(path)
+
+    work = root / names.WORK
+    problems = []
+    assert all(outcome.acknowledged for outcome in save(root, (1, 1), keep=1))
+    for letter in "ab":
+        stock(work, f"rotated-{letter * 32}")
+    with Writer(str(root), Stubborn()) as writer:
+        for step in (2, 3):
+            outcome = writer.save(step, step, keep=1)
+            if not outcome.acknowledged:
+                problems.append(f"{step}: {outcome}")
+    if (there := sorted(path.name for path in root.glob("checkpoint-*"))) != ["checkpoint-3"]:
+        problems.append(f"retention stopped: {there}")
+    if (work / f"rotated-{'b' * 32}").exists():
+        problems.append("the other leftover stayed")
+    tally.fault("undeletable", problems)
     tally.settle(at_least=1)

@@ -51,6 +51,10 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
     large: list[tuple[int, int, int]] = []
     for to, source in zip(destinations, sources, strict=True):
         if source.numel() > SERIAL and _is_plain(to, source):
+            if not source.data_ptr():
+                raise StageError(
+                    f"a tensor of shape {tuple(source.shape)} has no memory: its storage was freed before the save"
+                )
             large.append((to.data_ptr(), source.data_ptr(), to.nbytes))
         else:
             small[0].append(to)
@@ -61,20 +65,26 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
         for start in range(0, size, PIECE_BYTES)
     )
     threads = min(torch.get_num_threads(), MAX_THREADS, len(pieces))
-    helpers = [threading.Thread(target=_copy_pieces, args=(pieces,), daemon=True) for _ in range(threads - 1)]
-    for helper in helpers:
-        helper.start()
-    copy_beside(*small)
-    _copy_pieces(pieces)
-    for helper in helpers:
-        helper.join(DEADLINE)
-        if helper.is_alive():
-            raise StageError(f"the copy of the state did not end within {DEADLINE:.0f} s; is the host out of memory?")
+    helpers: list[threading.Thread] = []
+    try:
+        for _ in range(threads - 1):
+            helper = threading.Thread(target=_copy_pieces, args=(pieces,), daemon=True)
+            helper.start()
+            helpers.append(helper)
+        copy_beside(*small)
+        _copy_pieces(pieces)
+    finally:
+        pieces.clear()  # if this was interrupted: no thread writes to the arena once it may be another save's
+        for helper in helpers:
+            helper.join(DEADLINE)
+    if any(helper.is_alive() for helper in helpers):
+        raise StageError(f"the copy of the state did not end within {DEADLINE:.0f} s; is the host out of memory?")
 
 
 def _is_plain(to: torch.Tensor, source: torch.Tensor) -> bool:
     return (
-        source.is_contiguous()
+        source.is_cpu
+        and source.is_contiguous()
         and not source.is_conj()
         and not source.is_neg()
         and (source.dtype is to.dtype or source.dtype in AS_BYTES)

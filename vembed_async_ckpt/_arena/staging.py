@@ -75,6 +75,10 @@ class Late:
         self._on_device = list(map(cuda.is_on_device, self.aliases)) if mixed else []
         self._tails = Tails(self._host(division.sizes)) if mixed else division.tails
         self._addresses = list(map(torch.Tensor.data_ptr, self.aliases))
+        if 0 in self._addresses:
+            raise StageError(
+                f"{self.names[self._addresses.index(0)]!r} has no memory: its storage was freed before the save"
+            )
         self._last_bytes = self._tails.read(self._host(self._addresses))
 
     def _host(self, values: Sequence[_Value]) -> Sequence[_Value]:

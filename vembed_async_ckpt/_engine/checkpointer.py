@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -291,7 +292,7 @@ class _Unclean:
         return getattr(self._stream, name)
 
     def flush(self) -> None:
-        if not self._stream.closed:
+        if self._stream is not None and not getattr(self._stream, "closed", False):
             self._stream.flush()
         if sys.is_finalizing():
             raise OSError("checkpoints were lost at exit")
@@ -301,15 +302,22 @@ class _Unclean:
 def _drain_at_exit() -> None:
     """What nobody closed is closed, within `EXIT_DEADLINE`. What failed is printed, and the exit code is 120, whatever it would
     have been: no other way is left to say it, and a script that looks at the code must not go on as if all had been saved."""
+    interrupt: BaseException | None = None
     for checkpointer in list(_LIVING):
         if checkpointer._closed:
             continue
         try:
             checkpointer.close(EXIT_DEADLINE)
-        except Exception as error:  # every root gets its turn
-            print(f"vembed_async_ckpt: at exit: {type(error).__name__}: {error}", file=sys.stderr)
-            if sys.stderr is not None and not isinstance(sys.stderr, _Unclean):
+        except BaseException as error:  # every root gets its turn
+            interrupt = None if isinstance(error, Exception) else error
+            said = f"vembed_async_ckpt: at exit: {type(error).__name__}: {error}"
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it, but the exit code still says it
+                if sys.stderr is not None:
+                    print(said, file=sys.stderr)
+            if not isinstance(sys.stderr, _Unclean):
                 sys.stderr = _Unclean(sys.stderr)
+    if interrupt is not None:
+        raise interrupt
 
 
 def _forget_in_child() -> None:

@@ -90,6 +90,7 @@ class _Following:
         if state is SaveState.SKIPPED:
             self._ledger.skipped(handle)
             handle._mark_read()
+            self._reporter.emit(Event("backpressure", "failed", step=handle.step, detail=str(error or "")))
         handle._move(state, info, error)
         if state in (SaveState.COMMITTED, SaveState.FAILED):
             self._ledger.ended(handle, error)

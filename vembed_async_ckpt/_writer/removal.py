@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from .._store import fs as files
 from .._store import manifest as manifests
@@ -207,33 +207,41 @@ def sweep(fs: Filesystem, root: str) -> list[str]:
     done += _heal_swaps(fs, root)
     visible = scan(root)
     committed = {entry.manifest.save_id: entry.path for entry in visible if entry.manifest}
+    first: OSError | None = None
     for entry in sorted(os.listdir(work_root)):
-        path = os.path.join(work_root, entry)
-        parsed = names.parse_work_entry(entry)
-        if parsed is None or os.path.islink(path) or not os.path.isdir(path):
-            continue
-        if parsed.kind == "rotated":
-            _remove_all(fs, path)
-            done.append(f"finished deleting {entry}")
-        elif parsed.kind == "work" and parsed.save_id not in committed:
-            inside = _save_id(path)
-            if inside not in (None, parsed.save_id):
-                # Not the save itself but what it was exchanged for: a whole checkpoint, whose successor cannot be seen.
-                keep(fs, root, path, parsed.save_id, "checkpoint")
-                done.append(f"kept the replaced checkpoint in {entry}: the one that replaced it cannot be read")
-            elif inside is None and any(_may_be_published(other) for other in visible):
-                done.append(
-                    f"left {entry} alone: checkpoints beside it cannot be read, so nothing proves it unpublished"
-                )
-            else:
-                remove_work(fs, path, parsed.save_id)
-                done.append(f"dropped the unfinished save {entry}")
-        else:
-            home = committed.get(parsed.save_id) if parsed.kind == "work" else None
-            name = os.path.basename(home) if home else "checkpoint"
-            dispose(fs, root, path, name, parsed.save_id, carried_to=home)
-            done.append(f"finished deleting {entry}")
+        try:
+            done += _sweep_entry(fs, root, entry, visible, committed)
+        except OSError as error:  # the others get their turn
+            first = first or error
+    if first is not None:
+        raise first
     return done
+
+
+def _sweep_entry(
+    fs: Filesystem, root: str, entry: str, visible: Sequence[Entry], committed: Mapping[str, str]
+) -> list[str]:
+    path = os.path.join(names.work_directory(root), entry)
+    parsed = names.parse_work_entry(entry)
+    if parsed is None or os.path.islink(path) or not os.path.isdir(path):
+        return []
+    if parsed.kind == "rotated":
+        _remove_all(fs, path)
+        return [f"finished deleting {entry}"]
+    if parsed.kind == "work" and parsed.save_id not in committed:
+        inside = _save_id(path)
+        if inside not in (None, parsed.save_id):
+            # Not the save itself but what it was exchanged for: a whole checkpoint, whose successor cannot be seen.
+            keep(fs, root, path, parsed.save_id, "checkpoint")
+            return [f"kept the replaced checkpoint in {entry}: the one that replaced it cannot be read"]
+        if inside is None and any(_may_be_published(other) for other in visible):
+            return [f"left {entry} alone: checkpoints beside it cannot be read, so nothing proves it unpublished"]
+        remove_work(fs, path, parsed.save_id)
+        return [f"dropped the unfinished save {entry}"]
+    home = committed.get(parsed.save_id) if parsed.kind == "work" else None
+    name = os.path.basename(home) if home else "checkpoint"
+    dispose(fs, root, path, name, parsed.save_id, carried_to=home)
+    return [f"finished deleting {entry}"]
 
 
 def _orphans_failures(fs: Filesystem, root: str) -> list[str]:

@@ -315,17 +315,19 @@ class Server:
         """After the commit, in this order: what was replaced goes, with all that could not go earlier, then what retention does
         not keep."""
         job = pending.job
-        if self._litter:
-            swept = removal.sweep(self._fs, self._root)
-            self._litter = False
-            self._send(event="swept", swept=swept)
-        elif replaced is not None:
-            target = os.path.join(self._root, job["name"])
-            removal.dispose(self._fs, self._root, replaced, job["name"], job["save_id"], carried_to=target)
         pruned: list[str] = []
-        if job["retention"] is not None:
-            policy = from_spec(job["retention"])
-            pruned = removal.prune(self._fs, self._root, policy, self._committed.refresh())
+        try:
+            if self._litter:
+                swept = removal.sweep(self._fs, self._root)
+                self._litter = False
+                self._send(event="swept", swept=swept)
+            elif replaced is not None:
+                target = os.path.join(self._root, job["name"])
+                removal.dispose(self._fs, self._root, replaced, job["name"], job["save_id"], carried_to=target)
+        finally:  # what cannot be deleted must not fill the disk with what can
+            if job["retention"] is not None:
+                policy = from_spec(job["retention"])
+                pruned = removal.prune(self._fs, self._root, policy, self._committed.refresh())
         self._send(event="tidy", serial=pending.serial, pruned=pruned)
 
     def _send(self, **reply: Any) -> None:

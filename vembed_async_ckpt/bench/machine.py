@@ -240,7 +240,7 @@ def peak_resident(pid: int) -> int:
 
 def reset_peaks(pid: int) -> None:
     for each in process_tree(pid):
-        with open(f"/proc/{each}/clear_refs", "w") as file:
+        with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{each}/clear_refs", "w") as file:
             file.write("5")
 
 

@@ -63,8 +63,8 @@ def stall(result: Sample) -> Figure:
         floor = statistics.median(entry["steps"][place]["floor"] for entry in engines.values()) * 1e3
         right.axvline(floor, color=INK, linewidth=1, linestyle=line)
     right.margins(x=0.15)
-    pale = f"pale, dotted: {threads[0]} torch thread, full, dashed: {threads[-1]}; " if len(threads) > 1 else ""
-    right.set_xlabel(f"training lost per save until it is durable, ms\n{pale}lines: a raw write")
+    pale = f"\npale, dotted: {threads[0]} torch thread; full, dashed: {threads[-1]}" if len(threads) > 1 else ""
+    right.set_xlabel(f"training lost per save, ms\nuntil it is durable; lines: a raw write{pale}")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(length=0)

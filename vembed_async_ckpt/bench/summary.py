@@ -58,7 +58,7 @@ def _ours(name: str) -> bool:
 
 def best_peer(engines: dict[str, Sample], key: str) -> tuple[str, float] | None:
     """The peer with the smallest value, if one was run."""
-    peers = {name: entry[key] for name, entry in engines.items() if not _ours(name) and entry.get(key) is not None}
+    peers = {name: entry[key] for name, entry in engines.items() if not _ours(name) and (entry.get(key) or 0) > 0}
     name = min(peers, key=lambda peer: peers[peer], default=None)
     return None if name is None else (name, peers[name])
 

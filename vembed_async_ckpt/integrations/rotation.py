@@ -88,12 +88,17 @@ class Rotation:
         newest_first = sorted(committed, key=lambda name: committed[name][1].order, reverse=True)
         older = _trainers_own(self._root, committed)
         kept = self._kept([*newest_first, *older], protected, [committed[name][1] for name in newest_first])
-        if self._policy is None:
-            for name in older:
-                if name not in kept:
-                    remove_rotated(self._fs, self._root, name, uuid.uuid4().hex)
         chosen = _Chosen(frozenset(committed[name][1].save_id for name in newest_first if name in kept))
+        first: OSError | None = None
+        for name in older if self._policy is None else ():
+            if name not in kept:
+                try:
+                    remove_rotated(self._fs, self._root, name, uuid.uuid4().hex)
+                except OSError as error:  # the others, and ours, get their turn
+                    first = first or error
         prune(self._fs, self._root, chosen, list(committed.values()))
+        if first is not None:
+            raise first
 
     def _kept(self, newest_first: Sequence[str], protected: frozenset[str], ours: Sequence[Manifest]) -> set[str]:
         safe = {name for name in newest_first if name in protected} | set(newest_first[:1])
