@@ -104,7 +104,7 @@ def test_tables_show_every_engine_and_number(ran: tuple[dict[str, Any], Path, Pa
     shown = text.getvalue()
     for heading in (
         "Stall:",
-        "Steps while",
+        "What a save costs the steps",
         "Durable:",
         "Memory at",
         "by size",
@@ -221,7 +221,15 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, signal_: int):
     assert [line for line in _command_lines() if os.fspath(disk) in line] == []
 
 
-_PROGRAM = [sys.executable, "-c", "from vembed_async_ckpt.cli import main\nif __name__ == '__main__':\n    main()"]
+# A shell that runs the suite in the background has its children ignore SIGINT; a terminal does not.
+_MAIN = """
+import signal
+from vembed_async_ckpt.cli import main
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()
+"""
+_PROGRAM = [sys.executable, "-c", _MAIN]
 
 
 def _command_lines() -> list[str]:
