@@ -217,7 +217,8 @@ class Bench:
         for name in wrong:
             counts[name] += 1
         if wrong and len(self.examples) < 200:
-            self.examples.append(f"{kind}: {where}: {', '.join(wrong)}; said {said}, found {verdict}")
+            example = f"{kind}: {where}: {', '.join(wrong)}; said {said}, found {verdict}"
+            self.examples.append(example.replace(root, "ROOT").replace(sys.prefix, "PREFIX"))
 
 
 def _sample(calls: list[tuple[str, int]], n: int) -> list[tuple[str, int]]:
