@@ -997,6 +997,23 @@ def test_memory_that_is_freed_under_the_copy_fails_the_save_alone(root: Path):
     assert child.returncode == 0, child.stderr
 
 
+def test_memory_that_was_freed_before_the_call_is_refused_by_name(root: Path):
+    """Late or not, it is not read; with the memory back, the next save is made."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    weight = next(model.parameters())
+    with AsyncCheckpointer(root) as checkpointer:
+        train(model, optimizer)
+        checkpointer.save(1, model=model, optimizer=optimizer).result(60)  # from now on the weight is known, and late
+        for freed in (weight, next(model.buffers())):
+            size = freed.untyped_storage().nbytes()
+            freed.untyped_storage().resize_(0)
+            with pytest.raises(StageError, match="no memory"):
+                checkpointer.save(2, model=model, optimizer=optimizer)
+            freed.untyped_storage().resize_(size)
+        checkpointer.save(3, model=model, optimizer=optimizer).result(60)
+
+
 def test_a_weight_that_an_optimizer_gave_up_is_copied_at_once(root: Path, late: LateCopy):
     """Another parameter took its place in the group: from then on nobody's step would be waited for."""
     model = Net()

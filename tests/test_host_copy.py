@@ -108,10 +108,25 @@ def test_an_interrupted_copy_leaves_no_thread_that_writes(monkeypatch: pytest.Mo
     assert not [thread for thread in threading.enumerate() if thread.name.endswith("(_copy_pieces)")]
 
 
-def test_storage_that_was_freed_is_refused() -> None:
+@pytest.mark.parametrize("count", [3, SERIAL + 1])
+def test_storage_that_was_freed_is_refused(count: int) -> None:
     """By name of what it is, instead of reading from address zero."""
-    source = torch.rand(SERIAL + 1)
+    source = torch.rand(count)
     place = torch.zeros_like(source)
     source.untyped_storage().resize_(0)
     with pytest.raises(StageError, match="no memory"):
         copy_blocking([place], [source])
+
+
+def test_a_process_that_may_have_no_more_threads_copies_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it did before there were any."""
+
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    source = torch.rand(3 * PIECE_BYTES // 4)
+    place = torch.zeros_like(source)
+    copy_blocking([place], [source])
+    assert torch.equal(place, source)

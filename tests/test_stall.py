@@ -399,6 +399,15 @@ def test_a_rank_that_does_not_write_saves_the_same_step_again(loop: Loop):
     assert (loop.report.saves, loop.report.busy_steps, loop.report.steps) == (2, 4, 8)
 
 
+def test_a_save_that_another_rank_skipped_is_none(loop: Loop):
+    """The rank that does not write hears of it after its call: from then on no step is busy, and no save is counted."""
+    loop.tell("call", "complete", "", seconds=0.0, step=7)
+    loop.steps(2, 0.1)
+    loop.tell("backpressure", "failed", "", step=7)
+    loop.steps(3, 0.1)
+    assert (loop.report.saves, loop.report.busy_steps, loop.report.steps) == (0, 2, 5)
+
+
 # -- what the meter costs
 
 

@@ -197,7 +197,7 @@ class StallMeter:
         blocked = self._blocked
         known = account.known_steps > 0 and account.expected > 0
         slowed = account.taken - account.expected
-        no_cost = blocked.first is None or (not known and account.busy_steps > 0)
+        no_cost = not self._saves or blocked.first is None or (not known and account.busy_steps > 0)
         cost = None if no_cost else blocked.total + slowed
         near = account.neighbourhood()
         return StallReport(

@@ -98,6 +98,32 @@ def test_the_exit_code_says_that_a_checkpoint_was_lost(
     tally.settle(at_least=1)
 
 
+INTERRUPTED = """
+import sys
+from vembed_async_ckpt import AsyncCheckpointer
+
+close = AsyncCheckpointer.close
+
+def interrupted(self, *arguments):
+    close(self, *arguments)
+    print("closed", flush=True)
+    raise KeyboardInterrupt
+
+AsyncCheckpointer.close = interrupted
+kept = [AsyncCheckpointer(f"{sys.argv[1]}/{name}") for name in "ab"]
+"""
+
+
+def test_an_impatient_ctrl_c_at_exit(tally: Tally, tmp_path: Path) -> None:
+    """Every root gets its turn, and the exit code says that something was cut short."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    right = (done.stdout, done.returncode) == ("closed\nclosed\n", 120) and "at exit: KeyboardInterrupt" in done.stderr
+    tally.fault("interrupted", [] if right else [f"{done}"])
+    tally.settle(at_least=1)
+
+
 def test_a_save_in_an_exit_handler(trainers: Nursery, tally: Tally, tmp_path: Path) -> None:
     """It is made and drained like any other."""
     root = tmp_path / "root"

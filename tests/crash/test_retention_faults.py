@@ -20,7 +20,7 @@ import pytest
 from vembed_async_ckpt import KeepBest, KeepLast, latest, verify
 from vembed_async_ckpt._store import names
 from vembed_async_ckpt._store.catalog import scan
-from vembed_async_ckpt._store.fs import LocalFilesystem
+from vembed_async_ckpt._store.fs import LocalFilesystem, RenameMode
 from vembed_async_ckpt._writer import removal
 from vembed_async_ckpt.integrations.rotation import Rotation
 from vembed_async_ckpt.testing import (
@@ -360,21 +360,32 @@ def test_a_sweep_deletes_whole_only_what_rotation_was_deleting(tally: Tally, roo
     tally.settle(at_least=1)
 
 
+class Stubborn(LocalFilesystem):
+    """Lets nothing go that a directory of this name holds."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def rename(self, source: str, target: str, mode: RenameMode) -> None:
+        if os.path.basename(source) == self._name:
+            raise PermissionError(errno.EACCES, "not yours", source)
+        super().rename(source, target, mode)
+
+    def unlink(self, path: str) -> None:
+        if self._name in path.split("/"):
+            raise PermissionError(errno.EACCES, "not yours", path)
+        super().unlink(path)
+
+
 def test_what_cannot_be_deleted_does_not_keep_the_rest_from_it(tally: Tally, root: Path) -> None:
     """One leftover that the disk will not let go of: the others go, retention goes on, save after save."""
-
-    class Stubborn(LocalFilesystem):
-        def unlink(self, path: str) -> None:
-            if "rotated-" + "a" * 32 in path:
-                raise PermissionError(errno.EACCES, "not yours", path)
-            super().unlink(path)
 
     work = root / names.WORK
     problems = []
     assert all(outcome.acknowledged for outcome in save(root, (1, 1), keep=1))
     for letter in "ab":
         stock(work, f"rotated-{letter * 32}")
-    with Writer(str(root), Stubborn()) as writer:
+    with Writer(str(root), Stubborn("rotated-" + "a" * 32)) as writer:
         for step in (2, 3):
             outcome = writer.save(step, step, keep=1)
             if not outcome.acknowledged:
@@ -384,4 +395,16 @@ def test_what_cannot_be_deleted_does_not_keep_the_rest_from_it(tally: Tally, roo
     if (work / f"rotated-{'b' * 32}").exists():
         problems.append("the other leftover stayed")
     tally.fault("undeletable", problems)
+    tally.settle(at_least=1)
+
+
+def test_rotation_goes_on_past_what_cannot_be_deleted(tally: Tally, root: Path) -> None:
+    """One of Trainer's own that the disk will not let go of: the others go, and ours too."""
+    assert all(outcome.acknowledged for outcome in save(root, (1, 6), (2, 8), keep=9))
+    for step in (2, 4):
+        stock(root, f"checkpoint-{step}")
+        (root / f"checkpoint-{step}" / names.TRAINER_STATE).write_text(f'{{"global_step": {step}}}')
+    rotate(root, Stubborn("checkpoint-4"))
+    there = sorted(path.name for path in root.glob("checkpoint-*"))
+    tally.fault("undeletable", [] if there == ["checkpoint-4", "checkpoint-8"] else [f"{there}"])
     tally.settle(at_least=1)

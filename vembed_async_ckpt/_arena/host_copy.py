@@ -50,11 +50,11 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
     small: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     large: list[tuple[int, int, int]] = []
     for to, source in zip(destinations, sources, strict=True):
+        if source.numel() and source.is_cpu and not source.data_ptr():
+            raise StageError(
+                f"a tensor of shape {tuple(source.shape)} has no memory: its storage was freed before the save"
+            )
         if source.numel() > SERIAL and _is_plain(to, source):
-            if not source.data_ptr():
-                raise StageError(
-                    f"a tensor of shape {tuple(source.shape)} has no memory: its storage was freed before the save"
-                )
             large.append((to.data_ptr(), source.data_ptr(), to.nbytes))
         else:
             small[0].append(to)
@@ -69,7 +69,10 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
     try:
         for _ in range(threads - 1):
             helper = threading.Thread(target=_copy_pieces, args=(pieces,), daemon=True)
-            helper.start()
+            try:
+                helper.start()
+            except RuntimeError:
+                break  # the process may have no more threads: then with those it has
             helpers.append(helper)
         copy_beside(*small)
         _copy_pieces(pieces)

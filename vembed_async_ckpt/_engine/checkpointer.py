@@ -309,7 +309,7 @@ def _drain_at_exit() -> None:
         try:
             checkpointer.close(EXIT_DEADLINE)
         except BaseException as error:  # every root gets its turn
-            interrupt = None if isinstance(error, Exception) else error
+            interrupt = interrupt or (None if isinstance(error, Exception) else error)
             said = f"vembed_async_ckpt: at exit: {type(error).__name__}: {error}"
             with contextlib.suppress(OSError, ValueError):  # nobody reads it, but the exit code still says it
                 if sys.stderr is not None:
