@@ -58,8 +58,15 @@ class Usage:
         self.memory = [process.memory_info().rss for process in self.processes]
 
     def held_more_than(self, early: Usage) -> dict[str, Any]:
-        """What is there now and was not then. A thread of an earlier test may end meanwhile: less is no leak."""
+        """What is there now and was not then. A thread of an earlier test may end meanwhile, or a library's cache let go of a
+        file: less is no leak."""
         more = {name: (early.counts[name], now) for name, now in self.counts.items() if now != early.counts[name]}
+        opened = [
+            Counter(now) - Counter(then)
+            for now, then in zip(self.counts["descriptors"], early.counts["descriptors"], strict=True)
+        ]
+        if "descriptors" in more and not any(opened):
+            del more["descriptors"]
         if "threads" in more and all(map(operator.le, self.counts["threads"], early.counts["threads"])):
             del more["threads"]
         return more

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ import xxhash
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointerBusy, KeepLast, SaveHandle, latest, load, verify
 from vembed_async_ckpt._arena.barrier import GATE
 from vembed_async_ckpt._store import lock
+from vembed_async_ckpt._store import manifest as manifests
 from vembed_async_ckpt._store.catalog import scan
 
 from .conftest import Tally
@@ -207,6 +209,36 @@ def test_latest_while_a_trainer_starts(tally: Tally, memory: Path, monkeypatch: 
     finally:
         held.close()
     tally.fault("start", [])
+    tally.settle(at_least=1)
+
+
+def test_latest_of_a_name_that_is_given_again_while_it_looks(
+    tally: Tally, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gone when the manifest is read, another checkpoint there when it asks whether the directory is: nothing is broken."""
+    root, read = memory / "root", manifests.read
+    with AsyncCheckpointer(root) as checkpointer:
+        for step in (0, 1):
+            checkpointer.save(step, model=torch.nn.Linear(2, 2)).result(PATIENCE)
+    newest = root / "checkpoint-1"
+    spares = [shutil.copytree(newest, memory / f"spare-{n}") for n in range(2)]
+
+    def unlucky(directory: str) -> manifests.Manifest:
+        if directory != str(newest) or not spares:
+            return read(directory)
+        newest.rename(memory / f"gone-{len(spares)}")
+        try:
+            return read(directory)
+        finally:
+            spares.pop().rename(newest)
+
+    monkeypatch.setattr(manifests, "read", unlucky)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = latest(root)
+    tally.fault(
+        "given again", [str(w.message) for w in said] + ([] if (found, spares) == (newest, []) else [f"{found}"])
+    )
     tally.settle(at_least=1)
 
 

@@ -104,6 +104,10 @@ def latest(root: str | os.PathLike[str], *, verify: Verify = "size") -> Path | N
 def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
     broken: list[CorruptCheckpoint] = []
     entries = scan(root)
+    # How new one is whose manifest cannot be read, nobody knows: it may be the one that was looked for.
+    unread = [entry for entry in entries if entry.error and entry.order < (0, 0)]
+    if retries and any(map(_has_changed, unread)):
+        return _look_again(root, verify, retries)
     for entry in reversed(entries):
         error = entry.error
         if entry.manifest is not None:
@@ -114,8 +118,7 @@ def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
                 error = found
         assert error is not None
         if retries and _has_changed(entry):
-            time.sleep(_MOMENT)
-            return _newest(root, verify, retries - 1)  # a live run moved or is replacing it while we looked
+            return _look_again(root, verify, retries)
         broken.append(error)
     else:
         if not entries:
@@ -124,16 +127,31 @@ def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
             f"{root}: none of the {len(entries)} checkpoints is complete; newest first: "
             + "; ".join(str(error) for error in broken)
         )
-    # How new one is whose manifest cannot be read, nobody knows: it may be the one that was looked for.
-    broken += [e.error for e in entries if e.error and e.order < (0, 0) and not _has_changed(e)]
+    broken += [entry.error for entry in unread if entry.error and not _has_changed(entry)]
     for error in broken:
         warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=3)
     return Path(entry.path)
 
 
+def _look_again(root: str, verify: Verify, retries: int) -> Path | None:
+    """A live run moved or is replacing what was looked at."""
+    time.sleep(_MOMENT)
+    return _newest(root, verify, retries - 1)
+
+
 def _has_changed(entry: Entry) -> bool:
-    """Whether another checkpoint, or none, has the entry's name now."""
-    return _read(entry.path).manifest != entry.manifest or not os.path.lexists(entry.path)
+    """Whether another checkpoint, or none, has the entry's name now; also if it changed while this looked."""
+    before = _identity(entry.path)
+    found = _read(entry.path).manifest
+    return before is None or found != entry.manifest or _identity(entry.path) != before
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:
