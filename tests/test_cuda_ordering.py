@@ -63,16 +63,18 @@ class Stream:
 
 
 class Double:
-    """Stands for torch.cuda: streams go on in an order drawn by lot."""
+    """Stands for torch.cuda: streams go on in an order drawn by lot, whichever thread waits; what they do is done whole before
+    anybody sees what comes after it. The current stream is each thread's own."""
 
     def __init__(self, seed: int = 0) -> None:
         self.chance = random.Random(seed)
         self.compute = Stream()
         self.streams = [self.compute]
-        self._current = self.compute
+        self._thread = threading.local()
+        self._advancing = threading.Lock()
 
     def current_stream(self, device: torch.device) -> Stream:
-        return self._current
+        return getattr(self._thread, "current", self.compute)
 
     def current_device(self) -> int:
         return 0
@@ -86,18 +88,21 @@ class Double:
 
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
-        before, self._current = self._current, stream
+        before, self._thread.current = getattr(self._thread, "current", self.compute), stream
         yield
-        self._current = before
+        self._thread.current = before
 
     def copy(self, destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         for to, source in zip(destinations, sources, strict=True):
-            self._current.do(lambda to=to, source=source: to.copy_(source))  # type: ignore[misc]
+            self.current_stream(to.device).do(lambda to=to, source=source: to.copy_(source))  # type: ignore[misc]
 
     def run_until(self, over: Callable[[], bool]) -> None:
-        while not over():
-            order = self.chance.sample(self.streams, len(self.streams))
-            assert any(stream.advance() for stream in order), "every stream waits for what never happens"
+        while True:
+            with self._advancing:
+                if over():
+                    return
+                order = self.chance.sample(self.streams, len(self.streams))
+                assert any(stream.advance() for stream in order), "every stream waits for what never happens"
 
     def idle(self) -> bool:
         return not any(stream.told for stream in self.streams)
