@@ -30,6 +30,7 @@ def train(
 
 
 @pytest.mark.parametrize("writer", ["process", "thread"])
+@pytest.mark.usefixtures("small_is_late")
 @pytest.mark.parametrize("staging", ["overlap", "blocking"])
 def test_a_resumed_run_equals_an_uninterrupted_one(root: Path, writer: str, staging: str) -> None:
     """Model, optimizer, scheduler and RNG come back exactly: six more steps give the same bits."""

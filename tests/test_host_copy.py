@@ -11,7 +11,16 @@ import torch
 
 from vembed_async_ckpt import StageError
 from vembed_async_ckpt._arena import host_copy
-from vembed_async_ckpt._arena.host_copy import PIECE_BYTES, SERIAL, copy_beside, copy_blocking
+from vembed_async_ckpt._arena.host_copy import (
+    PIECE_BYTES,
+    SERIAL,
+    SMALL_BYTES,
+    SmallPlaces,
+    are_plain,
+    copy_beside,
+    copy_blocking,
+    is_small,
+)
 
 Copy = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn]
@@ -130,3 +139,31 @@ def test_a_process_that_may_have_no_more_threads_copies_with_one(monkeypatch: py
     place = torch.zeros_like(source)
     copy_blocking([place], [source])
     assert torch.equal(place, source)
+
+
+def test_small_tensors_arrive_whole() -> None:
+    """Bit for bit, nothing beside their places; what bytes cannot say is none of them."""
+    made = [*sources(), torch.rand(SMALL_BYTES // 4), torch.rand(SMALL_BYTES // 4 + 1), torch.rand(0)]
+    small = [source for source in made if is_small(source)]
+    assert {source.dtype for source in small} > {torch.float32, torch.bfloat16, torch.bool, torch.float8_e4m3fn}
+    assert max(source.nbytes for source in small) == SMALL_BYTES
+    assert not any(source.is_conj() or source.is_neg() or not source.is_contiguous() for source in small)
+    places = [torch.full((source.nbytes + 64,), 7, dtype=torch.uint8) for source in small]
+    SmallPlaces([place[: s.nbytes].view(s.dtype).view(s.shape) for place, s in zip(places, small, strict=True)]).fill(
+        small
+    )
+    for place, source in zip(places, small, strict=True):
+        assert torch.equal(place[: source.nbytes], source.reshape(-1).view(torch.uint8)), source.dtype
+        assert place[source.nbytes :].eq(7).all()
+
+
+def test_small_tensors_that_are_plain_no_longer() -> None:
+    """Seen before they are read."""
+    square = torch.rand(3, 3)
+    assert are_plain([square])
+    assert not are_plain([square, square.t()])
+    assert not are_plain([square.to("meta")])
+    places = SmallPlaces([torch.zeros(3, 3)])
+    square.untyped_storage().resize_(0)
+    with pytest.raises(StageError, match=r"\(3, 3\) has no memory"):
+        places.fill([square])

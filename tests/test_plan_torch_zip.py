@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import pickletools
 import shutil
 import struct
 import subprocess
 import zipfile
 import zlib
+from dataclasses import dataclass
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ import torch
 from vembed_async_ckpt import AsyncCheckpointer, PlanError
 from vembed_async_ckpt._plan import torch_zip
 from vembed_async_ckpt._request import optimizer as optimizers
-from vembed_async_ckpt._request.optimizer import OptimizerReader, _Kind, _pickle
+from vembed_async_ckpt._request import optimizer_pickle
+from vembed_async_ckpt._request.optimizer import OptimizerReader
+from vembed_async_ckpt._request.optimizer_pickle import Kind
 from vembed_async_ckpt._writer.direct_io import _Crc
 
 
@@ -132,7 +137,7 @@ def test_data_pkl_is_torchs_own_byte_for_byte(name: str, steps: int):
     _, optimizer = make(name, steps)
     state = OptimizerReader("optimizer.bin").read(optimizer)
     refs = dict(zip(state.keys, enumerate(state.kinds), strict=True))
-    ours, theirs = _pickle(state.tree, refs), torchs_own(optimizer.state_dict())
+    ours, theirs = optimizer_pickle.dumps(state.tree, refs), torchs_own(optimizer.state_dict())
     assert ours == theirs, first_difference(ours, theirs)
 
 
@@ -166,7 +171,7 @@ def test_state_of_any_dtype_is_torchs_own_too(root: Path, dtype: torch.dtype):
     first["none"] = torch.empty(0, 2, dtype=dtype)
     state = OptimizerReader("optimizer.bin").read(optimizer)
     refs = dict(zip(state.keys, enumerate(state.kinds), strict=True))
-    assert _pickle(state.tree, refs) == torchs_own(optimizer.state_dict())
+    assert optimizer_pickle.dumps(state.tree, refs) == torchs_own(optimizer.state_dict())
     loaded = torch.load(save(root, optimizer), weights_only=True)["state"][0]
     for key in ("more", "scalar", "none"):
         assert loaded[key].dtype is dtype
@@ -281,10 +286,10 @@ GIB = 1 << 30
 def test_records_and_offsets_beyond_4_gib(tmp_path: Path):
     """zip64: a sparse file of 14 GiB, of which a few bytes are real, is read by zipfile and by torch's mmap."""
     sizes = [5 * GIB, 16, 3 * GIB, 0xFFFFFFFF, 0xFFFFFFFE, 64]
-    kinds = {str(n): (n, _Kind(torch.uint8, (size,), size)) for n, size in enumerate(sizes)}
+    kinds = {str(n): (n, Kind(torch.uint8, (size,), size)) for n, size in enumerate(sizes)}
     tree = {key: optimizers.Ref(key) for key in kinds}
     layout = torch_zip.layout(sizes)
-    tail, central = torch_zip.tail(layout, _pickle(tree, kinds))
+    tail, central = torch_zip.tail(layout, optimizer_pickle.dumps(tree, kinds))
     path = tmp_path / "sparse.bin"
     with open(path, "wb") as file:
         for at, data in (*layout.pieces, (layout.end, tail)):
@@ -313,3 +318,100 @@ def test_records_and_offsets_beyond_4_gib(tmp_path: Path):
     for number, (key, tensor) in enumerate(loaded.items()):
         assert tensor.numel() == sizes[int(key)]
         assert tensor[-1] == number + 1
+
+
+def _replaced(optimizer: Any) -> None:
+    parameter = optimizer.param_groups[0]["params"][0]
+    new = torch.nn.Parameter(parameter.detach().clone())
+    optimizer.param_groups[0]["params"][0] = new
+    optimizer.state[new] = optimizer.state.pop(parameter)
+
+
+def _regrouped(optimizer: Any) -> None:
+    optimizer.add_param_group({"params": [optimizer.param_groups[0]["params"].pop()], "lr": 0.5})
+
+
+def _reloaded(optimizer: Any) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def _reordered(optimizer: Any) -> None:
+    optimizer.state[first] = optimizer.state.pop(first := next(iter(optimizer.state)))
+
+
+def _renamed(optimizer: Any) -> None:
+    entry = next(iter(optimizer.state.values()))
+    entry["other"] = entry.pop("exp_avg")
+
+
+def _half(optimizer: Any) -> None:
+    entry = next(iter(optimizer.state.values()))
+    entry["exp_avg"] = entry["exp_avg"].half()
+
+
+def _reshaped(optimizer: Any) -> None:
+    next(iter(optimizer.state.values()))["exp_avg"].data = torch.zeros(1, 1)
+
+
+def _numbers(optimizer: Any) -> None:
+    for entry in optimizer.state.values():
+        entry["step"] = int(entry["step"])
+
+
+def _foreign_key(optimizer: Any) -> None:
+    optimizer.state["global"] = {"seen": torch.ones(2)}
+
+
+def _hooked(optimizer: Any) -> None:
+    optimizer.register_state_dict_post_hook(lambda self, state: {**state, "more": 1})
+
+
+def _on_the_instance(optimizer: Any) -> None:
+    of_torch = optimizer.state_dict
+    optimizer.state_dict = lambda: {**of_torch(), "more": 1}
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a pickle would call."""
+
+    name: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.name, arguments
+
+
+class AsItSays(pickle.Unpickler):
+    """Makes of every call and storage a tuple that says which."""
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+    def find_class(self, module: str, name: str) -> Any:
+        return Named(f"{module}.{name}")
+
+
+def as_it_says(pickled: bytes) -> Any:
+    return AsItSays(io.BytesIO(pickled)).load()
+
+
+CHANGES = (
+    _replaced, _regrouped, _reloaded, _reordered, _renamed, _half, _reshaped, _numbers, _foreign_key, _hooked, _on_the_instance,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_remembered_of_an_optimizer_is_given_up_when_it_changes(change: Any):
+    """A reader that has read it twice reads what its state_dict says now, in the same order and with the very same tensors."""
+    _, optimizer = make("AdamW")
+    reader = OptimizerReader("optimizer.bin")
+    for _ in range(2):
+        reader.read(optimizer)
+    change(optimizer)
+    for _ in range(2):
+        state, expected = reader.read(optimizer), optimizer.state_dict()
+        assert as_it_says(state.pickled()) == as_it_says(torchs_own(expected))
+        live = [value for entry in expected["state"].values() for value in entry.values()]
+        live = [value for value in live if isinstance(value, torch.Tensor)]
+        assert all(map(is_, state.tensors, live))
+        assert len(state.tensors) == len(live)

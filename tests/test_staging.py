@@ -42,7 +42,7 @@ class LateCopies:
 
 
 @pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateCopies]:
+def late(monkeypatch: pytest.MonkeyPatch, small_is_late: None) -> Iterator[LateCopies]:
     state = LateCopies()
     real_copy, real_barrier, real_init = staging.copy_beside, staging.Snapshot.barrier, staging.Late.__init__
 

@@ -386,6 +386,7 @@ def test_what_a_wrapper_casts_comes_back_in_full(saver: Saver, tmp_path: Path):
     assert differing(state(fresh), saved) == []
 
 
+@pytest.mark.usefixtures("small_is_late")
 @pytest.mark.parametrize("staging", ["overlap", "blocking"])
 def test_training_goes_on_from_a_wrapper(root: Path, staging: Any):
     """The head is copied beside the training like every weight: the next steps are those of the run that saved."""
@@ -408,6 +409,7 @@ def test_training_goes_on_from_a_wrapper(root: Path, staging: Any):
     assert differing(state(runs[0]), state(runs[1])) == []
 
 
+@pytest.mark.usefixtures("small_is_late")
 def test_a_weight_that_no_optimizer_has_any_more_is_copied_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrapper that is read anew for every save: what may be copied late is settled by the tensors of now."""
     monkeypatch.setattr(Counting, "more", staticmethod(a_number))

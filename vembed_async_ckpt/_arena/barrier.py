@@ -11,15 +11,18 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .cuda import is_capturing, is_on_device
-from .probe import Tails
+from .host_copy import are_plain, is_small
+from .probe import PROBE_BYTES, Tails
+
+_Value = TypeVar("_Value")
 
 
 class Pending(Protocol):
@@ -89,8 +92,10 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 @dataclass(frozen=True)
 class Division:
-    """Which tensors are copied before `save()` returns and which may be copied late, as indices; names and sizes of the late."""
+    """Which tensors are copied before `save()` returns (`small` are host tensors of a few KiB, `now` the others) and which may be
+    copied late, as indices; names and sizes of the late."""
 
+    small: list[int]
     now: list[int]
     late: list[int]
     names: list[str]
@@ -109,38 +114,48 @@ class Earned:
         self,
         key: Any,
         tensors: Sequence[torch.Tensor],
-        names: Sequence[str],
-        owners: Sequence[Any],
+        names: Callable[[], Sequence[str]],
+        owners: Callable[[], Sequence[Any]],
         volatile: frozenset[int],
     ) -> Division:
-        """Divide the tensors of a save. `key` is equal as long as names, owners and their order are the same.
+        """Divide the tensors of a save. `key` is equal as long as names, owners, dtypes, shapes and their order are the same.
 
-        Copied at once: buffers, frozen parameters, copies that nobody steps, computed values, parameters in `volatile`, what is
-        not contiguous, and everything of optimizers that have not been seen or whose step a CUDA graph repeats.
+        Copied at once: what is small, buffers, frozen parameters, copies that nobody steps, computed values, parameters in
+        `volatile`, what is not contiguous, and everything of optimizers that have not been seen or whose step a CUDA graph repeats.
         """
         seen = GATE.optimizers()
         groups = [group["params"] for optimizer in seen for group in optimizer.param_groups]
         now = (key, GATE.generation, [list(map(id, parameters)) for parameters in groups])
-        if now != self._key:
+        if now != self._key or not are_plain(pick(tensors, self._division.small)):
+            small = {n for n, tensor in enumerate(tensors) if is_small(tensor) and not is_on_device(tensor)}
             allowed = {id(parameter) for parameters in groups for parameter in parameters} - volatile
             allowed |= {id(optimizer) for optimizer in seen}
-            late = [n for n, owner in enumerate(owners) if id(owner) in allowed and _can_be_late(tensors[n])]
-            rest = sorted(set(range(len(tensors))) - set(late))
+            late = [
+                n
+                for n, owner in enumerate(owners())
+                if n not in small and id(owner) in allowed and _can_be_late(tensors[n])
+            ]
+            rest = sorted(set(range(len(tensors))) - small - set(late))
             sizes = [tensors[n].nbytes for n in late]
-            self._division = Division(rest, late, [names[n] for n in late], sizes, Tails(sizes))
+            self._division = Division(sorted(small), rest, late, pick(names(), late), sizes, Tails(sizes))
             self._key = now
         return self._division
 
 
 def all_now(count: int) -> Division:
     """Nothing is late."""
-    return Division(list(range(count)), [], [], [], Tails([]))
+    return Division([], list(range(count)), [], [], [], Tails([]))
+
+
+def pick(values: Sequence[_Value], indices: Sequence[int]) -> list[_Value]:
+    """The values at these indices."""
+    return list(map(values.__getitem__, indices))
 
 
 def _can_be_late(tensor: torch.Tensor) -> bool:
     return (
         (tensor.is_cpu or is_on_device(tensor))
-        and tensor.numel() > 0
+        and tensor.nbytes >= PROBE_BYTES
         and tensor.is_contiguous()
         and not tensor.is_inference()
     )

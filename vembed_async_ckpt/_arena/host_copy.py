@@ -6,11 +6,13 @@ import ctypes
 import threading
 from collections import deque
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 
 from ..errors import StageError
 
+SMALL_BYTES = 4096  # up to here a copy costs no more than what is needed to make it later
 GROUP_BYTES = 64 << 20  # per call of _foreach_copy_, which holds no GIL: few calls, few waits for the GIL
 PIECE_BYTES = 16 << 20  # per call of memcpy, so that threads end together
 MAX_THREADS = 8  # a few threads fill the memory bus
@@ -22,6 +24,40 @@ AS_BYTES = {getattr(torch, "float4_e2m1fn_x2", None)} - {None}  # dtypes that to
 _libc = ctypes.CDLL(None)
 _libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _libc.memcpy.restype = ctypes.c_void_p
+_holding_gil = ctypes.PyDLL(None)
+_holding_gil.memcpy.argtypes = _libc.memcpy.argtypes
+_holding_gil.memcpy.restype = None
+
+_IS_CPU = attrgetter("is_cpu")
+
+
+def is_small(tensor: torch.Tensor) -> bool:
+    """Whether it is one for `SmallPlaces`."""
+    return 0 < tensor.nbytes <= SMALL_BYTES and tensor.data_ptr() != 0 and _is_plain(tensor, tensor)
+
+
+def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors that were small, of the same dtypes and shapes, may still be copied as bytes."""
+    return False not in map(_IS_CPU, tensors) and False not in map(torch.Tensor.is_contiguous, tensors)
+
+
+class SmallPlaces:
+    """The places of many small tensors: filled by a memcpy each, in loops that run in C."""
+
+    def __init__(self, places: Sequence[torch.Tensor]) -> None:
+        self._addresses = list(map(torch.Tensor.data_ptr, places))
+        self._sizes = [place.nbytes for place in places]
+
+    def fill(self, sources: Sequence[torch.Tensor]) -> None:
+        """Copy `sources`, which `are_plain`."""
+        addresses = list(map(torch.Tensor.data_ptr, sources))
+        if 0 in addresses:
+            raise _freed(sources[addresses.index(0)])
+        deque(map(_holding_gil.memcpy, self._addresses, addresses, self._sizes), maxlen=0)
+
+
+def _freed(tensor: torch.Tensor) -> StageError:
+    return StageError(f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed before the save")
 
 
 def copy_beside(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -44,21 +80,21 @@ def copy_beside(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Te
 def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copy with as many threads as torch would use in this one. Returns when every byte has arrived.
 
-    Large contiguous tensors by memcpy, whose stores bypass the cache, in threads that are gone afterwards; OpenMP's team, which
-    does the rest, makes every thread wait for the one whose core is busy.
+    Contiguous tensors by memcpy, whose stores bypass the cache, large ones in threads that are gone afterwards; OpenMP's team,
+    which does the rest, makes every thread wait for the one whose core is busy.
     """
-    small: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    rest: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     large: list[tuple[int, int, int]] = []
     for to, source in zip(destinations, sources, strict=True):
         if source.numel() and source.is_cpu and not source.data_ptr():
-            raise StageError(
-                f"a tensor of shape {tuple(source.shape)} has no memory: its storage was freed before the save"
-            )
-        if source.numel() > SERIAL and _is_plain(to, source):
+            raise _freed(source)
+        if not _is_plain(to, source):
+            rest[0].append(to)
+            rest[1].append(source)
+        elif source.numel() > SERIAL:
             large.append((to.data_ptr(), source.data_ptr(), to.nbytes))
         else:
-            small[0].append(to)
-            small[1].append(source)
+            _libc.memcpy(to.data_ptr(), source.data_ptr(), to.nbytes)
     pieces = deque(
         (to + start, source + start, min(PIECE_BYTES, size - start))
         for to, source, size in large
@@ -74,7 +110,7 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
             except RuntimeError:
                 break  # the process may have no more threads: then with those it has
             helpers.append(helper)
-        copy_beside(*small)
+        copy_beside(*rest)
         _copy_pieces(pieces)
     finally:
         pieces.clear()  # if this was interrupted: no thread writes to the arena once it may be another save's

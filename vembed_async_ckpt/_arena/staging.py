@@ -114,12 +114,15 @@ class Late:
         if changed is not None:
             return changed
         copied = self._tails.read(list(map(torch.Tensor.data_ptr, self._host(self._destinations))))
-        if self._last_bytes is None or copied is None or self._last_bytes == copied:
+        if copied == self._last_bytes:
             return None
-        # What is not contiguous (any more) has its last byte elsewhere.
-        strided = [not alias.is_contiguous() for alias in self._host(self.aliases)]
-        torn = self._tails.first_difference(self._last_bytes, copied, but=strided)
-        return None if torn is None else self._host(self.names)[torn]
+        for name, alias, before, after in zip(
+            self._host(self.names), self._host(self.aliases), self._last_bytes, copied, strict=True
+        ):
+            # What is not contiguous (any more) has its last bytes elsewhere.
+            if before != after and alias.is_contiguous():
+                return name
+        return None
 
 
 class TornSnapshot(StageError):

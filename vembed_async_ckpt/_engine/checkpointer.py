@@ -143,7 +143,7 @@ class AsyncCheckpointer:
         When this returns, everything may be changed by the next `optimizer.step()` (with `staging="blocking"`: by anything), and
         the checkpoint will be what it was at the call. Other changes before `handle.wait_staged()` returns are noticed where
         they can be, and fail the save. Not noticed: a write through `.data`, numpy or another process that leaves a tensor's last
-        16 bytes as they were, and storage that is freed at the very moment it is read.
+        8 bytes as they were, and storage that is freed at the very moment it is read.
 
         Raises `PlanError` for what cannot be saved, before anything is touched; `CheckpointerBusy` with `when_busy="error"`;
         `CheckpointerClosed`; and once what an earlier save failed with (see `on_error`): then nothing of this call was saved,

@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_not
+from pathlib import Path
 from typing import Any
 
 from .._arena import cuda
@@ -55,7 +56,7 @@ class Leader:
         self._pool = ArenaPool(options.max_in_flight, options.max_host_bytes, self._arena_added, self._arena_dropped)
         self._supervisor = Supervisor(options.root, self._lock, options.writer, self._pool.arenas, reporter)
         self._context = Context(
-            root=options.root,
+            root=Path(options.root),
             retention=None if options.retention is None else options.retention.spec(),
             supervisor=self._supervisor,
             reporter=reporter,

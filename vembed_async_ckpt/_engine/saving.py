@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from .._arena.arena import Arena
-from .._arena.barrier import GATE, Division
+from .._arena.barrier import GATE, Division, pick
 from .._arena.cuda import DeviceCopies, is_on_device
-from .._arena.host_copy import copy_blocking
+from .._arena.host_copy import SmallPlaces, copy_blocking
 from .._arena.staging import Destinations, Late, Snapshot
 from .._plan.plan import SavePlan, pages
 from .._plan.safetensors import Layout
@@ -37,7 +37,7 @@ from .waves import Waves
 class Context:
     """What all saves of a checkpointer share. `ended` is told of every save that ended, with its failure or None."""
 
-    root: str
+    root: Path
     retention: list[dict[str, Any]] | None
     supervisor: Supervisor
     reporter: Reporter
@@ -45,15 +45,32 @@ class Context:
     ended: Callable[[SaveHandle, CheckpointError | None], None]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the tensors of a `Division` go."""
+
+    small: SmallPlaces
+    now: list[torch.Tensor]
+    late: list[torch.Tensor]
+
+
 @dataclass
 class Image:
     """A plan as it stands in an arena: headers and known files are written, the tensors' places are known; behind it, those of the
-    training state's last layout."""
+    training state's last layout. Further, the places of the last division."""
 
     plan: SavePlan
     destinations: Destinations
     fixed: FixedJson
     training: tuple[Layout, Destinations] | None = None
+    divided: tuple[Division, Places] | None = None
+
+    def places(self, division: Division) -> Places:
+        if self.divided is None or self.divided[0] is not division:
+            tensors = self.destinations.tensors
+            small = SmallPlaces(pick(tensors, division.small))
+            self.divided = division, Places(small, pick(tensors, division.now), pick(tensors, division.late))
+        return self.divided[1]
 
     def training_places(self, arena: Arena, state: TrainingState) -> list[torch.Tensor]:
         if self.training is None or self.training[0] is not state.layout:
@@ -103,8 +120,7 @@ class Save:
         self._abandoned = False
         self._once = threading.Lock()
         self._over = False
-        path = Path(context.root) / request.directory
-        self.handle = SaveHandle(request.step, path, context.reporter.call)
+        self.handle = SaveHandle(request.step, context.root / request.directory, context.reporter.call)
 
     # -- training thread
 
@@ -117,24 +133,24 @@ class Save:
         request = self._request
         image = prepare(self.arena, self._plan, request)
         begun = time.perf_counter()
-        places, tensors = image.destinations.tensors, request.tensors
-        state = request.state
-        to = [*image.training_places(self.arena, state), *(places[n] for n in division.now)]
-        sources = [*state.tensors.values(), *(tensors[n] for n in division.now)]
-        late = [tensors[n] for n in division.late]
+        places, tensors, state = image.places(division), request.tensors, request.state
+        to = [*image.training_places(self.arena, state), *places.now]
+        sources = [*state.tensors.values(), *pick(tensors, division.now)]
+        late = pick(tensors, division.late)
         self._device = DeviceCopies.of([*sources, *late])
         if self._device is not None:
             self.arena.pin()
             to, sources = self._issue(self._device, to, sources)
+        places.small.fill(pick(tensors, division.small))
         copy_blocking(to, sources)
         if late:
-            later = Late(division, [places[n] for n in division.late], late, mixed=self._device is not None)
+            later = Late(division, places.late, late, mixed=self._device is not None)
             self._snapshot = Snapshot(later, self._device)
             GATE.add(self._snapshot)
         elif self._device is not None and blocking:
             self._device.wait()
         self._staging = time.perf_counter() - begun
-        self._let_go()
+        request.let_go()
 
     def _issue(
         self, device: DeviceCopies, to: list[torch.Tensor], sources: list[torch.Tensor]
@@ -166,12 +182,6 @@ class Save:
             ):  # a device that failed does not write either; the save has failed already
                 self._device.wait()
 
-    def _let_go(self) -> None:
-        """Nothing of the live state is held any longer than its copy takes."""
-        self._request.tensors.clear()
-        self._request.owners.clear()
-        self._request.state.tensors.clear()
-
     def pass_in_waves(self) -> None:
         """The arena is smaller than the plan: fill it and have it written, again and again, until all of the state has passed.
 
@@ -190,7 +200,7 @@ class Save:
             self.handle._mark_read()  # the call itself raises; nobody gets the handle
             raise
         self._staging = time.perf_counter() - begun
-        self._let_go()
+        self._request.let_go()
 
     def _place_first(self, arena: Arena) -> Waves:
         outcome: queue.SimpleQueue[Gathered] = queue.SimpleQueue()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,27 +13,20 @@ import torch
 
 from .._plan.plan import ZipContent
 from ..errors import PlanError
-from . import tree
+from . import optimizer_pickle, tree
 from .dtypes import FROM_TORCH, check_storage
+from .optimizer_pickle import Kind
 from .tree import Ref
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What of a tensor its pickle says; each has a storage of its own, contiguous."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True)
 class OptimizerState:
     """An optimizer as it will stand on disk.
 
-    `tensors`, `keys`, `labels` (names in errors) and `owners` run in parallel; an owner is `optimizer` for what only its step
-    changes, None for the rest (a scheduler may write to a tensor `lr`). `tree` is the captured state_dict; `pickled()` makes
+    `tensors`, `keys`, `labels` (names in errors) and `owned` run in parallel; `owned` is what only a step of the `optimizer`
+    changes (a scheduler may write to a tensor `lr`). `tree` is the captured state_dict; `pickled()` makes
     `data.pkl` of it. `arrays`: copies of what was no tensor but a numpy array: in the pickle they stand as such, by value.
+    `rough_size`: an upper bound for `rest()`, in bytes of JSON.
     """
 
     content: ZipContent
@@ -45,19 +34,25 @@ class OptimizerState:
     tensors: list[torch.Tensor]
     keys: Sequence[str]
     labels: Sequence[str]
-    owners: Sequence[Any]
-    kinds: Sequence[_Kind]
+    owned: Sequence[bool]
+    kinds: Sequence[Kind]
     tree: Mapping[str, Any]
     arrays: Mapping[str, torch.Tensor]
     state_pickle: bytes | None
+    rough_size: int
+
+    @property
+    def owners(self) -> list[Any]:
+        """Of each tensor: the optimizer, or None."""
+        return [self.optimizer if owned else None for owned in self.owned]
 
     def pickled(self) -> bytes:
         """`data.pkl`: torch's own pickle of this state_dict, its tensors being the records 0, 1, ... of the file."""
         refs = dict(zip(self.keys, enumerate(self.kinds), strict=True))
         if self.state_pickle is None or set(self.tree) != {"state", "param_groups"}:
-            return _pickle(self.tree, refs, self.arrays)
-        groups = _inner(_pickle(self.tree["param_groups"], refs, self.arrays))
-        return b"\x80\x02}(" + _text("state") + self.state_pickle + _text("param_groups") + groups + b"u."
+            return optimizer_pickle.dumps(self.tree, refs, self.arrays)
+        groups = optimizer_pickle.inner(optimizer_pickle.dumps(self.tree["param_groups"], refs, self.arrays))
+        return optimizer_pickle.state_dict(self.state_pickle, groups)
 
     def table(self, offsets: Sequence[int]) -> dict[str, Any]:
         """{key: [dtype, shape, offset in the file]} for the manifest."""
@@ -106,16 +101,17 @@ class OptimizerReader:
         self._content: ZipContent | None = None
         self._keys: list[str] = []
         self._labels: list[str] = []
-        self._kinds: list[_Kind] = []
+        self._kinds: list[Kind] = []
         self._owned: list[bool] = []
         self._plain: _PlainState | None = None
+        self._numbers = _Numbers()
 
     def read(self, optimizer: Any) -> OptimizerState:
         """The optimizer as it is now. Raises `PlanError` naming the value that cannot be saved."""
         inner = unwrap(optimizer)
         if not callable(getattr(inner, "state_dict", None)):
             raise PlanError(f"optimizer: a {type(inner).__module__}.{type(inner).__qualname__} has no state_dict()")
-        return self._read(inner, inner.state_dict())
+        return self._read(inner, self._numbers.state_dict(inner))
 
     def _read(self, inner: Any, state: Any) -> OptimizerState:
         keys: list[str] = []
@@ -125,41 +121,42 @@ class OptimizerReader:
             keys.append(key)
             tensors.append(tensor)
 
-        plain = self._plain_state(state)
+        plain = self._plain_state(state, tensors)
         if plain is None:
             small = captured = self._capture(state, put)
         else:
             keys += plain.keys
-            tensors += plain.tensors(state)
             small = {"param_groups": _capture_groups(state, put)}
             captured = {"state": plain.refs, **small}
         self._plain = plain
-        arrays = {name: tensors[keys.index(name)] for name in _arrays(small)}
+        beside = len(keys) if plain is None else len(keys) - len(plain.keys)  # tensors and arrays in what is small
+        arrays = {name: tensors[keys.index(name)] for name in _arrays(small)} if beside else {}
         # When what is pickled with the tensors has grown to twice its size, the file gets more room for it.
-        room = tree.rough_size(list(small.values())).bit_length()
-        layout = (room, keys, list(map(_DTYPE, tensors)), list(map(torch.Tensor.size, tensors)))
+        rough_size = tree.rough_size(list(small.values())) + (0 if plain is None else 24 * len(plain.indices))
+        layout = (rough_size.bit_length(), keys, list(map(_DTYPE, tensors)), list(map(torch.Tensor.size, tensors)))
         if self._content is None or layout != self._layout:
             self._learn(keys, tensors, captured, arrays)
             self._layout = layout
         assert self._content is not None
         if plain is not None and plain.pickled is None:
             refs = dict(zip(self._keys, enumerate(self._kinds), strict=True))
-            plain.pickled = _inner(_pickle(plain.refs, refs))
+            plain.pickled = optimizer_pickle.inner(optimizer_pickle.dumps(plain.refs, refs))
         return OptimizerState(
             content=self._content,
             optimizer=inner,
             tensors=tensors,
             keys=self._keys,
             labels=self._labels,
-            owners=[inner if owned else None for owned in self._owned],
+            owned=self._owned,
             kinds=self._kinds,
             tree=captured,
             arrays=arrays,
             state_pickle=None if plain is None else plain.pickled,
+            rough_size=rough_size,
         )
 
-    def _plain_state(self, state: Any) -> _PlainState | None:
-        return _PlainState.of(state, self._plain)
+    def _plain_state(self, state: Any, tensors: list[torch.Tensor]) -> _PlainState | None:
+        return _PlainState.of(state, self._plain, tensors)
 
     def _capture(self, state: Any, put: tree.Put) -> dict[str, Any]:
         if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
@@ -190,12 +187,12 @@ class OptimizerReader:
             check_storage(key, tensor, file=self._file)
         self._keys = keys
         self._labels = [f"{self._file}: {key}" for key in keys]
-        self._kinds = [_Kind(tensor.dtype, tuple(tensor.shape), tensor.nbytes) for tensor in tensors]
+        self._kinds = [Kind(tensor.dtype, tuple(tensor.shape), tensor.nbytes) for tensor in tensors]
         self._owned = [not key.startswith(_GROUP) for key in keys]
         if self._plain is not None:
             self._plain.pickled = None  # the order of the records has changed
         refs = dict(zip(keys, enumerate(self._kinds), strict=True))
-        size = len(_pickle(captured, refs, arrays))
+        size = len(optimizer_pickle.dumps(captured, refs, arrays))
         self._content = ZipContent(self._file, tuple(kind.nbytes for kind in self._kinds), size)
 
 
@@ -206,7 +203,7 @@ class RegisteredReader(OptimizerReader):
         """The object as it is now; nothing of it is copied late. Raises `PlanError` naming what cannot be saved."""
         return self._read(None, registered.state_dict())
 
-    def _plain_state(self, state: Any) -> None:
+    def _plain_state(self, state: Any, tensors: list[torch.Tensor]) -> None:
         return None
 
     def _capture(self, state: Any, put: tree.Put) -> dict[str, Any]:
@@ -247,16 +244,58 @@ def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:
 def _capture_groups(state: Mapping[str, Any], put: tree.Put) -> list[dict[str, Any]]:
     return [
         {
-            key: list(value) if key == "params" else tree.capture(_plain_number(value), f"{_GROUP}{number}.{key}", put)
+            key: value if type(value) in tree.SCALARS else _capture_option(f"{_GROUP}{number}.{key}", key, value, put)
             for key, value in group.items()
         }
         for number, group in enumerate(state["param_groups"])
     ]
 
 
-def _plain_number(value: Any) -> Any:
-    """A number that numpy computed, as python's: numpy's cannot be unpickled with `weights_only`, which accelerate demands."""
-    return value.item() if isinstance(value, np.generic) else value
+def _capture_option(where: str, key: str, value: Any, put: tree.Put) -> Any:
+    """A number that numpy computed becomes python's: numpy's cannot be unpickled with `weights_only`, which accelerate demands."""
+    if key == "params":
+        return list(value)
+    return tree.capture(value.item() if isinstance(value, np.generic) else value, where, put)
+
+
+class _Numbers:
+    """The numbers of an optimizer's parameters in its state_dict, which stay as long as the same ones stand in the same places."""
+
+    def __init__(self) -> None:
+        self._grouped: list[list[int]] = []  # ids
+        self._keys: list[int] = []
+        self._of_groups: list[list[int]] = []  # numbers
+        self._of_keys: list[Any] = []
+
+    def state_dict(self, inner: Any) -> Any:
+        """`inner.state_dict()`, which looks at every parameter, or the same made of the numbers known."""
+        if not _packs_as_torch(inner):
+            return inner.state_dict()
+        grouped = [list(map(id, group["params"])) for group in inner.param_groups]
+        keys = list(map(id, inner.state))
+        if (grouped, keys) != (self._grouped, self._keys):
+            state = inner.state_dict()
+            self._grouped, self._keys = grouped, keys
+            self._of_groups = [group["params"] for group in state["param_groups"]]
+            self._of_keys = list(state["state"])
+            return state
+        return {
+            "state": dict(zip(self._of_keys, inner.state.values(), strict=True)),
+            "param_groups": [
+                {key: value for key, value in group.items() if key != "params"} | {"params": numbers}
+                for group, numbers in zip(inner.param_groups, self._of_groups, strict=True)
+            ],
+        }
+
+
+def _packs_as_torch(optimizer: Any) -> bool:
+    return (
+        isinstance(optimizer, torch.optim.Optimizer)
+        and type(optimizer).state_dict is torch.optim.Optimizer.state_dict
+        and "state_dict" not in vars(optimizer)
+        and not optimizer._optimizer_state_dict_pre_hooks
+        and not optimizer._optimizer_state_dict_post_hooks
+    )
 
 
 @dataclass
@@ -267,97 +306,30 @@ class _PlainState:
     """
 
     indices: list[int]
-    names: list[tuple[str, ...]]  # of the tensors of each parameter
+    counts: list[int]  # of the tensors of each parameter
+    names: list[str]  # of these tensors, one parameter's after the other's
     keys: list[str]
     refs: dict[int, dict[str, Ref]]
     pickled: bytes | None = None
 
     @classmethod
-    def of(cls, state: Any, known: _PlainState | None) -> _PlainState | None:
-        """`known` if it still describes `state`, else a new one; None if this state is not of that kind."""
+    def of(cls, state: Any, known: _PlainState | None, tensors: list[torch.Tensor]) -> _PlainState | None:
+        """`known` if it still describes `state`, else a new one, and the tensors of `state` in the order of `keys`. None and no
+        tensors if this state is not of that kind."""
         if not isinstance(state, dict) or state.keys() != {"state", "param_groups"}:
             return None
         entries = state["state"]
         if type(entries) is not dict or not set(map(type, entries.values())) <= {dict}:
             return None
-        indices, names = list(entries), list(map(tuple, entries.values()))
-        if not all(isinstance(value, torch.Tensor) for value in cls.tensors(state)):
+        values = list(chain.from_iterable(map(dict.values, entries.values())))
+        if not all(issubclass(kind, torch.Tensor) for kind in set(map(type, values))):
             return None
-        if known is not None and (known.indices, known.names) == (indices, names):
-            return known
-        if not all(type(index) is int for index in indices) or not all(type(key) is str for key in chain(*names)):
-            return None
-        refs = {
-            index: {key: Ref(direct_key(index, key)) for key in keys}
-            for index, keys in zip(indices, names, strict=True)
-        }
-        return cls(indices, names, [ref.name for entry in refs.values() for ref in entry.values()], refs)
-
-    @staticmethod
-    def tensors(state: Mapping[str, Any]) -> list[torch.Tensor]:
-        """The tensors, in the order of `keys`."""
-        return list(chain.from_iterable(map(dict.values, state["state"].values())))
-
-
-# -- the pickle: protocol 2, as torch.serialization writes it for a tensor on the CPU
-
-
-class _Storage:
-    def __init__(self, kind: Any, key: str, count: int) -> None:
-        self.pid = ("storage", kind, key, "cpu", count)
-
-
-class _Tensor:
-    """Pickles as a contiguous tensor that begins its own storage (`Tensor.__reduce_ex__`)."""
-
-    def __init__(self, key: str, kind: _Kind) -> None:
-        self._key = key
-        self._kind = kind
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        kind = self._kind
-        strides, step = [], 1
-        for n in reversed(kind.shape):
-            strides.append(step)
-            step *= max(n, 1)
-        count = kind.nbytes // kind.dtype.itemsize
-        place: tuple[Any, ...] = (0, kind.shape, tuple(strides[::-1]), False, OrderedDict())
-        legacy = _LEGACY_STORAGE.get(kind.dtype)
-        if legacy is not None:
-            return torch._utils._rebuild_tensor_v2, (_Storage(legacy, self._key, count), *place)
-        storage = _Storage(torch.storage.UntypedStorage, self._key, kind.nbytes)
-        return torch._utils._rebuild_tensor_v3, (storage, *place[:3], False, place[4], kind.dtype)
-
-
-_LEGACY_STORAGE: dict[torch.dtype, Any] = {
-    dtype: getattr(torch, name)
-    for dtype, name in torch.storage._dtype_to_storage_type_map().items()
-    if hasattr(torch, name)
-}
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> Any:
-        return obj.pid if type(obj) is _Storage else None
-
-
-def _pickle(
-    captured: Any,
-    refs: Mapping[str, tuple[int, _Kind]],
-    arrays: Mapping[str, torch.Tensor] = MappingProxyType({}),
-) -> bytes:
-    tensors: dict[str, Any] = {key: _Tensor(str(index), kind) for key, (index, kind) in refs.items()}
-    tensors |= arrays
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=2).dump(tree.refill(captured, lambda key: tensors[key]))
-    return buffer.getvalue()
-
-
-def _inner(pickled: bytes) -> bytes:
-    """A pickle without its PROTO opcode and its STOP, to be put inside another."""
-    return pickled[2:-1]
-
-
-def _text(value: str) -> bytes:
-    encoded = value.encode()
-    return b"X" + len(encoded).to_bytes(4, "little") + encoded
+        indices, counts = list(entries), list(map(len, entries.values()))
+        names = list(chain.from_iterable(entries.values()))
+        if known is None or (known.indices, known.counts, known.names) != (indices, counts, names):
+            if not set(map(type, indices)) <= {int} or not set(map(type, names)) <= {str}:
+                return None
+            refs = {index: {key: Ref(direct_key(index, key)) for key in entry} for index, entry in entries.items()}
+            known = cls(indices, counts, names, [ref.name for entry in refs.values() for ref in entry.values()], refs)
+        tensors += values
+        return known

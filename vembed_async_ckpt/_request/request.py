@@ -31,9 +31,8 @@ from .training_state import TrainingState, torch_save
 
 @dataclass(frozen=True)
 class Request:
-    """`contents` describe the files whose layout is known before any value is; `tensors` and `labels` run in their order.
+    """`contents` describe the files whose layout is known before any value is; `parts` and `tensors` run in their order.
 
-    `owners`: for each tensor the parameter, buffer or optimizer it belongs to (None: computed for this save).
     `volatile`: ids of owners that change without an optimizer step. `state`: what is small. `files`: (name, bytes) of further
     files. `links`: [file, further name of it]. `directory`: name of the checkpoint under the root.
     """
@@ -42,15 +41,30 @@ class Request:
     step: int | None
     save_id: str
     contents: tuple[Content, ...]
+    parts: list[ModelState | OptimizerState]
     tensors: list[torch.Tensor]
-    labels: list[str]
-    owners: list[Any]
     volatile: frozenset[int]
     optimizers: tuple[OptimizerState, ...]
     state: TrainingState
     files: list[tuple[str, bytes]]
     links: list[list[str]]
     manifest: dict[str, Any]
+
+    def labels(self) -> list[str]:
+        """The name of each tensor, in errors."""
+        return list(chain.from_iterable(part.labels for part in self.parts))
+
+    def owners(self) -> list[Any]:
+        """For each tensor the parameter, buffer or optimizer it belongs to (None: computed for this save)."""
+        return list(chain.from_iterable(part.owners for part in self.parts))
+
+    def let_go(self) -> None:
+        """Hold no live tensor any longer."""
+        for part in self.parts:
+            part.tensors.clear()
+        self.parts.clear()
+        self.tensors.clear()
+        self.state.tensors.clear()
 
 
 @dataclass(frozen=True)
@@ -159,9 +173,8 @@ class RequestReader:
             step=step,
             save_id=os.urandom(16).hex(),
             contents=tuple(contents),
+            parts=parts,
             tensors=list(chain.from_iterable(part.tensors for part in parts)),
-            labels=list(chain.from_iterable(part.labels for part in parts)),
-            owners=list(chain.from_iterable(part.owners for part in parts)),
             volatile=frozenset().union(*(m.volatile for m in states)),
             optimizers=tuple(zipped),
             state=state,

@@ -235,6 +235,6 @@ def torch_save(value: Any) -> bytes:
 def rough_size(state: TrainingState, further: Sequence[bytes]) -> int:
     """An upper bound, in bytes, for what `render` will give and for the `further` files."""
     values = [state.schedulers, state.scaler, state.dataloader, state.extra, state.accelerator]
-    for optimizer in (*state.optimizers.values(), *filter(None, state.registered.values())):
-        values += [value for key, value in optimizer.tree.items() if key != "state" or optimizer.state_pickle is None]
-    return (512 << 10) + 2 * tree.rough_size(values) + sum(len(data) + 4096 for data in further)
+    captured = tree.rough_size(values)
+    captured += sum(o.rough_size for o in (*state.optimizers.values(), *filter(None, state.registered.values())))
+    return (512 << 10) + 2 * captured + sum(len(data) + 4096 for data in further)

@@ -23,7 +23,7 @@ from ..errors import CorruptCheckpoint, PlanError
 Put = Callable[[str, torch.Tensor], None]
 Get = Callable[[str], torch.Tensor]
 
-_SCALARS = (type(None), bool, int, float, str, bytes)
+SCALARS = (type(None), bool, int, float, str, bytes)
 _MAX_DEPTH = 200
 
 
@@ -43,7 +43,7 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
     arrays and bytes.
     """
     kind = type(value)
-    if kind in _SCALARS:
+    if kind in SCALARS:
         return value
     if depth > _MAX_DEPTH:
         raise PlanError(f"{where}: nested deeper than {_MAX_DEPTH} levels, or contains itself")
@@ -67,7 +67,7 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
 
 
 def _key(key: Any, where: str) -> Any:
-    if type(key) not in _SCALARS and not (type(key) is tuple and all(type(part) in _SCALARS for part in key)):
+    if type(key) not in SCALARS and not (type(key) is tuple and all(type(part) in SCALARS for part in key)):
         raise PlanError(f"{where}: the key {key!r} cannot be saved; use strings or numbers")
     return key
 

@@ -1,0 +1,92 @@
+"""The pickle in `optimizer.bin`: protocol 2, as torch.serialization writes it for tensors on the CPU."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from . import tree
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What of a tensor its pickle says; each has a storage of its own, contiguous."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class _Storage:
+    def __init__(self, kind: Any, key: str, count: int) -> None:
+        self.pid = ("storage", kind, key, "cpu", count)
+
+
+class _Tensor:
+    """Pickles as a contiguous tensor that begins its own storage (`Tensor.__reduce_ex__`)."""
+
+    def __init__(self, key: str, kind: Kind) -> None:
+        self._key = key
+        self._kind = kind
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind = self._kind
+        strides, step = [], 1
+        for n in reversed(kind.shape):
+            strides.append(step)
+            step *= max(n, 1)
+        count = kind.nbytes // kind.dtype.itemsize
+        place: tuple[Any, ...] = (0, kind.shape, tuple(strides[::-1]), False, OrderedDict())
+        legacy = _LEGACY_STORAGE.get(kind.dtype)
+        if legacy is not None:
+            return torch._utils._rebuild_tensor_v2, (_Storage(legacy, self._key, count), *place)
+        storage = _Storage(torch.storage.UntypedStorage, self._key, kind.nbytes)
+        return torch._utils._rebuild_tensor_v3, (storage, *place[:3], False, place[4], kind.dtype)
+
+
+_LEGACY_STORAGE: dict[torch.dtype, Any] = {
+    dtype: getattr(torch, name)
+    for dtype, name in torch.storage._dtype_to_storage_type_map().items()
+    if hasattr(torch, name)
+}
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.pid if type(obj) is _Storage else None
+
+
+def dumps(
+    captured: Any,
+    refs: Mapping[str, tuple[int, Kind]],
+    arrays: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> bytes:
+    """`captured` with a tensor in the place of each `Ref`: `refs` has its number in the file and its kind, `arrays` what stands in
+    the pickle itself."""
+    tensors: dict[str, Any] = {key: _Tensor(str(index), kind) for key, (index, kind) in refs.items()}
+    tensors |= arrays
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(tree.refill(captured, lambda key: tensors[key]))
+    return buffer.getvalue()
+
+
+def inner(pickled: bytes) -> bytes:
+    """A pickle without its PROTO opcode and its STOP, to be put inside another."""
+    return pickled[2:-1]
+
+
+def state_dict(state: bytes, groups: bytes) -> bytes:
+    """The pickle of {"state": ..., "param_groups": ...}, of the `inner` pickles of the two."""
+    return b"\x80\x02}(" + _text("state") + state + _text("param_groups") + groups + b"u."
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return b"X" + len(encoded).to_bytes(4, "little") + encoded
