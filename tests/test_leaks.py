@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import operator
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -161,3 +163,39 @@ def test_failed_and_refused_saves_leave_nothing_behind(root: Path):
         assert late.held_more_than(early) == {}
         assert checkpointer.statistics()["arenas_busy"] == 0
     (root / "checkpoint-1").unlink()
+
+
+GARBAGE = """
+import gc, mmap, os
+from vembed_async_ckpt._writer.memory import address_of, map_arena
+
+gc.disable()
+SIZE = 1 << 20
+
+
+class Node:
+    pass
+
+
+fd = os.memfd_create("arena")
+os.ftruncate(fd, SIZE)
+node = Node()
+node.itself, node.memory = node, map_arena(fd, SIZE)
+at = address_of(node.memory)
+del node
+child = os.fork()
+if child:
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+own = []
+while not any(address_of(memory) <= at < address_of(memory) + SIZE for memory in own):
+    own.append(mmap.mmap(-1, SIZE))
+    assert len(own) < 1000, "the child never got memory in the place of the arena"
+gc.collect()
+own[-1][:4] = b"mine"
+"""
+
+
+def test_an_arena_that_is_garbage_in_a_forked_child_unmaps_nothing() -> None:
+    """DataLoader workers: the mapping is not there, and what the child has put in its place stays."""
+    child = subprocess.run([sys.executable, "-c", GARBAGE], capture_output=True, text=True, timeout=60, check=False)
+    assert child.returncode == 0, (child.returncode, child.stderr)

@@ -77,9 +77,6 @@ class Arena:
                 self.fd = -1
 
 
-_FORGOTTEN: list[mmap.mmap] = []
-
-
 class ArenaPool:
     """At most `count` arenas, together at most `max_bytes` (None: what the machine and its cgroup have left).
 
@@ -182,10 +179,8 @@ class ArenaPool:
             }
 
     def forget(self) -> None:
-        """In a forked child: close the descriptors and touch nothing else. The mappings are not there; their objects are kept
-        for ever, for their end would unmap whatever the child has put in the same place."""
+        """In a forked child: close the descriptors and touch nothing else."""
         for arena in (*self._free, *self._busy):
-            _FORGOTTEN.append(arena.memory)
             arena.forget()
 
     def close(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import weakref
 
 _MADV_DONTFORK, _MADV_HUGEPAGE, _MADV_DONTDUMP, _MADV_POPULATE_WRITE = 10, 14, 16, 23  # asm-generic/mman-common.h
 _STEP = 16 << 20  # mmap_sem is held for one step at a time, so that other threads' faults get in between
@@ -12,12 +14,27 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
+_mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+def _keep_for_ever() -> None:
+    """In a forked child the mappings are not there, and the end of their objects, garbage or not, would unmap whatever the child
+    has put in the same place."""
+    for memory in list(_mapped):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
+    _mapped.clear()
+
+
+os.register_at_fork(after_in_child=_keep_for_ever)
+
+
 def map_arena(fd: int, size: int) -> mmap.mmap:
     """Map `size` bytes of an arena, shared and writable; left out of forked children and of core dumps.
 
     Huge pages are advised, never depended on.
     """
     memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    _mapped.add(memory)
     for advice in (_MADV_DONTFORK, _MADV_DONTDUMP, _MADV_HUGEPAGE):
         _libc.madvise(address_of(memory), size, advice)
     return memory
