@@ -110,6 +110,8 @@ class Leader:
             self._save_ended(save.handle, error)
             save.handle._move(SaveState.FAILED, error=error)
             meeting.say(SaveState.FAILED, error=error)
+            took = time.perf_counter() - begun
+            self._reporter.emit(Event("save", "failed", request.save_id, step, seconds=took, detail=str(error)))
         except BaseException:
             self._ledger.withdrawn(save.handle)
             raise

@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import CheckpointError
-from ..events import logger
 from .handle import SaveHandle
 from .options import OnError
 from .ranks import RaisedElsewhere
 
 
 class Ledger:
-    """Thread-safe. A failure stays on its handle; unless it is read there it is raised once, by `raise_unread`, or with
-    `on_error="warn"` logged when it happens."""
+    """Thread-safe. A failure stays on its handle; unless it is read there it is raised once, by `raise_unread`, but not with
+    `on_error="warn"`: its event is logged in any case."""
 
     def __init__(self, on_error: OnError) -> None:
         self._on_error = on_error
@@ -70,8 +69,6 @@ class Ledger:
                 if self._on_error == "raise" and not isinstance(error, RaisedElsewhere):
                     self._unread.append(handle)
             self._changed.notify_all()
-        if error is not None and (self._on_error == "warn" or isinstance(error, RaisedElsewhere)):
-            logger.warning("%s; training goes on", error)
 
     def raise_unread(self) -> None:
         """Raise the oldest failure that nobody has read from its handle, once."""
