@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from vembed_async_ckpt import AsyncCheckpointer, CorruptCheckpoint
-from vembed_async_ckpt.cli import app
+from vembed_async_ckpt._plan.safetensors import TensorSpec, layout
+from vembed_async_ckpt._request.dtypes import TO_TORCH
+from vembed_async_ckpt._store import names
+from vembed_async_ckpt._store.manifest import FileRecord, Manifest
+from vembed_async_ckpt._store.tensors import StoredTensor
+from vembed_async_ckpt.cli import app, inspecting
 
 runner = CliRunner()
 
@@ -103,6 +110,146 @@ def test_diff_says_how_far_they_are_apart(saved: Path) -> None:
     assert "apart by 1.414" in runner.invoke(app, arguments).output
     norms = json.loads(runner.invoke(app, [*arguments, "--json"]).output)["norms"]["model.safetensors: 1.bias"]
     assert norms["difference"] == pytest.approx(2**0.5)
+
+
+def of_one_tensor(directory: Path, dtype: str, shape: tuple[int, ...], data: bytes, **manifest: Any) -> Path:
+    """A checkpoint with a tensor `w` that has these bytes, and zeros behind them that take no space."""
+    directory.mkdir()
+    start = layout([TensorSpec("w", dtype, shape)], file="f")
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(start.prefix + data)
+        file.truncate(start.size)
+    files = {"model.safetensors": FileRecord(start.size, "0" * 32)}
+    content = Manifest(save_id="f" * 32, step=1, sequence=1, files=files, **manifest).to_bytes()
+    (directory / names.MANIFEST).write_bytes(content)
+    return directory
+
+
+def strictly(output: str) -> Any:
+    """JSON as every parser reads it: it has no NaN and no Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(output, parse_constant=refuse)
+
+
+def norms(a: Path, b: Path, key: str = "model.safetensors: w") -> dict[str, float | None]:
+    """What `diff --norms` says of one tensor, in words and to a program."""
+    words = runner.invoke(app, ["diff", str(a), str(b), "--norms"])
+    assert (words.exit_code, words.exception.__class__) == (1, SystemExit), words
+    assert f"changed: {key} (apart by " in words.output
+    return strictly(runner.invoke(app, ["diff", str(a), str(b), "--norms", "--json"]).output)["norms"][key]
+
+
+@pytest.mark.parametrize("dtype", sorted(TO_TORCH))
+def test_diff_measures_every_dtype(tmp_path: Path, dtype: str) -> None:
+    """fp8, integers, bool, complex; only of float4, in which torch does not compute, nothing is known but that it changed."""
+    kind = TO_TORCH[dtype]
+    data = [bytes([n] * kind.itemsize * 2) for n in (0, 1)]
+    shape = (4,) if dtype == "F4" else (2,)
+    found = norms(*(of_one_tensor(tmp_path / name, dtype, shape, d) for name, d in zip("ab", data, strict=True)))
+    if dtype == "F4":
+        assert found == {"a": None, "b": None, "difference": None}
+        return
+    wide = torch.complex128 if kind.is_complex else torch.float64
+    a, b = (torch.frombuffer(bytearray(d), dtype=kind).to(wide) for d in data)
+    expected = {"a": a.norm().item(), "b": b.norm().item(), "difference": (b - a).norm().item()}
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_diff_of_what_is_no_number(tmp_path: Path, number: str) -> None:
+    """A model that diverged is measured too: a word for people, null for programs."""
+    values = [torch.tensor([1.0, float(of)]) for of in ("2", number)]
+    paths = [
+        of_one_tensor(tmp_path / name, "F32", (2,), value.numpy().tobytes())
+        for name, value in zip("ab", values, strict=True)
+    ]
+    assert norms(*paths) == {"a": pytest.approx(5**0.5), "b": None, "difference": None}
+    assert f"apart by {number.strip('-')}" in runner.invoke(app, ["diff", *map(str, paths), "--norms"]).output
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        (((0,), (0, 3)), {"a": 0, "b": 0, "difference": None}),
+        (((2,), (3,)), {"a": 0, "b": 0, "difference": None}),
+        (((2, 3), (3, 2)), {"a": 0, "b": 0, "difference": None}),
+        (((), (1,)), {"a": 0, "b": 0, "difference": None}),
+    ],
+)
+def test_diff_of_other_shapes(tmp_path: Path, shapes: Any, expected: dict[str, float | None]) -> None:
+    """Each has its norm, of nothing too; apart they are by nothing that could be said."""
+    paths = [of_one_tensor(tmp_path / name, "F32", shape, b"") for name, shape in zip("ab", shapes, strict=True)]
+    assert norms(*paths) == expected
+
+
+def test_diff_of_other_dtypes(tmp_path: Path) -> None:
+    """The same shape in another dtype: compared by value, over the border of what is read at once too."""
+    count = inspecting._BLOCK + 1
+    a = of_one_tensor(tmp_path / "a", "F32", (count,), torch.full((count,), 2.0).numpy().tobytes())
+    b = of_one_tensor(tmp_path / "b", "U8", (count,), b"\3" * count)
+    assert norms(a, b) == pytest.approx({"a": 2 * count**0.5, "b": 3 * count**0.5, "difference": count**0.5})
+
+
+@pytest.mark.parametrize("dtype", ["nn", "EVIL", "_dynamo"])
+def test_diff_of_what_the_manifest_calls_a_dtype(tmp_path: Path, dtype: str) -> None:
+    """A dtype that is none is not measured, and not looked up among what torch has."""
+    a, b = (
+        of_one_tensor(tmp_path / name, "F32", (2,), b"", tensors={"model.safetensors": {"x": [dtype, [n], 0]}})
+        for n, name in enumerate("ab", 1)
+    )
+    assert norms(a, b, "model.safetensors: x") == {"a": None, "b": None, "difference": None}
+
+
+def test_a_large_tensor_is_measured_piece_by_piece(tmp_path: Path) -> None:
+    """However much a checkpoint says it holds: what can be said of it needs no memory of that size."""
+    a, b = (of_one_tensor(tmp_path / name, "U8", (1 << 26,), name.encode()) for name in "ab")
+    with Path("/proc/self/status").open() as file:
+        taken = next(int(line.split()[1]) << 10 for line in file if line.startswith("VmData:"))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + (1 << 27), before[1]))
+    try:
+        done = runner.invoke(app, ["diff", str(a), str(b), "--norms", "--json"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    assert strictly(done.output)["norms"] == {"model.safetensors: w": {"a": 97, "b": 98, "difference": 1}}
+
+
+def test_diff_of_a_file_that_is_cut_short(tmp_path: Path) -> None:
+    """Before the comparison or in the middle of it: the file is named."""
+    a, b = (of_one_tensor(tmp_path / name, "F32", (4,), name.encode()) for name in "ab")
+    with (b / "model.safetensors").open("r+b") as file:
+        file.truncate(72)
+    done = runner.invoke(app, ["diff", str(a), str(b), "--norms"])
+    assert isinstance(done.exception, CorruptCheckpoint)
+    assert str(b / "model.safetensors") in str(done.exception)
+    with pytest.raises(CorruptCheckpoint, match="ends before 'w' does"):
+        list(inspecting._blocks(str(b), StoredTensor("model.safetensors", "w", "F32", (4,), 64, 16)))
+    (b / "model.safetensors").unlink()
+    with pytest.raises(CorruptCheckpoint, match="cannot be read"):
+        list(inspecting._blocks(str(b), StoredTensor("model.safetensors", "w", "F32", (4,), 64, 16)))
+
+
+def test_names_do_nothing_to_a_terminal(tmp_path: Path) -> None:
+    """Escape sequences in the name of a tensor are shown, not sent."""
+    a, b = (
+        of_one_tensor(tmp_path / n, "F32", (2,), b"", tensors={"model.safetensors": {"\x1b[2J\n": ["U8", [k], 0]}})
+        for k, n in enumerate("ab", 1)
+    )
+    for arguments in (["inspect", "--tensors", str(a)], ["diff", "--norms", str(a), str(b)]):
+        output = runner.invoke(app, arguments).output
+        assert "\\x1b[2J\\n" in output
+        assert "\x1b[2J" not in output
+
+
+def test_metrics_that_are_no_numbers_are_json_all_the_same(tmp_path: Path) -> None:
+    """A loss that became NaN is null."""
+    (tmp_path / "root").mkdir()
+    path = of_one_tensor(tmp_path / "root" / "checkpoint-1", "F32", (2,), b"", metrics={"loss": float("nan")})
+    assert strictly(runner.invoke(app, ["ls", str(path.parent), "--json"]).output)[0]["metrics"] == {"loss": None}
+    assert strictly(runner.invoke(app, ["inspect", str(path), "--json"]).output)["metrics"] == {"loss": None}
 
 
 def test_prune_keeps_what_it_is_told(saved: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import tracemalloc
 
 import pytest
 import safetensors.torch
@@ -178,6 +179,23 @@ HOSTILE = {
     "duplicate key": raw(b'{"a":%s,"a":%s}' % (TWICE, TWICE)),
     "nested 100000 deep": raw(b'{"a":' * 100_000),
     "number of 5000 digits": raw(b'{"a":' + b"9" * 5000 + b"}"),
+    "nested in an entry": raw({"a": {**entry(), "more": {"b": 1}}}),
+    "an entry of 5000 dimensions": raw({"a": entry(shape=[1] * 5000, offsets=(0, 4))}, b"\0" * 4),
+    "an entry without an end": raw(b'{"a":{"dtype":"F32"'),
+    "an object without an end": raw(b'{"a":%s' % TWICE),
+    "a comma at the end": raw(b'{"a":%s,}' % TWICE),
+    "a comma at the start": raw(b'{,"a":%s}' % TWICE),
+    "no comma": raw(b'{"a":%s "b":%s}' % (TWICE, TWICE)),
+    "no colon": raw(b'{"a"%s}' % TWICE),
+    "a name without an end": raw(b'{"a'),
+    "a name that is none": raw(b"{1:%s}" % TWICE),
+    "two objects": raw(b'{"a":%s}{}' % TWICE),
+    "UTF-16": raw(json.dumps({"a": entry()}).encode("utf-16")),
+    "a key twice in an entry": raw(b'{"a":{"dtype":"U8",%s}' % TWICE[1:]),
+    "metadata twice": raw(b'{"__metadata__":{},"__metadata__":{},"a":%s}' % TWICE),
+    "metadata of numbers": raw({"__metadata__": {"k": 1}, "a": entry()}),
+    "a key twice in the metadata": raw(b'{"__metadata__":{"k":"","k":""},"a":%s}' % TWICE),
+    "metadata of 100000 keys": raw({"__metadata__": {str(n): "" for n in range(100_000)}, "a": entry()}),
 }
 
 
@@ -186,6 +204,57 @@ def test_a_hostile_header_is_corrupt_and_nothing_else(content):
     """Whatever a file claims of itself, reading it ends with CorruptCheckpoint naming the file."""
     with pytest.raises(CorruptCheckpoint, match=r"some\.safetensors"):
         parse(content, len(content), file="some.safetensors")
+
+
+METADATA = b",".join(b'"%x":""' % n for n in range(1 << 18))
+DENSE = {
+    "lists": b'{"a":[' + b"[]," * (1 << 20) + b"0]}",
+    "objects": b'{"a":[' + b'{"":0},' * (1 << 19) + b"0]}",
+    "objects in an entry": b'{"a":{"dtype":' + b'{"":0},' * (1 << 19) + b"0}}",
+    "numbers": b'{"a":{"dtype":"U8","data_offsets":[0,0],"shape":[' + b"0," * (1 << 20) + b"0]}}",
+    "metadata": b'{"__metadata__":{' + METADATA + b"}}",
+    "metadata that is a list": b'{"__metadata__":[' + b"[]," * (1 << 20) + b"0]}",
+}
+
+
+@pytest.mark.parametrize("what", DENSE)
+def test_a_hostile_header_takes_no_more_memory_than_its_own(what):
+    """What no tensor is described by is refused before Python objects are made of it, which are 30 times as large."""
+    content = raw(DENSE[what], b"")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptCheckpoint, match="f: bad safetensors header"):
+            parse(content, len(content), file="f")
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(content) + (1 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_of_many_tensors_takes_as_much_memory_as_they_need():
+    """The smallest description of a tensor, many times: what is kept is the tensors, and not what they were read from."""
+    one = b'"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    content = raw(b"{" + b",".join(one % n for n in range(20_000)) + b"}", b"")
+    tracemalloc.start()
+    try:
+        entries, _ = parse(content, len(content), file="f")
+        assert len(entries) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 9 * len(content)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_header_may_be_written_in_any_way_that_json_knows(indent):
+    """Space, escapes, and keys in another order: it is the same header."""
+    described = {'\u00e9"}': dict(reversed(entry().items())), "b": {**entry((2, 1), (8, 16)), "note": "x"}}
+    header = {"__metadata__": {"a": "\u2028", "b": "}"}, **described}
+    content = raw(json.dumps(header, indent=indent).encode() + b" \t\r\n", b"\0" * 16)
+    entries, metadata = parse(content, len(content), file="f")
+    assert metadata == header["__metadata__"]
+    assert entries == {
+        'é"}': Entry("F32", (2,), len(content) - 16, 8),
+        "b": Entry("F32", (2, 1), len(content) - 8, 8),
+    }
 
 
 @pytest.mark.parametrize(

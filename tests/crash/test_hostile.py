@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ import xxhash
 from vembed_async_ckpt import CheckpointError, CorruptCheckpoint, cli, latest, verify
 from vembed_async_ckpt._store import catalog, fs, names
 from vembed_async_ckpt._store.lock import RootLock
+from vembed_async_ckpt._store.manifest import MAX_CONTAINERS
 from vembed_async_ckpt._store.tensors import stored_tensors
 from vembed_async_ckpt._writer import commit, removal
 
@@ -184,6 +186,23 @@ def test_a_manifest_that_is_no_json_of_ours(tally: Tally, root: Path, content: b
     """100,000 levels deep, numbers of 5,000 digits, no text: unusable, said in time."""
     (root / "checkpoint-3" / MANIFEST).write_bytes(content)
     tally.fault(content[:8], refused(root))
+    tally.settle(at_least=1)
+
+
+def test_a_manifest_of_many_lists(tally: Tally, root: Path) -> None:
+    """Each would take twenty times its bytes in memory, gigabytes in all: refused before any is made."""
+    dense = b'{"tensors":[' + b"[]," * MAX_CONTAINERS + b"[]]}"
+    (root / "checkpoint-3" / MANIFEST).write_bytes(dense)
+    tracemalloc.start()
+    try:
+        error = in_time(lambda: verify(root / "checkpoint-3"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    problems = [] if isinstance(error, CorruptCheckpoint) and "lists and objects" in str(error) else [f"{error!r}"]
+    if peak > 4 * len(dense):
+        problems.append(f"{peak >> 20} MB for a manifest of {len(dense) >> 20}")
+    tally.fault("many lists", problems)
     tally.settle(at_least=1)
 
 

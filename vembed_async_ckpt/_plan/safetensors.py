@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +50,10 @@ BITS |= {"F4": 4}
 
 MAX_HEADER_BYTES = 100_000_000  # what safetensors accepts
 _METADATA = "__metadata__"
+_MAX_METADATA = 1 << 16  # keys
+_MAX_ENTRY = 4096  # characters; a tensor of 64 dimensions needs a tenth
+_END = r"\Z"
+_TOKENS = {token: re.compile(r"[ \t\n\r]*" + token) for token in ("{", "}", ":", ",", '"', _END)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +138,7 @@ def parse(head: bytes, size: int, *, file: str) -> tuple[dict[str, Entry], dict[
     """
     length = header_length(head[:8], size, file=file)
     try:
-        header = json.loads(head[8 : 8 + length], object_pairs_hook=_no_duplicates)
-        if not isinstance(header, dict):
-            raise TypeError("the header is not an object")
-        metadata = header.pop(_METADATA, {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise TypeError(f"{_METADATA} does not map text to text")
-        entries = {str(name): _entry(value, 8 + length) for name, value in header.items()}
+        entries, metadata = _read(_Scanner(str(memoryview(head)[8 : 8 + length], "utf-8")), 8 + length)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptCheckpoint(f"{file}: bad safetensors header: {error}") from error
     expected = 8 + length
@@ -161,16 +161,91 @@ def header_length(first: bytes, size: int, *, file: str) -> int:
     return int(length)
 
 
+def _read(header: _Scanner, data_start: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    entries: dict[str, Entry] = {}
+    metadata: dict[str, str] | None = None
+    for name in header.members():
+        if name in entries or (name == _METADATA and metadata is not None):
+            raise ValueError(f"{name[:200]!r} stands twice")
+        if name != _METADATA:
+            entries[name] = _entry(header.flat_object(), data_start)
+            continue
+        metadata = {}
+        for key in header.members():
+            if key in metadata or len(metadata) == _MAX_METADATA:
+                raise ValueError(f"{_METADATA} has a key twice, or more than {_MAX_METADATA}")
+            metadata[key] = header.text()
+    header.end()
+    return entries, metadata or {}
+
+
 def _entry(value: dict[str, Any], data_start: int) -> Entry:
     begin, end = value["data_offsets"]
-    spec = TensorSpec("", value["dtype"], tuple(value["shape"]))
-    if spec.dtype not in RANK or not all(type(n) is int and n >= 0 for n in (*spec.shape, begin, end)):
+    dtype, shape = value["dtype"], tuple(value["shape"])
+    if dtype not in BITS or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"unusable entry {value!r}")
-    if math.prod(max(n, 1) for n in spec.shape) >= 1 << 63 or math.prod(spec.shape[-1:]) * BITS[spec.dtype] % 8:
-        raise ValueError(f"no tensor has the shape {spec.shape} of {spec.dtype}")
+    if math.prod(n or 1 for n in shape) >= 1 << 63 or math.prod(shape[-1:]) * BITS[dtype] % 8:
+        raise ValueError(f"no tensor has the shape {shape} of {dtype}")
+    spec = TensorSpec("", sys.intern(dtype), shape)
     if end - begin != spec.nbytes:
-        raise ValueError(f"shape {spec.shape} of {spec.dtype} does not fill {end - begin} bytes")
-    return Entry(spec.dtype, spec.shape, data_start + begin, spec.nbytes)
+        raise ValueError(f"shape {shape} of {dtype} does not fill {end - begin} bytes")
+    return Entry(spec.dtype, shape, data_start + begin, end - begin)
+
+
+class _Scanner:
+    """Reads a header piece by piece, so that one that is not what it should be is refused there, and takes no more memory than
+    a good one: read whole, any other JSON would become 30 times as large."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at = 0
+
+    def members(self) -> Iterator[str]:
+        """The names in an object; the value of each is read before the next one is asked for."""
+        self._expect("{")
+        if self._take("}"):
+            return
+        while True:
+            name = self.text()
+            self._expect(":")
+            yield name
+            if not self._take(","):
+                self._expect("}")
+                return
+
+    def text(self) -> str:
+        self._expect('"')
+        found, self._at = _DECODER.raw_decode(self._text, self._at - 1)
+        return str(found)
+
+    def flat_object(self) -> Any:
+        """An object with no object in it, of `_MAX_ENTRY` characters at most."""
+        self._expect("{")
+        end = self._text.find("}", self._at, self._at + _MAX_ENTRY) + 1
+        if not end:
+            raise ValueError(f"a tensor is described by more than {_MAX_ENTRY} characters")
+        found, end = _DECODER.raw_decode(self._text[self._at - 1 : end])
+        self._at += end - 1
+        return found
+
+    def end(self) -> None:
+        if not self._take(_END):
+            raise ValueError(f"it goes on behind its end, with {self._next()!r}")
+
+    def _expect(self, token: str) -> None:
+        if not self._take(token):
+            raise ValueError(f"{self._next()!r} is where {token} belongs")
+
+    def _take(self, token: str) -> bool:
+        """Go on behind `token`, if it comes next."""
+        found = _TOKENS[token].match(self._text, self._at)
+        if found is None:
+            return False
+        self._at = found.end()
+        return True
+
+    def _next(self) -> str:
+        return self._text[self._at : self._at + 20]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -178,3 +253,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key stands twice")
     return result
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)

@@ -23,6 +23,7 @@ VERSION = 1
 Verify = Literal["none", "size", "full"]
 
 MAX_BYTES = 1 << 28  # a manifest of a million tensors takes half of it
+MAX_CONTAINERS = 1 << 22  # lists and objects, about a hundred bytes of memory each; a tensor of an optimizer has two
 
 _HASH_CHUNK = 4 << 20
 
@@ -79,10 +80,22 @@ class Manifest:
         return before + b'"self":"' + xxhash.xxh3_128_hexdigest(before).encode() + b'"}'
 
 
+def too_large(content: bytes) -> str | None:
+    """Why a manifest is more than `parse` takes, or None."""
+    if len(content) > MAX_BYTES:
+        return f"{len(content)} bytes; at most {MAX_BYTES} can be read back"
+    containers = content.count(b"[") + content.count(b"{")
+    if containers > MAX_CONTAINERS:
+        return f"{containers} lists and objects; at most {MAX_CONTAINERS} can be read back"
+    return None
+
+
 def parse(content: bytes, *, file: str) -> Manifest:
     """The manifest in `content`. Raises `CorruptCheckpoint` naming `file` if it is not whole or makes no sense."""
     cut = content.rfind(b'"self"')
     try:
+        if excess := too_large(content):
+            raise ValueError(f"it has {excess}")
         body = json.loads(content)
         if body["format"] != FORMAT:
             raise ValueError(f"format is {body['format']!r}, not {FORMAT!r}")
@@ -140,8 +153,6 @@ def read(directory: str) -> Manifest:
         raise CorruptCheckpoint(f"{directory}: incomplete: it has no {names.MANIFEST}") from error
     except OSError as error:
         raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
-    if len(content) > MAX_BYTES:
-        raise CorruptCheckpoint(f"{path}: unusable manifest: larger than {MAX_BYTES} bytes")
     return parse(content, file=path)
 
 

@@ -14,7 +14,7 @@ import stat
 from .._store import fs as files
 from .._store import names
 from .._store.fs import Filesystem
-from .._store.manifest import MAX_BYTES, Manifest, check, read
+from .._store.manifest import Manifest, check, read, too_large
 from ..errors import CommitError, CorruptCheckpoint, WriteError
 from .removal import foreign_files, make_directories
 
@@ -35,10 +35,8 @@ def commit(fs: Filesystem, root: str, name: str, work: str, manifest: Manifest) 
     carry_over(fs, target, work)
     # The manifest is last: a work directory with a manifest is whole, whenever the power went.
     content = manifest.to_bytes()
-    if len(content) > MAX_BYTES:
-        raise WriteError(
-            f"{target}: its manifest would have {len(content)} bytes; at most {MAX_BYTES} can be read back"
-        )
+    if excess := too_large(content):
+        raise WriteError(f"{target}: its manifest would have {excess}")
     _write_synced(fs, os.path.join(work, names.MANIFEST), content)
     # Else after a power cut the published directory could miss names whose contents are safe.
     for directory in files.walk_directories(work):

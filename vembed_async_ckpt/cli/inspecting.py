@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from operator import sub
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +21,13 @@ from .._store import manifest as manifests
 from .._store import names
 from .._store.fs import open_regular, read_regular
 from .._store.tensors import StoredTensor, digests, stored_tensors
-from ..errors import CheckpointError, CorruptCheckpoint
-from .reading import AsJson
+from ..errors import CorruptCheckpoint
+from .reading import AsJson, print_json, shown
 
 _MAX_CONFIG = 64 << 20  # bytes
+_WIDEST = 80  # characters of a column; what is longer stands out
+_BLOCK = 1 << 20  # elements
+_BY_NAME = ("float64", "complex128", "int64")  # dtypes of optimizer.bin that safetensors has no name for
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint's directory.")]
 
@@ -36,7 +43,7 @@ def inspect(
     manifests.check(directory, manifest, "size")
     found = list(stored_tensors(directory, manifest))
     if as_json:
-        print(json.dumps(_summary(directory, manifest, found), indent=2))
+        print_json(_summary(directory, manifest, found))
         return
     console = Console()
     metrics = " ".join(f"{name}={value:.4g}" for name, value in manifest.metrics.items())
@@ -47,7 +54,7 @@ def inspect(
     console.print(versions, highlight=False, markup=False)
     console.print(_files_table(manifest, found))
     if tensors:
-        console.print(_tensors_table(found))
+        _list_tensors(found)
 
 
 def _summary(directory: str, manifest: manifests.Manifest, found: list[StoredTensor]) -> dict[str, Any]:
@@ -75,22 +82,28 @@ def _config(directory: str) -> Any:
 
 
 def _files_table(manifest: manifests.Manifest, found: list[StoredTensor]) -> Table:
+    counts = Counter(tensor.file for tensor in found)
+    dtypes: dict[str, set[str]] = {}
+    for tensor in found:
+        dtypes.setdefault(tensor.file, set()).add(tensor.dtype)
     table = Table("file", "size", "tensors", "dtypes", "hash")
     for name, record in sorted(manifest.files.items()):
-        inside = [tensor for tensor in found if tensor.file == name]
-        dtypes = " ".join(sorted({tensor.dtype for tensor in inside}))
-        row = (name, decimal(record.size), str(len(inside) or ""), dtypes, record.xxh3_128[:8])
+        inside = " ".join(sorted(dtypes.get(name, ())))
+        row = (name, decimal(record.size), str(counts[name] or ""), inside, record.xxh3_128[:8])
         table.add_row(*map(escape, row))
     return table
 
 
-def _tensors_table(found: list[StoredTensor]) -> Table:
-    table = Table("file", "tensor", "dtype", "shape", "size")
-    for t in found:
-        table.add_row(
-            escape(t.file), escape(t.name), escape(t.dtype), "x".join(map(str, t.shape)) or "scalar", decimal(t.nbytes)
-        )
-    return table
+def _list_tensors(found: list[StoredTensor]) -> None:
+    """One line each, in columns. A table of rich takes minutes for what a large model has."""
+    rows = [("file", "tensor", "dtype", "shape", "size")]
+    rows += [
+        (shown(t.file), shown(t.name), shown(t.dtype), "x".join(map(str, t.shape)) or "scalar", decimal(t.nbytes))
+        for t in found
+    ]
+    widths = [min(max(map(len, column)), _WIDEST) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def diff(
@@ -117,11 +130,11 @@ def diff(
     if norms:
         result["norms"] = _norms(sides, changed)
     if as_json:
-        print(json.dumps(result, indent=2))
+        print_json(result)
     else:
         for what in ("changed", "only_in_a", "only_in_b"):
             for line in result[what]:
-                print(f"{what.replace('_', ' ')}: {line}{_in_words(result.get('norms', {}).get(line))}")
+                print(f"{what.replace('_', ' ')}: {shown(line)}{_in_words(result.get('norms', {}).get(line))}")
         print(f"{result['equal']} tensors are equal")
     raise typer.Exit(1 if len(common) != result["equal"] or result["only_in_a"] or result["only_in_b"] else 0)
 
@@ -129,38 +142,62 @@ def diff(
 def _norms(
     sides: list[tuple[str, manifests.Manifest]], changed: list[tuple[str, str]]
 ) -> dict[str, dict[str, float | None]]:
-    """2-norms of each changed tensor in A, in B and of their difference (None where the shapes differ)."""
+    """2-norms of each changed tensor in A, in B and of their difference: None where the shapes differ, and for a dtype in which
+    torch does not compute."""
     found = [{(t.file, t.name): t for t in stored_tensors(*side)} for side in sides]
     result = {}
     for key in changed:
-        one, other = (_read(directory, tensors[key]) for (directory, _), tensors in zip(sides, found, strict=True))
+        a, b = ((directory, tensors[key]) for (directory, _), tensors in zip(sides, found, strict=True))
+        measured = [_dtype(stored.dtype) is not None for _, stored in (a, b)]
+        comparable = all(measured) and a[1].shape == b[1].shape
         result[f"{key[0]}: {key[1]}"] = {
-            "a": one.norm().item(),
-            "b": other.norm().item(),
-            "difference": (other - one).norm().item() if one.shape == other.shape else None,
+            "a": _norm(_blocks(*a)) if measured[0] else None,
+            "b": _norm(_blocks(*b)) if measured[1] else None,
+            "difference": _norm(map(sub, _blocks(*b), _blocks(*a))) if comparable else None,
         }
     return result
 
 
-def _read(directory: str, stored: StoredTensor) -> Any:
+def _norm(blocks: Iterable[Any]) -> float:
+    """The 2-norm of all blocks together."""
+    total = 0.0
+    for block in blocks:
+        total = math.hypot(total, block.norm().item())
+    return total
+
+
+def _dtype(name: str) -> Any:
+    """The torch.dtype of that name; None if torch does not compute in it."""
     import torch
 
     from .._request.dtypes import TO_TORCH
 
-    with os.fdopen(open_regular(os.path.join(directory, *stored.file.split("/"))), "rb") as file:
-        file.seek(stored.offset)
-        data = bytearray(file.read(stored.nbytes))
+    if name in _BY_NAME:
+        return getattr(torch, name)
+    return None if name == "F4" else TO_TORCH.get(name)
+
+
+def _blocks(directory: str, stored: StoredTensor) -> Iterator[Any]:
+    """The elements of a tensor in float64 or complex128, so many at a time that its size takes no memory."""
+    import torch
+
+    dtype = _dtype(stored.dtype)
+    path = os.path.join(directory, *stored.file.split("/"))
     try:
-        dtype = TO_TORCH.get(stored.dtype) or getattr(torch, stored.dtype)
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return flat.reshape(stored.shape).to(torch.float64)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{directory}: {stored.name!r} of {stored.file} cannot be measured: {error}") from error
+        with os.fdopen(open_regular(path), "rb") as file:
+            file.seek(stored.offset)
+            for start in range(0, stored.nbytes, size := _BLOCK * dtype.itemsize):
+                data = bytearray(min(size, stored.nbytes - start))
+                if file.readinto(data) != len(data):
+                    raise CorruptCheckpoint(f"{path}: ends before {stored.name!r} does")
+                block = torch.frombuffer(data, dtype=dtype)
+                yield block.to(torch.complex128 if dtype.is_complex else torch.float64)
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _in_words(norms: dict[str, float | None] | None) -> str:
     if norms is None:
         return ""
-    difference = norms["difference"]
-    apart = "of another shape" if difference is None else f"apart by {difference:.4g}"
-    return f" ({apart}, norm {norms['a']:.4g} and {norms['b']:.4g})"
+    a, b, difference = ("unknown" if norms[what] is None else f"{norms[what]:.4g}" for what in ("a", "b", "difference"))
+    return f" (apart by {difference}, norm {a} and {b})"

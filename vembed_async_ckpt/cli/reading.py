@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import sys
 import time
@@ -25,11 +26,30 @@ Root = Annotated[Path, typer.Argument(help="Directory that holds the checkpoints
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
 
 
+def print_json(value: Any) -> None:
+    """JSON that any program reads: what is no finite number is null."""
+    json.dump(_finite(value), sys.stdout, indent=2)
+    print()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def shown(name: str) -> str:
+    """A name that does nothing to a terminal."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
 def ls(root: Root, as_json: AsJson = False) -> None:
     """List the checkpoints under ROOT, oldest first: step, age, size, metrics, and whether each is complete."""
     rows = [_row(entry) for entry in catalog.scan(os.fspath(root))]
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
     elif not rows:
         print(f"no checkpoints under {root}", file=sys.stderr)
     else:
@@ -112,7 +132,7 @@ def verify(
     ) as bar:
         results = [_verified(entry, bar) for entry in entries]
     if as_json:
-        print(json.dumps(results, indent=2))
+        print_json(results)
     else:
         for result in results:
             print(f"{result['path']}: {'ok' if result['ok'] else 'BROKEN: ' + str(result['reason'])}")
