@@ -53,6 +53,7 @@ KINDS = {
     "test_power_states": "power cut, every disk that may be found",
     "test_io_errors": "a call that fails",
     "test_devices": "a disk that is full, broken or refuses",
+    "test_slow_disk": "a disk that hangs, is slow, or fails for a time",
     "test_writer_death": "a writer that dies or stops; no memory, no process",
     "test_exits": "an end of the training",
     "test_damaged": "a damaged file or root, read",

@@ -266,6 +266,8 @@ def _reap(sock: socket.socket) -> None:
 def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     module = importlib.import_module(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores them
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     talk, function, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
     getattr(module, function)(talk, **arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -71,11 +72,10 @@ def crash_states(
     disk: type[PowerCutFilesystem],
     directory: Path,
     choices: Callable[[list[Change]], Iterable[tuple[str, Choose]]] = choices,
+    numbers: Iterable[int] | None = None,
 ) -> Iterator[tuple[str, list[str]]]:
-    """Every state, and what is wrong with it."""
-    k = 0
-    while True:
-        k += 1
+    """Every state, and what is wrong with it: for a power cut at any call, or at those of these `numbers`."""
+    for k in numbers or itertools.count(1):
         root = directory / f"{k}"
         root.mkdir()
         fs = disk(root)

@@ -9,7 +9,8 @@ import signal
 import stat
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from .dialogue import ask, assert_resumable, delayed, staged
 from .faults import Call, needs_strace
 from .inprocess import Hasty, Writer, next_start, without_exchange
 from .nursery import PATIENCE, Child, Nursery
+from .parallel import shared
 from .sweeps import AT_ONCE, Bench, Scenario, Sweep
 
 ID = "{:032x}".format
@@ -90,11 +92,11 @@ EVERY = 13  # of the calls of the second start, another one for every call of th
 CHOICES: dict[str, Choose] = {"lost": lost, "kept": kept}
 
 
-def second_cuts(directory: Path, disk: type[PowerCutFilesystem], keep: int) -> Iterator[tuple[str, list[str]]]:
+def second_cuts(
+    directory: Path, numbers: Iterable[int], disk: type[PowerCutFilesystem], keep: int
+) -> Iterator[tuple[str, list[str]]]:
     """The power fails at any call of saves with a retention and a replacement, and again at every few calls of the next start."""
-    k = 0
-    while True:
-        k += 1
+    for k in numbers:
         first = disk(make(directory / "first"))
         first.after(k)
         acknowledged = tell(first, keep, [(1, 1), (2, 2), (3, 2)])
@@ -143,7 +145,7 @@ def problems(root: str, acknowledged: int, keep: int) -> list[str]:
 def test_the_power_fails_again_at_the_next_start(tally: Tally, memory: Path, keep: int, exchange: bool) -> None:
     """Two cuts, each at any call, each leaving any disk: what was acknowledged is there and the third start is as ever."""
     disk = PowerCutFilesystem if exchange else without_exchange(PowerCutFilesystem)
-    for where, found in second_cuts(memory, disk, keep):
+    for where, found in shared(partial(second_cuts, disk=disk, keep=keep), memory):
         tally.fault(where, found)
     tally.settle(at_least=100)
 

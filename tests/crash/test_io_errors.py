@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import resource
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from .conftest import Tally
 from .faults import Point, inject_options, needs_strace, parse_trace, points, trace_options, watched
 from .inprocess import Hasty, Outcome, Writer, next_start, without_exchange
 from .nursery import Nursery
+from .parallel import shared
 from .process import Process, process, said_wrongly, unexpected
 
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS]
@@ -101,21 +103,23 @@ def test_any_call_fails_without_exchange(tally: Tally, memory: Path, times: int 
 def sweep(
     tally: Tally, directory: Path, disk: LocalFilesystem, error: int, *, times: int | None, done: bool = False
 ) -> None:
-    n = 0
-    while True:
-        n += 1
-        root = prepared(directory / str(n))
-        fs = FailingFilesystem(disk)
-        fs.fail(error, nth=n, times=times, done=done)
-        problems: list[str] = []
-        failed = story(root, fs, problems, error)
-        if failed > 60:
-            problems.append(f"{failed} calls were made on a broken disk")
-        problems += next_start(root, KEEP)
-        where = fs.failed[0] if fs.failed else None
-        tally.fault((n, where), [p for p in problems if "left over: kept-" not in p])
-        if not failed:
-            break
+    def strikes(place: Path, numbers: Iterable[int]) -> Iterator[tuple[object, list[str]]]:
+        for n in numbers:
+            root = prepared(place / str(n))
+            fs = FailingFilesystem(disk)
+            fs.fail(error, nth=n, times=times, done=done)
+            problems: list[str] = []
+            failed = story(root, fs, problems, error)
+            if failed > 60:
+                problems.append(f"{failed} calls were made on a broken disk")
+            problems += next_start(root, KEEP)
+            where = fs.failed[0] if fs.failed else None
+            yield (n, where), [p for p in problems if "left over: kept-" not in p]
+            if not failed:
+                return
+
+    for where, problems in shared(strikes, directory):
+        tally.fault(where, problems)
     tally.settle(at_least=60)
 
 

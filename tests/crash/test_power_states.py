@@ -14,6 +14,7 @@ from vembed_async_ckpt.testing import PowerCutFilesystem
 
 from .conftest import Tally
 from .inprocess import without_exchange
+from .parallel import shared
 from .states import Story, crash_states
 
 DISKS = {"exchange": PowerCutFilesystem, "no-exchange": without_exchange(PowerCutFilesystem)}
@@ -30,6 +31,8 @@ STORIES = {
 @pytest.mark.parametrize("story", STORIES)
 def test_every_disk_that_may_be_found_is_recovered_from(tally: Tally, memory: Path, disk: str, story: str) -> None:
     """Whole or absent, the acknowledged one there, leftovers gone, foreign files untouched, the next save works."""
-    for state, problems in crash_states(STORIES[story], DISKS[disk], memory):
+    for state, problems in shared(
+        lambda place, numbers: crash_states(STORIES[story], DISKS[disk], place, numbers=numbers), memory
+    ):
         tally.fault(state, problems)
     tally.settle(at_least=700)

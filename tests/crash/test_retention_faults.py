@@ -12,7 +12,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ from vembed_async_ckpt.testing import (
 from . import checks
 from .conftest import Tally
 from .inprocess import Hasty, Outcome, Writer, next_start, without_exchange
+from .parallel import shared
 from .states import Story, crash_states, except_for, fates
 from .test_hostile import rewrite
 
@@ -233,12 +235,11 @@ def test_the_best_is_protected(tally: Tally, root: Path) -> None:
     tally.settle(at_least=len(losses))
 
 
-def cuts(directory: Path, keep: int) -> Iterator[tuple[str, list[str]]]:
+def cuts(directory: Path, numbers: Iterable[int], keep: int) -> Iterator[tuple[str, list[str]]]:
     """A deletion that fails at its n-th call, is left, and then the power fails at any call of the clean-up that follows."""
-    for broken in (1, 4):
-        k = 0
-        while True:
-            k += 1
+    for k in numbers:
+        struck = False
+        for broken in (1, 4):
             root = directory / "cut"
             save(root, *((n, n) for n in range(1, keep + 1)), keep=keep)
             disk = FailingFilesystem(Hasty())
@@ -256,8 +257,9 @@ def cuts(directory: Path, keep: int) -> Iterator[tuple[str, list[str]]]:
                 yield f"unlink {broken}, call {k}, {name}", problems
                 shutil.rmtree(image)
             shutil.rmtree(root)
-            if not power.off:
-                break
+            struck = struck or power.off
+        if not struck:
+            return
 
 
 def of_what_was_replaced(unsynced: list[Change]) -> Iterator[tuple[str, Choose]]:
@@ -273,7 +275,9 @@ def test_what_was_replaced_does_not_come_back_for_what_is_no_longer_kept(tally: 
     """Without exchange: a replacement is pruned; no power cut shows its predecessor, half deleted, in its place."""
     story = Story(1, [(1, 1), (2, 1), (3, 3)])
     disk = without_exchange(PowerCutFilesystem)
-    for state, problems in crash_states(story, disk, memory, of_what_was_replaced):
+    for state, problems in shared(
+        lambda place, numbers: crash_states(story, disk, place, of_what_was_replaced, numbers), memory
+    ):
         tally.fault(state, problems)
     tally.settle(at_least=200)
 
@@ -281,7 +285,7 @@ def test_what_was_replaced_does_not_come_back_for_what_is_no_longer_kept(tally: 
 @pytest.mark.parametrize("keep", KEEP)
 def test_a_deletion_is_interrupted_and_then_the_power_fails(tally: Tally, memory: Path, keep: int) -> None:
     """Whatever of the clean-up reached the disk, every visible checkpoint is whole and the next start ends the work."""
-    for where, problems in cuts(memory, keep):
+    for where, problems in shared(partial(cuts, keep=keep), memory):
         tally.fault(where, problems)
     tally.settle(at_least=200)
 

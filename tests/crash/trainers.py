@@ -73,6 +73,8 @@ class Training:
             self._talk.say(f"WRITER {event.detail.removeprefix('pid ')}")
         elif event.stage == "backpressure":
             self._talk.say(f"BACKPRESSURE {event.phase}")
+        elif event.stage == "save":
+            self._talk.say(f"SAVE {event.step} {event.phase}")
 
     def step(self) -> None:
         self.optimizer.zero_grad()
