@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -10,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +25,9 @@ import transformers as hf
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, load, restore, verify
 from vembed_async_ckpt._request import model as models
-from vembed_async_ckpt._store import fs, names
+from vembed_async_ckpt._request.dtypes import TO_TORCH
+from vembed_async_ckpt._store import fs, names, reading
+from vembed_async_ckpt.restore import tensors
 
 BOUND = 30
 
@@ -586,6 +591,258 @@ def test_a_saved_value_that_we_never_write_is_corrupt(broken: Path):
         assert same(model.state_dict(), before)
 
 
+# -- where the bytes go
+
+
+def every_kind() -> torch.nn.Module:
+    """Parameters and buffers of every dtype that is saved, and of shapes that are easily got wrong."""
+    module = torch.nn.Module()
+    for number, dtype in enumerate(TO_TORCH.values()):
+        raw = torch.randint(0, 2, (3, 4, 16), dtype=torch.uint8)
+        module.register_buffer(f"kind{number}", raw.view(dtype))
+        module.register_buffer(f"turned{number}", (raw ^ 1).view(dtype).transpose(0, 1))
+    module.empty = torch.nn.Parameter(torch.empty(0, 3))
+    module.scalar = torch.nn.Parameter(torch.rand(()))
+    module.one = torch.nn.Parameter(torch.rand(1))
+    module.large = torch.nn.Parameter(torch.rand(300, 1000))
+    module.transposed = torch.nn.Parameter(torch.rand(5, 7).t())
+    module.register_buffer("expanded", torch.rand(1, 3).expand(4, 3))
+    return module
+
+
+@pytest.mark.parametrize("staging", [None, 64, 4096])
+def test_every_kind_of_tensor_comes_back(root: Path, monkeypatch: pytest.MonkeyPatch, staging: int | None):
+    """Straight into its memory, or through staging memory of `staging` bytes as what is not on the host does."""
+    module, fresh = every_kind(), every_kind()
+    path = save(root, model=module)
+    if staging is not None:
+        monkeypatch.setattr(tensors, "_STAGING_BYTES", staging)
+        monkeypatch.setattr(tensors, "_is_on_host", lambda place: False)
+    before = {key: (tensor.data_ptr(), tensor._version) for key, tensor in fresh.state_dict(keep_vars=True).items()}
+    assert not same(dict(fresh.state_dict()), dict(module.state_dict()))
+    load(path, model=fresh)
+    for key, tensor in fresh.state_dict(keep_vars=True).items():
+        assert tensor.data_ptr() == before[key][0]
+        assert tensor._version > before[key][1] or not tensor.numel(), key  # autograd knows that it was changed
+    assert same(dict(fresh.state_dict()), dict(module.state_dict()))
+
+
+@pytest.mark.parametrize("staging", [64, 1 << 20])
+def test_tensors_of_another_dtype_or_order_get_the_values(root: Path, monkeypatch: pytest.MonkeyPatch, staging: int):
+    """As `copy_` has it: cast, or strided; also where one tensor alone is more than the staging memory."""
+    module, fresh = torch.nn.Linear(40, 30), torch.nn.Linear(40, 30).to(torch.bfloat16)
+    fresh.weight.data = fresh.weight.data.t().contiguous().t()
+    path = save(root, model=module)
+    monkeypatch.setattr(tensors, "_STAGING_BYTES", staging)
+    load(path, model=fresh)
+    assert torch.equal(fresh.weight, module.weight.bfloat16())
+    assert torch.equal(fresh.bias, module.bias.bfloat16())
+    assert fresh.weight.stride() == (1, 30)
+
+
+def momentum(**changed: Any) -> torch.optim.Optimizer:
+    """An optimizer of two parameters that has stepped."""
+    parameters = [torch.nn.Parameter(torch.rand(4, 5)) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.rand(4, 5)
+    optimizer = changed.pop("kind", torch.optim.SGD)(parameters, lr=0.1, momentum=0.9, **changed)
+    optimizer.step()
+    return optimizer
+
+
+def buffers(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [entry["momentum_buffer"] for entry in optimizer.state.values()]
+
+
+class Own(torch.optim.SGD):
+    """Keeps the tensors that it has, and copies into them what it is given."""
+
+    def load_state_dict(self, state: Any) -> None:
+        for held, entry in zip(self.state.values(), state["state"].values(), strict=True):
+            held["momentum_buffer"].zero_()
+            held["momentum_buffer"].copy_(entry["momentum_buffer"])
+
+
+def shared(optimizer: torch.optim.Optimizer) -> None:
+    first, second = optimizer.state.values()
+    second["momentum_buffer"] = first["momentum_buffer"]
+
+
+def of_one_storage(optimizer: torch.optim.Optimizer) -> None:
+    both = torch.rand(2, 4, 5)
+    for entry, part in zip(optimizer.state.values(), both, strict=True):
+        entry["momentum_buffer"] = part
+
+
+def in_a_larger_one(optimizer: torch.optim.Optimizer) -> None:
+    for entry in optimizer.state.values():
+        entry["momentum_buffer"] = torch.rand(2, 4, 5)[1]
+
+
+def of_the_parameters(optimizer: torch.optim.Optimizer) -> None:
+    for parameter, entry in optimizer.state.items():
+        entry["momentum_buffer"] = parameter.detach()
+
+
+def of_the_gradients(optimizer: torch.optim.Optimizer) -> None:
+    for parameter, entry in optimizer.state.items():
+        entry["momentum_buffer"] = parameter.grad
+
+
+def of_another_dtype(optimizer: torch.optim.Optimizer) -> None:
+    for entry in optimizer.state.values():
+        entry["momentum_buffer"] = entry["momentum_buffer"].double()
+
+
+def of_another_shape(optimizer: torch.optim.Optimizer) -> None:
+    for entry in optimizer.state.values():
+        entry["momentum_buffer"] = torch.rand(5, 4)
+
+
+def no_tensor(optimizer: torch.optim.Optimizer) -> None:
+    for entry in optimizer.state.values():
+        entry["momentum_buffer"] = None
+
+
+def test_state_that_an_optimizer_has_is_overwritten_in_place(root: Path):
+    """As weights are: no second copy of it is ever needed."""
+    saved, fresh = momentum(), momentum()
+    path = save(root, optimizer=saved)
+    places = [tensor.data_ptr() for tensor in buffers(fresh)]
+    load(path, optimizer=fresh)
+    assert [tensor.data_ptr() for tensor in buffers(fresh)] == places
+    assert all(map(torch.equal, buffers(fresh), buffers(saved)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        shared,
+        of_one_storage,
+        in_a_larger_one,
+        of_the_parameters,
+        of_the_gradients,
+        of_another_dtype,
+        of_another_shape,
+        no_tensor,
+    ],
+)
+def test_state_whose_memory_is_not_its_own_is_replaced(root: Path, change: Callable[[Any], None]):
+    """What else has that memory keeps what is in it, and each tensor gets its own values."""
+    saved, fresh = momentum(), momentum()
+    path = save(root, optimizer=saved)
+    change(fresh)
+    old = [value for value in buffers(fresh) if value is not None]
+    before = copy.deepcopy(old), copy.deepcopy([(p, p.grad) for p in fresh.state])
+    load(path, optimizer=fresh)
+    assert same(buffers(fresh), buffers(saved))
+    assert same((old, [(p, p.grad) for p in fresh.state]), before)
+
+
+def test_an_optimizer_that_loads_in_a_way_of_its_own_is_given_other_tensors(root: Path):
+    """It may clear those it has before it looks at what it is given."""
+    saved, fresh = momentum(), momentum(kind=Own)
+    load(save(root, optimizer=saved), optimizer=fresh)
+    assert all(map(torch.equal, buffers(fresh), buffers(saved)))
+
+
+# -- how they are read
+
+
+def test_any_parts_of_files_are_read_to_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of any size, near to and far from each other, overlapping, twice, in any order, of several files; nothing else is written."""
+    monkeypatch.setattr(reading, "READ_BYTES", 10_000)
+    monkeypatch.setattr(reading, "MAX_BUFFERS", 7)
+    draw = random.Random(0)
+    contents = [draw.randbytes(size) for size in (200_000, 1, 50_000)]
+    files = []
+    for number, content in enumerate(contents):
+        (tmp_path / str(number)).write_bytes(content)
+        files.append(reading.OpenFile(str(tmp_path / str(number))))
+    for _ in range(100):
+        memory, expected, parts = bytearray(1_000_000), bytearray(1_000_000), []
+        at = 0
+        for _ in range(draw.randrange(40)):
+            n = draw.randrange(3)
+            offset = draw.randrange(len(contents[n]))
+            size = min(draw.choice([0, 1, 8, 300, 25_000]), len(contents[n]) - offset)
+            at += draw.randrange(3)
+            parts.append((files[n], offset, memoryview(memory)[at : at + size]))
+            expected[at : at + size] = contents[n][offset : offset + size]
+            at += size
+        reading.read_into(parts)
+        assert memory == expected
+    for file in files:
+        file.close()
+
+
+def test_reads_that_come_short_are_continued(
+    saved: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they may on a network disk, or after a signal: in the midst of a tensor and between two."""
+    path, expected = saved
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, offset: whole(fd, [into[0][:5]], offset))
+    training = Training(1)
+    load(path, **vars(training))
+    assert same(training.state(), expected)
+
+
+def test_a_system_without_preadv_loads_too(saved: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has none."""
+    path, expected = saved
+    monkeypatch.delattr(os, "preadv")
+    training = Training(1)
+    load(path, **vars(training))
+    assert same(training.state(), expected)
+
+
+def test_a_process_that_may_have_no_more_threads_loads_too(
+    saved: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the one that it has."""
+    path, expected = saved
+
+    def refuse(thread: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(reading, "READ_BYTES", 64)
+    monkeypatch.setattr(reading.threading.Thread, "start", refuse)
+    training = Training(1)
+    load(path, **vars(training))
+    assert same(training.state(), expected)
+
+
+@pytest.mark.parametrize("how", ["an error", "the end"])
+def test_a_file_that_fails_while_tensors_are_read(
+    saved: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """CorruptCheckpoint with its name, where a mapped file would kill the process; no thread reads on, and what is restored
+    after the tensors is as it was."""
+    path, _ = saved
+    whole = os.preadv
+
+    def preadv(fd: int, into: Any, offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("optimizer.bin"):
+            if how == "the end":
+                return 0
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(fd, into, offset)
+
+    monkeypatch.setattr(reading, "READ_BYTES", 64)
+    monkeypatch.setattr(os, "preadv", preadv)
+    training = Training(1)
+    before = training.state()
+    generators = torch.get_rng_state()
+    threads = threading.active_count()
+    with pytest.raises(CorruptCheckpoint, match=r"optimizer\.bin: (cannot be read: Input/output error|ends at \d+)"):
+        load(path, **vars(training))
+    assert threading.active_count() == threads
+    after = training.state()
+    assert all(same(after[part], before[part]) for part in ("scheduler", "scaler", "dataloader"))
+    assert torch.equal(torch.get_rng_state(), generators)
+
+
 # -- while another process saves the same step
 
 
@@ -606,7 +863,7 @@ class Replacing:
                 shutil.rmtree(old)
             return really(path)
 
-        for module in (fs, restore):
+        for module in (fs, reading, restore):
             monkeypatch.setattr(module, "open_regular", open_regular)
 
 
@@ -652,3 +909,24 @@ def test_what_is_replaced_again_and_again_is_refused(
         load(checkpoint, **vars(training))
     assert replacing.replaced == 2
     assert same(training.state(), before)
+
+
+def test_what_is_loaded_is_what_is_kept_from_retention(
+    of_one_step: list[tuple[Path, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaced between the lock and the reading of its manifest: the lock is then on the one that took its place."""
+    checkpoint, copy_ = (Path(shutil.copytree(path, tmp_path / path.parent.name)) for path, _ in of_one_step[:2])
+    locked = []
+
+    class Watching(Loader):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            with (checkpoint / names.MANIFEST).open() as manifest:
+                try:
+                    fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    locked.append(True)
+
+    replacing = Replacing(monkeypatch, checkpoint, [copy_], {2})
+    assert load(checkpoint, dataloader=Watching(0)).extra == 5
+    assert replacing.replaced == 1
+    assert locked == [True]

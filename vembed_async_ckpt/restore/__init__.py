@@ -1,0 +1,299 @@
+"""Restore: a committed checkpoint back into live objects, in place. Nothing is unpickled here.
+
+Header and manifest say where in the files the tensors are; what is planned is read in one go, straight into its place where
+that is memory of the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from .._arena.barrier import GATE
+from .._request import accelerator as accelerators
+from .._request import random_state, tree
+from .._request.model import unwrap as unwrap_model
+from .._request.optimizer import unwrap as unwrap_optimizer
+from .._request.request import named
+from .._request.training_state import parse_rank
+from .._store import manifest as manifests
+from .._store import names
+from .._store.fs import open_regular
+from .._store.manifest import Verify
+from ..errors import CheckpointError
+from .models import plan_model
+from .optimizers import plan_optimizer, rewritable_state
+from .tensors import Move, Tensors
+
+_T = TypeVar("_T")
+_MOMENT = 0.05  # seconds that a directory which made way without an exchange is given to come back
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint says besides the states that were put back: its step, config, extra and metrics."""
+
+    step: int | None
+    config: Any
+    extra: Any
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What will put everything back: the moves, then the steps, then the random states; and what the caller is told."""
+
+    moves: list[Move]
+    steps: list[Callable[[], None]]
+    rng: Any
+    config: Any
+    extra: Any
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    dataloader: Any = None,
+    scaler: Any = None,
+    accelerator: Any = None,
+    verify: Verify = "size",
+) -> Restored:
+    """Put a checkpoint back into the objects given, as they were given to `save()` (one object, or a mapping of names).
+
+    The random number generators are set too when anything but a model is given: training goes on exactly where it was.
+    With `accelerator`, its prepared models, optimizers, schedulers and scaler take the place of those not given; its registered
+    objects, places in dataloaders and count of micro-batches are restored too, if they were saved. `verify`: compare "size"s,
+    "full" hashes, or "none", before anything is changed. The checkpoint is safe from retention while it is read; where another
+    process saves the same step meanwhile, what is restored is one of the two, never a mixture.
+
+    Tensors that the model has, and those of torch's optimizers that have stepped before, are overwritten where they are.
+
+    Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` when the objects do not fit what was saved; both
+    before any object is changed. Only a disk that fails while tensors are read leaves some changed: then load another checkpoint.
+    """
+
+    def plan(source: Tensors) -> _Planned:
+        return _plan(source, model, optimizer, scheduler, dataloader, scaler, accelerator)
+
+    with contextlib.ExitStack() as stack:
+        source, planned = _of_one_save(os.fspath(path), verify, stack, plan)
+        return _restore(source, planned)
+
+
+def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict[str, torch.Tensor], Restored]:
+    """A checkpoint for hosts that put states back themselves: copies of the weights under the names that their files have
+    (of tied ones every name, sharing one tensor), and what `load` returns. Raises `CorruptCheckpoint` as `load` does."""
+
+    def plan(source: Tensors) -> tuple[dict[str, torch.Tensor], _Planned]:
+        weights: dict[str, torch.Tensor] = {}
+        for described in source.manifest.names.values():
+            weights |= source.weights(described["files"])
+            weights |= {alias: weights[kept] for alias, kept in described["ties"].items() if kept in weights}
+        return weights, _plan(source, None, None, None, None, None, None)
+
+    with contextlib.ExitStack() as stack:
+        source, (weights, planned) = _of_one_save(os.fspath(path), verify, stack, plan)
+        return weights, _restore(source, planned)
+
+
+def _of_one_save(
+    directory: str, verify: Verify, stack: contextlib.ExitStack, plan: Callable[[Tensors], _T]
+) -> tuple[Tensors, _T]:
+    """A checkpoint's files, held by `stack`, and what `plan` makes of them: all of one save, whoever replaces it meanwhile.
+
+    Where another save took the name while the files were opened, all is done once more. Raises what `plan` raises,
+    `CorruptCheckpoint`, and `CheckpointError` if the name is taken by yet another save.
+    """
+    for _ in range(2):
+        with contextlib.ExitStack() as held:
+            lock = held.enter_context(_held(directory))
+            try:
+                manifest = manifests.read(directory)
+                manifests.check(directory, manifest, verify)
+                source = held.enter_context(contextlib.closing(Tensors(directory, manifest)))
+                with _making_sense(directory):
+                    planned = plan(source)
+            except CheckpointError:
+                if not _has_changed(directory, lock):
+                    raise
+                continue
+            if not _has_changed(directory, lock):
+                stack.push(held.pop_all())
+                return source, planned
+    raise CheckpointError(
+        f"{directory}: was replaced twice while it was read; load it when nobody saves under its name"
+    )
+
+
+def _has_changed(directory: str, lock: int | None) -> bool:
+    """Whether the directory's manifest is another file than the one behind `lock`; where there was none (None), it is given a
+    moment to come."""
+    if lock is None:
+        time.sleep(_MOMENT)
+    try:
+        now = open_regular(os.path.join(directory, names.MANIFEST))
+    except OSError:
+        return lock is not None
+    try:
+        return lock is None or not os.path.sameopenfile(lock, now)
+    finally:
+        os.close(now)
+
+
+def _restore(source: Tensors, planned: _Planned) -> Restored:
+    wait_for_copies()
+    source.fill(planned.moves)
+    for step in planned.steps:
+        step()
+    if planned.rng is not None:
+        random_state.restore(planned.rng)
+    return Restored(source.manifest.step, planned.config, planned.extra, source.manifest.metrics)
+
+
+@contextlib.contextmanager
+def _making_sense(directory: str) -> Iterator[None]:
+    """What is well formed may still say what cannot be: of a tensor that is nowhere, of a list where a name should be."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: cannot be put back: {type(error).__name__}: {error}") from error
+
+
+def _plan(
+    source: Tensors, model: Any, optimizer: Any, scheduler: Any, dataloader: Any, scaler: Any, accelerator: Any
+) -> _Planned:
+    """What will restore each object. Raises before anything is changed."""
+    saved = source.training_state()
+    if accelerator is not None:
+        if model is None and source.manifest.names:  # else a save hook took the models out
+            model = _in_order(accelerator._models, source.manifest.names)
+        optimizer = _in_order(accelerator._optimizers, saved["optimizers"]) if optimizer is None else optimizer
+        scheduler = _in_order(accelerator._schedulers, saved["schedulers"]) if scheduler is None else scheduler
+        scaler = getattr(accelerator, "scaler", None) if scaler is None else scaler
+    moves: list[Move] = []
+    steps: list[Callable[[], None]] = []
+    models = {name: unwrap_model(value) for name, value in named("model", model).items()}
+    optimizers = {name: unwrap_optimizer(value) for name, value in named("optimizer", optimizer).items()}
+    for name, module in models.items():
+        described = _saved(source.manifest.names, name, "model")
+        more, step = plan_model(source, described, name, module)
+        moves += more
+        steps += [] if step is None else [step]
+    rewritable = rewritable_state(models.values(), optimizers.values())
+    for name, value in optimizers.items():
+        entry = _saved(saved["optimizers"], name, "optimizer")
+        more, step = plan_optimizer(source, entry, name, value, rewritable)
+        moves += more
+        steps.append(step)
+    for name, value in named("scheduler", scheduler).items():
+        state = tree.decode(_saved(saved["schedulers"], name, "scheduler"), source.training_tensor)
+        steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
+    resumes = any(part is not None for part in (optimizer, scheduler, dataloader, scaler, accelerator))
+    rng, position = _of_this_rank(source, saved) if resumes else (None, None)
+    scaling = tree.decode(saved["scaler"], source.training_tensor)
+    if accelerator is not None and scaling is None:
+        scaler = None
+    if position is None and saved["dataloader"] is not None:
+        dataloader = None  # more ranks than saved: this one has no place of its own, and was warned
+    for what, value, state in (("dataloader", dataloader, position), ("scaler", scaler, scaling)):
+        if value is not None:
+            if state is None:
+                raise CheckpointError(f"{source.directory}: was saved without a {what}; load it without {what}=")
+            steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
+    if accelerator is not None:
+        steps += _plan_accelerator(source, saved, accelerator)
+    extra = tree.decode(saved["extra"], source.training_tensor)
+    return _Planned(moves, steps, rng, source.config(), extra)
+
+
+def wait_for_copies() -> None:
+    """Return when no save of this process is still copying what is about to change."""
+    for snapshot in GATE.pending:
+        snapshot.barrier()
+
+
+def _plan_accelerator(source: Tensors, saved: Mapping[str, Any], accelerator: Any) -> list[Callable[[], None]]:
+    """What will restore registered objects, dataloaders and step. Raises before anything is changed."""
+    known = tree.decode(saved.get("accelerator"), source.training_tensor)
+    if known is None:
+        return []
+    objects, entries = accelerator._custom_objects, saved["registered"]
+    if len(objects) != len(entries):
+        raise CheckpointError(
+            f"{source.directory}: holds {len(entries)} registered objects, the accelerator has {len(objects)}"
+        )
+    steps: list[Callable[[], None]] = []
+    for value, entry in zip(objects, entries, strict=True):
+        if entry["rest"] is None:
+            raise CheckpointError(
+                f"{source.directory}: {entry['file']} is a pickle, because the state of the registered "
+                f"{type(value).__qualname__} is more than data: only accelerator.load_state restores it"
+            )
+        state = tree.decode(entry["rest"], functools.partial(source.listed_copy, entry["file"]))
+        steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
+    return [*steps, lambda: accelerators.restore(accelerator, known)]
+
+
+def _of_this_rank(source: Tensors, saved: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(random states, dataloader position) of this rank; with a warning, None for a rank that had none."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    if world_size != source.manifest.world_size:
+        warnings.warn(
+            f"{source.directory}: was saved by {source.manifest.world_size} ranks and is loaded by {world_size}: "
+            "random states and the order of the data cannot go on exactly",
+            stacklevel=6,
+        )
+    if rank == 0:
+        get = source.training_tensor
+        return tree.decode(saved["rng"], get), tree.decode(saved["dataloader"], get)
+    if names.rank_state(rank) not in source.manifest.files:
+        return None, None
+    return parse_rank(source.json(names.rank_state(rank)))
+
+
+def _in_order(values: Sequence[Any], saved: Mapping[str, Any]) -> Any:
+    """accelerate's objects have no names: they are matched with what was saved by their order."""
+    if not values:
+        return None
+    if len(values) != len(saved):
+        raise CheckpointError(
+            f"the accelerator has {len(values)} objects where {len(saved)} were saved ({list(saved)})"
+        )
+    return values[0] if list(saved) == [""] else dict(zip(saved, values, strict=True))
+
+
+def _saved(saved: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in saved:
+        known = ", ".join(repr(other) if other else "one without a name" for other in saved) or "none"
+        raise CheckpointError(f"the checkpoint has no {what} {name!r}; it has {known}")
+    return saved[name]
+
+
+@contextlib.contextmanager
+def _held(directory: str) -> Iterator[int | None]:
+    """Retention leaves a checkpoint alone while somebody holds a shared lock on its manifest: the file that was locked."""
+    try:
+        fd = open_regular(os.path.join(directory, names.MANIFEST))
+    except OSError:
+        yield None  # the manifest's own reader says what is wrong
+        return
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,109 @@
+"""State back into an optimizer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from .._request import tree
+from .._request.places import has_no_storage
+from ..errors import CheckpointError
+from .models import live_tensors
+from .tensors import Move, Tensors
+
+
+def plan_optimizer(
+    source: Tensors, saved: Mapping[str, Any], name: str, optimizer: Any, rewritable: Container[int]
+) -> tuple[list[Move], Callable[[], None]]:
+    """What will restore `optimizer`: where its tensors come, and the step after that. Raises before anything is changed.
+
+    They come where it has them, if those tensors are `rewritable`, and else into new memory.
+    """
+    file = saved["file"]
+    used: set[str] = set()
+
+    def get(key: str) -> torch.Tensor:
+        used.add(key)
+        return source.listed_copy(file, key)
+
+    state = tree.decode(saved["rest"], get)
+    live: Mapping[int, Any] = {}
+    if isinstance(optimizer, torch.optim.Optimizer):
+        had = [len(group["params"]) for group in state["param_groups"]]
+        has = [len(group["params"]) for group in optimizer.param_groups]
+        if had != has:
+            raise CheckpointError(
+                f"{source.directory}: the optimizer{' ' + name if name else ''} has parameter groups of {has} parameters, "
+                f"saved were {had}"
+            )
+        entries = ((index, optimizer.state.get(parameter)) for index, parameter in _numbered(optimizer, state))
+        live = {index: entry for index, entry in entries if isinstance(entry, dict)}
+    moves: list[Move] = []
+    for key in source.manifest.tensors.get(file, {}):
+        if key not in used:
+            index, _, field = key.partition(".")
+            tensor = source.listed(file, key)
+            place = live.get(int(index), {}).get(field)
+            if id(place) not in rewritable or (place.dtype, place.shape) != (tensor.dtype, tensor.shape):
+                place = torch.empty(tensor.shape, dtype=tensor.dtype)
+            state["state"][int(index)][field] = place
+            moves.append((place, tensor))
+    return moves, lambda: _restore_optimizer(optimizer, state)
+
+
+def _restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    # torch casts floating point state to its parameter's dtype; what was saved in another one comes back as it was.
+    for index, parameter in _numbered(optimizer, state):
+        for key, value in state["state"].get(index, {}).items():
+            held = optimizer.state[parameter].get(key)
+            if isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor) and held.dtype is not value.dtype:
+                optimizer.state[parameter][key] = value.to(held.device)
+
+
+def _numbered(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
+    """The numbers that `state` gives the optimizer's parameters."""
+    numbers = (number for group in state["param_groups"] for number in group["params"])
+    return zip(numbers, _parameters(optimizer), strict=True)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def rewritable_state(models: Iterable[torch.nn.Module], optimizers: Iterable[Any]) -> set[int]:
+    """Ids of the state tensors that may be overwritten instead of replaced: all of a memory that nothing else here has, in
+    optimizers with torch's own `load_state_dict`, which keeps what it is given."""
+    kept: list[torch.Tensor] = []
+    users = Counter(_storage(tensor) for module in models for _, tensor in live_tensors(module))
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            state = [
+                value
+                for entry in optimizer.state.values()
+                if isinstance(entry, dict)
+                for value in entry.values()
+                if isinstance(value, torch.Tensor)
+            ]
+            users.update(map(_storage, state))
+            users.update(
+                _storage(tensor) for p in _parameters(optimizer) for tensor in (p, p.grad) if tensor is not None
+            )
+            kept += state if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict else []
+    return {
+        id(tensor)
+        for tensor in kept
+        if type(tensor) is torch.Tensor
+        and users[_storage(tensor)] == 1
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    }
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return 0 if has_no_storage(tensor) else tensor.untyped_storage().data_ptr()
