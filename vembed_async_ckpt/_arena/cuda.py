@@ -27,7 +27,7 @@ def is_on_device(tensor: torch.Tensor) -> bool:
 
 def any_on_device(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether some of many are."""
-    return True in map(attrgetter("is_cuda"), tensors)
+    return torch.cuda.is_initialized() and True in map(attrgetter("is_cuda"), tensors)  # type: ignore[no-untyped-call]
 
 
 def copy_async(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -95,6 +95,10 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
             large.append((to.data_ptr(), source.data_ptr(), to.nbytes))
         else:
             _libc.memcpy(to.data_ptr(), source.data_ptr(), to.nbytes)
+    if not large:
+        if rest[0]:
+            copy_beside(*rest)
+        return
     pieces = deque(
         (to + start, source + start, min(PIECE_BYTES, size - start))
         for to, source, size in large
