@@ -997,6 +997,39 @@ def test_memory_that_is_freed_under_the_copy_fails_the_save_alone(root: Path):
     assert child.returncode == 0, child.stderr
 
 
+PARTS = """
+import sys, torch
+from vembed_async_ckpt import AsyncCheckpointer, StageError
+
+flat = torch.zeros(3 << 20)
+model = torch.nn.Module()
+model.large = torch.nn.Parameter(flat[1 << 20 : 2 << 20])
+model.small = torch.nn.Parameter(flat[-8:])
+model.register_buffer("buffer", flat[4096:8192])
+optimizer = torch.optim.SGD([model.large, model.small], lr=0.1)
+with AsyncCheckpointer(sys.argv[1], writer="thread") as checkpointer:
+    for step in range(3):
+        optimizer.step()
+        checkpointer.save(step, model=model, optimizer=optimizer).result(20)
+    size = flat.untyped_storage().nbytes()
+    flat.untyped_storage().resize_(0)
+    try:
+        checkpointer.save(3, model=model, optimizer=optimizer)
+    except StageError as error:
+        assert "no memory" in str(error), error
+    else:
+        raise AssertionError("it was saved")
+"""
+
+
+def test_parts_of_a_memory_that_was_freed_are_refused(root: Path):
+    """Their addresses are not zero but their offsets, and reading there would end the training."""
+    child = subprocess.run(
+        [sys.executable, "-c", PARTS, str(root)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert child.returncode == 0, (child.returncode, child.stderr)
+
+
 def test_memory_that_was_freed_before_the_call_is_refused_by_name(root: Path):
     """Late or not, it is not read; with the memory back, the next save is made."""
     model = Net()
@@ -1041,3 +1074,39 @@ def test_a_small_weight_that_is_strided_now_is_copied_as_it_is_read(root: Path):
     back = torch.nn.Linear(3, 3)
     load(path, model=back)
     assert torch.equal(back.weight, model.weight)
+
+
+@pytest.mark.parametrize("view", [torch.conj, lambda tensor: torch.conj(tensor).imag.view(3)], ids=["conj", "neg"])
+def test_a_small_weight_that_says_other_than_its_bytes_is_copied_as_it_is_read(root: Path, view: Any):
+    """`p.data = p.data.conj()`: torch only notes that it is conjugate, or negative."""
+    model = torch.nn.Module()
+    complex_numbers = torch.randn(3, dtype=torch.complex64)
+    model.weight = torch.nn.Parameter(complex_numbers if view is torch.conj else torch.randn(3))
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        checkpointer.save(1, model=model).result(BOUND)
+        model.weight.data = view(complex_numbers)
+        path = checkpointer.save(2, model=model).result(BOUND).path
+    back = torch.nn.Module()
+    back.weight = torch.nn.Parameter(torch.zeros_like(model.weight))
+    load(path, model=back)
+    assert torch.equal(back.weight, model.weight)
+
+
+def test_a_weight_that_is_strided_now_is_copied_at_once(root: Path, late: LateCopy):
+    """Its last bytes are elsewhere, perhaps in nobody's memory."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer)
+    late.go.set()
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        checkpointer.save(1, model=model, optimizer=optimizer).result(BOUND)
+        assert "model.safetensors: last.weight" in late.labels
+        late.labels.clear()
+        weight = model.last.weight
+        weight.data = torch.randn(weight.shape[0], 1).expand(weight.shape)
+        path = checkpointer.save(2, model=model, optimizer=optimizer).result(BOUND).path
+    assert late.labels, "the others are still copied late"
+    assert "model.safetensors: last.weight" not in late.labels
+    back = Net()
+    load(path, model=back)
+    assert torch.equal(back.last.weight, weight)

@@ -167,7 +167,7 @@ def test_failed_and_refused_saves_leave_nothing_behind(root: Path):
 
 GARBAGE = """
 import gc, mmap, os
-from vembed_async_ckpt._writer.memory import address_of, map_arena
+from vembed_async_ckpt._writer.memory import MEMFD, address_of, map_arena
 
 gc.disable()
 SIZE = 1 << 20
@@ -177,7 +177,7 @@ class Node:
     pass
 
 
-fd = os.memfd_create("arena")
+fd = os.memfd_create(MEMFD)
 os.ftruncate(fd, SIZE)
 node = Node()
 node.itself, node.memory = node, map_arena(fd, SIZE)
@@ -192,10 +192,14 @@ while not any(address_of(memory) <= at < address_of(memory) + SIZE for memory in
     assert len(own) < 1000, "the child never got memory in the place of the arena"
 gc.collect()
 own[-1][:4] = b"mine"
+for entry in os.scandir("/proc/self/fd"):
+    if os.path.lexists(entry.path):
+        assert MEMFD not in os.readlink(entry.path), "the memory lives as long as the child"
 """
 
 
 def test_an_arena_that_is_garbage_in_a_forked_child_unmaps_nothing() -> None:
-    """DataLoader workers: the mapping is not there, and what the child has put in its place stays."""
+    """DataLoader workers: the mapping is not there, and what the child has put in its place stays. Nor has it a descriptor
+    that would hold the memory."""
     child = subprocess.run([sys.executable, "-c", GARBAGE], capture_output=True, text=True, timeout=60, check=False)
     assert child.returncode == 0, (child.returncode, child.stderr)

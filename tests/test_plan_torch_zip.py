@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from vembed_async_ckpt import AsyncCheckpointer, PlanError
+from vembed_async_ckpt import AsyncCheckpointer, PlanError, load
 from vembed_async_ckpt._plan import torch_zip
 from vembed_async_ckpt._request import optimizer as optimizers
 from vembed_async_ckpt._request import optimizer_pickle
@@ -362,6 +362,10 @@ def _foreign_key(optimizer: Any) -> None:
     optimizer.state["global"] = {"seen": torch.ones(2)}
 
 
+def _number_as_key(optimizer: Any) -> None:
+    optimizer.state[0] = {"seen": torch.ones(2)}
+
+
 def _hooked(optimizer: Any) -> None:
     optimizer.register_state_dict_post_hook(lambda self, state: {**state, "more": 1})
 
@@ -396,7 +400,8 @@ def as_it_says(pickled: bytes) -> Any:
 
 
 CHANGES = (
-    _replaced, _regrouped, _reloaded, _reordered, _renamed, _half, _reshaped, _numbers, _foreign_key, _hooked, _on_the_instance,
+    _replaced, _regrouped, _reloaded, _reordered, _renamed, _half, _reshaped, _numbers,
+    _foreign_key, _number_as_key, _hooked, _on_the_instance,
 )  # fmt: skip
 
 
@@ -415,3 +420,25 @@ def test_what_is_remembered_of_an_optimizer_is_given_up_when_it_changes(change: 
         live = [value for value in live if isinstance(value, torch.Tensor)]
         assert all(map(is_, state.tensors, live))
         assert len(state.tensors) == len(live)
+
+
+def test_a_state_dict_that_was_replaced_for_all_optimizers_is_asked(monkeypatch: pytest.MonkeyPatch):
+    """By a library that wraps it, say."""
+    _, optimizer = make("AdamW")
+    reader, of_torch = OptimizerReader("optimizer.bin"), torch.optim.Optimizer.state_dict
+    monkeypatch.setattr(torch.optim.Optimizer, "state_dict", lambda self: {**of_torch(self), "more": 1})
+    for _ in range(2):
+        assert reader.read(optimizer).tree["more"] == 1
+
+
+def test_a_state_in_pairs_of_four_bits_comes_back(root: Path):
+    """torch's shape of it counts pairs, safetensors' numbers."""
+    _, optimizer = make("SGD momentum")
+    four = torch.arange(6, dtype=torch.uint8).reshape(2, 3).view(torch.float4_e2m1fn_x2)
+    next(iter(optimizer.state.values()))["four"] = four
+    path = save(root, optimizer).parent
+    _, fresh = make("SGD momentum", 0)
+    load(path, optimizer=fresh)
+    back = next(iter(fresh.state.values()))["four"]
+    assert (back.dtype, back.shape) == (four.dtype, four.shape)
+    assert torch.equal(back.view(torch.uint8), four.view(torch.uint8))

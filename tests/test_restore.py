@@ -930,3 +930,78 @@ def test_what_is_loaded_is_what_is_kept_from_retention(
     assert load(checkpoint, dataloader=Watching(0)).extra == 5
     assert replacing.replaced == 1
     assert locked == [True]
+
+
+def stepped(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("how", ["taken", "loaded"])
+def test_a_state_dict_from_before_is_left_as_it_was(root: Path, how: str):
+    """torch's state_dicts share their tensors: to look at an older checkpoint and go back must not change what one goes back to."""
+    (model, optimizer), (saved, its_optimizer) = stepped(1), stepped(2)
+    with AsyncCheckpointer(root) as checkpointer:
+        path = checkpointer.save(1, model=saved, optimizer=its_optimizer).result(BOUND).path
+    if how == "taken":
+        before = optimizer.state_dict()
+    else:
+        before = stepped(3)[1].state_dict()
+        optimizer.load_state_dict(before)
+    expected = copy.deepcopy(before)
+    load(path, model=model, optimizer=optimizer)
+    for index, entry in before["state"].items():
+        for key, value in entry.items():
+            assert torch.equal(value, expected["state"][index][key]), key
+    moments = zip(optimizer.state.values(), its_optimizer.state.values(), strict=True)
+    assert all(torch.equal(one["exp_avg"], other["exp_avg"]) for one, other in moments)
+
+
+def test_memory_that_cannot_be_written_is_not_blamed_on_the_file(root: Path, tmp_path: Path):
+    """A weight over a read-only map of a file."""
+    model = torch.nn.Linear(64, 64)
+    with AsyncCheckpointer(root) as checkpointer:
+        path = checkpointer.save(1, model=model).result(BOUND).path
+    np.zeros((64, 64), dtype=np.float32).tofile(tmp_path / "zeros")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.weight.data = torch.from_numpy(np.memmap(tmp_path / "zeros", np.float32, "r", shape=(64, 64)))
+    with pytest.raises(CheckpointError, match="read-only") as caught:
+        load(path, model=model)
+    assert not isinstance(caught.value, CorruptCheckpoint)
+
+
+ELSEWHERE = """
+import ctypes, sys
+
+class Refusing(ctypes.CDLL):
+    def __init__(self, name, *arguments, **options):
+        if name is None:
+            raise TypeError("argument of type 'NoneType' is not iterable")  # as Windows has it
+        super().__init__(name, *arguments, **options)
+
+import torch, transformers  # theirs may
+ctypes.CDLL = Refusing
+from vembed_async_ckpt import latest, load, verify
+
+model = torch.nn.Linear(4, 3)
+verify(latest(sys.argv[1]))
+load(latest(sys.argv[1]), model=model)
+assert model.weight.eq(7).all()
+"""
+
+
+def test_reading_needs_nothing_that_only_linux_has(root: Path):
+    """The C library of the process, which the saving side calls."""
+    model = torch.nn.Linear(4, 3)
+    torch.nn.init.constant_(model.weight, 7)
+    with AsyncCheckpointer(root) as checkpointer:
+        checkpointer.save(1, model=model).result(BOUND)
+    child = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(root)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert child.returncode == 0, child.stderr

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from .._writer.memory import address_of, map_arena
+from .._writer.memory import MEMFD, address_of, map_arena
 from ..errors import CheckpointerBusy
 
 _F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 2, 4  # linux/fcntl.h
@@ -27,7 +27,7 @@ class Arena:
     def __init__(self, number: int, size: int) -> None:
         self.number = number
         self.size = size
-        self.fd = os.memfd_create("vembed_async_ckpt", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = os.memfd_create(MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, size)
             # With its size sealed, no process can make the other's mapping fault (SIGBUS).
@@ -58,7 +58,8 @@ class Arena:
                 self._pinned = cuda.pin(self.address, self.size)
 
     def forget(self) -> None:
-        """In a forked child: the memory is the parent's."""
+        """In a forked child: the memory is the parent's, its descriptors are closed (see `map_arena`)."""
+        self.fd = -1
         self._pinned = None
         self._pinning = threading.Lock()  # that of the parent may have been held
         self.close()

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from .cuda import is_capturing, is_on_device
 from .host_copy import are_plain, is_small
 from .probe import PROBE_BYTES, Tails
 
+_IS_CPU = attrgetter("is_cpu")
 _Value = TypeVar("_Value")
 
 
@@ -126,7 +128,7 @@ class Earned:
         seen = GATE.optimizers()
         groups = [group["params"] for optimizer in seen for group in optimizer.param_groups]
         now = (key, GATE.generation, [list(map(id, parameters)) for parameters in groups])
-        if now != self._key or not are_plain(pick(tensors, self._division.small)):
+        if now != self._key or not self._still_divides(tensors):
             small = {n for n, tensor in enumerate(tensors) if is_small(tensor) and not is_on_device(tensor)}
             allowed = {id(parameter) for parameters in groups for parameter in parameters} - volatile
             allowed |= {id(optimizer) for optimizer in seen}
@@ -140,6 +142,16 @@ class Earned:
             self._division = Division(sorted(small), rest, late, pick(names(), late), sizes, Tails(sizes))
             self._key = now
         return self._division
+
+    def _still_divides(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether tensors of the same dtypes and shapes lie in memory as those that were divided."""
+        late = pick(tensors, self._division.late)
+        on_host = False not in map(_IS_CPU, late)
+        return (
+            are_plain(pick(tensors, self._division.small))
+            and False not in map(torch.Tensor.is_contiguous, late)
+            and (on_host or all(map(_can_be_late, late)))
+        )
 
 
 def all_now(count: int) -> Division:

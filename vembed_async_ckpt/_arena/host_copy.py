@@ -33,12 +33,29 @@ _IS_CPU = attrgetter("is_cpu")
 
 def is_small(tensor: torch.Tensor) -> bool:
     """Whether it is one for `SmallPlaces`."""
-    return 0 < tensor.nbytes <= SMALL_BYTES and tensor.data_ptr() != 0 and _is_plain(tensor, tensor)
+    return 0 < tensor.nbytes <= SMALL_BYTES and tensor.untyped_storage().data_ptr() != 0 and _is_plain(tensor, tensor)
 
 
 def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether tensors that were small, of the same dtypes and shapes, may still be copied as bytes."""
-    return False not in map(_IS_CPU, tensors) and False not in map(torch.Tensor.is_contiguous, tensors)
+    return (
+        False not in map(_IS_CPU, tensors)
+        and False not in map(torch.Tensor.is_contiguous, tensors)
+        and True not in map(torch.Tensor.is_conj, tensors)
+        and True not in map(torch.Tensor.is_neg, tensors)
+    )
+
+
+def addresses_of(tensors: Sequence[torch.Tensor], names: Sequence[str] = ()) -> list[int]:
+    """Where tensors in memory begin. Raises `StageError` for one whose storage was freed."""
+    addresses = list(map(torch.Tensor.data_ptr, tensors))
+    # Without memory the address of a part of a tensor is its offset.
+    if 0 in addresses or any(map(torch.Tensor.storage_offset, tensors)):
+        for n, tensor in enumerate(tensors):
+            if not tensor.untyped_storage().data_ptr():
+                what = repr(names[n]) if names else f"a tensor of shape {tuple(tensor.shape)}"
+                raise StageError(f"{what} has no memory: its storage was freed before the save")
+    return addresses
 
 
 class SmallPlaces:
@@ -50,14 +67,7 @@ class SmallPlaces:
 
     def fill(self, sources: Sequence[torch.Tensor]) -> None:
         """Copy `sources`, which `are_plain`."""
-        addresses = list(map(torch.Tensor.data_ptr, sources))
-        if 0 in addresses:
-            raise _freed(sources[addresses.index(0)])
-        deque(map(_holding_gil.memcpy, self._addresses, addresses, self._sizes), maxlen=0)
-
-
-def _freed(tensor: torch.Tensor) -> StageError:
-    return StageError(f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed before the save")
+        deque(map(_holding_gil.memcpy, self._addresses, addresses_of(sources), self._sizes), maxlen=0)
 
 
 def copy_beside(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -86,8 +96,8 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
     rest: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     large: list[tuple[int, int, int]] = []
     for to, source in zip(destinations, sources, strict=True):
-        if source.numel() and source.is_cpu and not source.data_ptr():
-            raise _freed(source)
+        if source.numel() and source.is_cpu:
+            addresses_of([source])
         if not _is_plain(to, source):
             rest[0].append(to)
             rest[1].append(source)

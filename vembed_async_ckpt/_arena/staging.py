@@ -22,7 +22,7 @@ from . import cuda
 from .arena import Arena
 from .barrier import GATE, Division
 from .cuda import DeviceCopies
-from .host_copy import AS_BYTES, DEADLINE, copy_beside
+from .host_copy import AS_BYTES, DEADLINE, addresses_of, copy_beside
 from .probe import Tails
 
 _DATA, _VERSION = attrgetter("data"), attrgetter("_version")
@@ -74,11 +74,7 @@ class Late:
         self._versions = list(map(_VERSION, tensors))
         self._on_device = list(map(cuda.is_on_device, self.aliases)) if mixed else []
         self._tails = Tails(self._host(division.sizes)) if mixed else division.tails
-        self._addresses = list(map(torch.Tensor.data_ptr, self.aliases))
-        if 0 in self._addresses:
-            raise StageError(
-                f"{self.names[self._addresses.index(0)]!r} has no memory: its storage was freed before the save"
-            )
+        self._addresses = addresses_of(self.aliases, self.names)
         self._last_bytes = self._tails.read(self._host(self._addresses))
 
     def _host(self, values: Sequence[_Value]) -> Sequence[_Value]:

@@ -57,7 +57,7 @@ class OptimizerState:
     def table(self, offsets: Sequence[int]) -> dict[str, Any]:
         """{key: [dtype, shape, offset in the file]} for the manifest."""
         return {
-            key: [FROM_TORCH.get(kind.dtype) or str(kind.dtype).removeprefix("torch."), list(kind.shape), offset]
+            key: [_dtype_name(kind.dtype), list(kind.shape), offset]
             for key, kind, offset in zip(self.keys, self.kinds, offsets, strict=True)
         }
 
@@ -71,6 +71,12 @@ class OptimizerState:
                 for index, entry in state.items()
             }
         return tree.encode(captured)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name where it says as much as torch's: its shapes of F4 count numbers, torch's pairs of them."""
+    name = FROM_TORCH.get(dtype)
+    return str(dtype).removeprefix("torch.") if name is None or name == "F4" else name
 
 
 _GROUP = "group."
@@ -275,9 +281,12 @@ class _Numbers:
         keys = list(map(id, inner.state))
         if (grouped, keys) != (self._grouped, self._keys):
             state = inner.state_dict()
-            self._grouped, self._keys = grouped, keys
+            self._grouped = []  # an interruption leaves nothing that is half known
             self._of_groups = [group["params"] for group in state["param_groups"]]
             self._of_keys = list(state["state"])
+            self._keys = keys
+            if len(self._of_keys) == len(keys):  # no key stands for two
+                self._grouped = grouped
             return state
         return {
             "state": dict(zip(self._of_keys, inner.state.values(), strict=True)),
@@ -288,10 +297,13 @@ class _Numbers:
         }
 
 
+_TORCHS = torch.optim.Optimizer.state_dict
+
+
 def _packs_as_torch(optimizer: Any) -> bool:
     return (
         isinstance(optimizer, torch.optim.Optimizer)
-        and type(optimizer).state_dict is torch.optim.Optimizer.state_dict
+        and type(optimizer).state_dict is _TORCHS
         and "state_dict" not in vars(optimizer)
         and not optimizer._optimizer_state_dict_pre_hooks
         and not optimizer._optimizer_state_dict_post_hooks

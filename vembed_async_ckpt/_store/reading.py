@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -9,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..errors import CorruptCheckpoint
+from ..errors import CheckpointError, CorruptCheckpoint
 from .fs import open_regular
 
 READ_BYTES = 2 << 20  # per call, so that threads end together
@@ -56,6 +57,10 @@ class _Read:
             try:
                 count = _preadv(self.file.fd, buffers, offset)
             except OSError as error:
+                if error.errno == errno.EFAULT:
+                    raise CheckpointError(
+                        f"{self.file.path}: what is read cannot be written to the memory of a tensor; is it read-only?"
+                    ) from error
                 raise CorruptCheckpoint(f"{self.file.path}: cannot be read: {error.strerror}") from error
             if count == 0:
                 raise CorruptCheckpoint(
@@ -97,10 +102,22 @@ def read_into(parts: Iterable[tuple[OpenFile, int, memoryview]]) -> None:
         work()
     finally:
         reads.clear()  # if this was interrupted
-        for helper in helpers:
-            helper.join()
+        _join(helpers)
     if errors:
         raise errors[0]
+
+
+def _join(threads: Iterable[threading.Thread]) -> None:
+    """Return, or raise KeyboardInterrupt, when all have ended."""
+    interrupt: BaseException | None = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _reads(parts: Iterable[tuple[OpenFile, int, memoryview]]) -> Iterable[_Read]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import weakref
 
 _MADV_DONTFORK, _MADV_HUGEPAGE, _MADV_DONTDUMP, _MADV_POPULATE_WRITE = 10, 14, 16, 23  # asm-generic/mman-common.h
+MEMFD = "vembed_async_ckpt"  # name of every arena's memory
 _STEP = 16 << 20  # mmap_sem is held for one step at a time, so that other threads' faults get in between
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -19,10 +21,16 @@ _mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 def _keep_for_ever() -> None:
     """In a forked child the mappings are not there, and the end of their objects, garbage or not, would unmap whatever the child
-    has put in the same place."""
+    has put in the same place. The descriptors that those objects have are closed: each would hold all of the memory."""
+    if not _mapped:
+        return
     for memory in list(_mapped):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
     _mapped.clear()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own is closed already
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{MEMFD} "):
+                os.close(int(fd))
 
 
 os.register_at_fork(after_in_child=_keep_for_ever)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from .._arena.barrier import GATE
 from .._request import accelerator as accelerators
 from .._request import random_state, tree
 from .._request.model import unwrap as unwrap_model
@@ -77,7 +77,8 @@ def load(
     "full" hashes, or "none", before anything is changed. The checkpoint is safe from retention while it is read; where another
     process saves the same step meanwhile, what is restored is one of the two, never a mixture.
 
-    Tensors that the model has, and those of torch's optimizers that have stepped before, are overwritten where they are.
+    Tensors that the model has, and those of torch's optimizers that have stepped before, are overwritten where they are
+    (but not optimizer state that a state_dict taken before holds too).
 
     Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` when the objects do not fit what was saved; both
     before any object is changed. Only a disk that fails while tensors are read leaves some changed: then load another checkpoint.
@@ -219,7 +220,8 @@ def _plan(
 
 def wait_for_copies() -> None:
     """Return when no save of this process is still copying what is about to change."""
-    for snapshot in GATE.pending:
+    barrier = sys.modules.get("vembed_async_ckpt._arena.barrier")  # not loaded by those who only read
+    for snapshot in barrier.GATE.pending if barrier is not None else ():
         snapshot.barrier()
 
 

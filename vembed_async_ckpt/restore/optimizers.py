@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
@@ -78,7 +79,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
 
 def rewritable_state(models: Iterable[torch.nn.Module], optimizers: Iterable[Any]) -> set[int]:
     """Ids of the state tensors that may be overwritten instead of replaced: all of a memory that nothing else here has, in
-    optimizers with torch's own `load_state_dict`, which keeps what it is given."""
+    optimizers with torch's own `load_state_dict`, which keeps what it is given. Nor what a state_dict holds that was taken before:
+    somebody may want to go back to it."""
+    alone = {id(value) for optimizer in optimizers for value in _held_by_the_state_alone(optimizer)}
     kept: list[torch.Tensor] = []
     users = Counter(_storage(tensor) for module in models for _, tensor in live_tensors(module))
     for optimizer in optimizers:
@@ -94,15 +97,39 @@ def rewritable_state(models: Iterable[torch.nn.Module], optimizers: Iterable[Any
             users.update(
                 _storage(tensor) for p in _parameters(optimizer) for tensor in (p, p.grad) if tensor is not None
             )
-            kept += state if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict else []
+            if (
+                type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
+                and not optimizer._optimizer_load_state_dict_pre_hooks
+            ):
+                kept += state
     return {
         id(tensor)
         for tensor in kept
-        if type(tensor) is torch.Tensor
+        if id(tensor) in alone
+        and type(tensor) is torch.Tensor
         and users[_storage(tensor)] == 1
         and tensor.is_contiguous()
         and tensor.untyped_storage().nbytes() == tensor.nbytes
     }
+
+
+def _held_by_the_state_alone(optimizer: Any) -> list[torch.Tensor]:
+    """Those state tensors that no state_dict shares, whether taken from this optimizer or loaded into it."""
+    counted = _references(getattr(optimizer, "state", {}))
+    (least,) = _references({0: {"": torch.empty(0)}}).values()
+    return [value for value, count in counted.values() if count <= least[1]]
+
+
+def _references(state: Any) -> dict[int, tuple[torch.Tensor, int]]:
+    """{id: (tensor, references to it and to the dict that it is in)}."""
+    found = {}
+    for entry in state.values() if isinstance(state, dict) else ():
+        if isinstance(entry, dict):
+            of_entry = sys.getrefcount(entry)
+            for value in entry.values():
+                if isinstance(value, torch.Tensor):
+                    found[id(value)] = value, of_entry + sys.getrefcount(value)
+    return found
 
 
 def _storage(tensor: torch.Tensor) -> int:
