@@ -132,6 +132,11 @@ def test_plots_are_drawn_of_what_is_there(ran: tuple[dict[str, Any], Path, Path]
     assert plots.draw(partial, tmp_path / "none") == []
 
 
+def test_an_engine_has_one_colour_in_every_panel():
+    """Whichever of them is ahead there."""
+    assert plots._colours(dict.fromkeys(["b", "ours", "a"])) == plots._colours(dict.fromkeys(["a", "b", "ours"]))
+
+
 def test_an_engine_that_fails_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its error is in the result and in the table; nothing of it is left on disk."""
     monkeypatch.setattr(session, "MEASURE", {"durable": _measure_with_a_failure})

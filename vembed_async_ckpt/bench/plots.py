@@ -63,7 +63,7 @@ def stall(result: Sample) -> Figure:
         floor = statistics.median(entry["steps"][place]["floor"] for entry in engines.values()) * 1e3
         right.axvline(floor, color=INK, linewidth=1, linestyle=line)
     right.margins(x=0.15)
-    pale = f"\npale, dotted: {threads[0]} torch thread; full, dashed: {threads[-1]}" if len(threads) > 1 else ""
+    pale = f"\npale, dotted: {threads[0]} torch thread\nfull, dashed: {threads[-1]} threads" if len(threads) > 1 else ""
     right.set_xlabel(f"training lost per save, ms\nuntil it is durable; lines: a raw write{pale}")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -133,8 +133,9 @@ def _colour(name: str) -> str:
 
 
 def _colours(curves: Sample) -> dict[str, str]:
+    """One for each engine, the same in every panel: results are in the order of what they say."""
     peers = iter(LINES * len(curves))
-    return {name: OURS if name == "ours" else next(peers) for name in curves}
+    return {name: OURS if name == "ours" else next(peers) for name in sorted(curves)}
 
 
 def _plain(axes: Any) -> None:
