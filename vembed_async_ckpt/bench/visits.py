@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -102,6 +103,11 @@ def _end(process: Any) -> None:
     process.close()
 
 
+def _without_paths(printed: str) -> str:
+    """A traceback with nothing of where this machine keeps its files: results are published."""
+    return re.sub(r'File "[^"]*?([^/"]+/)?([^/"]+)"', r'File "\1\2"', printed)
+
+
 def _work(connection: Connection, log: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     sys.stdout.flush()
@@ -116,7 +122,7 @@ def _work(connection: Connection, log: str, function: Callable[..., Any], argume
     except Refused as error:
         connection.send(("refused", str(error)))
     except BaseException:
-        connection.send(("error", traceback.format_exc()))
+        connection.send(("error", _without_paths(traceback.format_exc())))
     else:
         connection.send(("result", result))
     connection.close()
