@@ -37,7 +37,8 @@ os.register_at_fork(after_in_child=_keep_for_ever)
 
 
 def map_arena(fd: int, size: int) -> mmap.mmap:
-    """Map `size` bytes of an arena, shared and writable; left out of forked children and of core dumps.
+    """Map `size` bytes of an arena, shared and writable; left out of core dumps and of forked children, which close its
+    descriptors.
 
     Huge pages are advised, never depended on.
     """
