@@ -1,6 +1,7 @@
 """Arena extents to files: O_DIRECT, several writes in flight, hashed and checksummed on the way.
 
-A file's bytes are read in order exactly once by the hashing thread while earlier chunks are being written by the I/O threads.
+A file's bytes are taken from memory once, in order, by the hashing thread, while earlier chunks are being written by the
+I/O threads.
 The last block is written padded with the zeros that follow it in the arena, then the file is cut to its size.
 """
 
@@ -21,6 +22,7 @@ from .._store.fs import Filesystem
 from .protocol import Checksums, FileSlot
 
 CHUNK = 16 << 20  # bytes per write
+STEP = 256 << 10  # bytes checksummed, then hashed out of the cache: takes 3/5 of the time that whole chunks do
 IN_FLIGHT = 4  # writes at once; 4 x 16 MiB reached the disk's own limit where 1 x 16 MiB reached two thirds
 
 
@@ -165,11 +167,15 @@ class FileWriter:
         """Write `memory`, the file's bytes from `begin` on, padded to whole pages at the end."""
         for at in range(0, len(memory), CHUNK):
             padded = memory[at : at + CHUNK]
-            data = padded[: self.slot["size"] - begin - at]
-            if self._crc is not None:
-                self._crc.pass_by(data, begin + at)
+            self._digest(padded[: self.slot["size"] - begin - at], begin + at)
             batch.run(self._write_call(padded, begin + at, wrote))
-            self.hash.update(data)
+
+    def _digest(self, data: memoryview, begin: int) -> None:
+        for at in range(0, len(data), STEP):
+            step = data[at : at + STEP]
+            if self._crc is not None:
+                self._crc.pass_by(step, begin + at)
+            self.hash.update(step)
 
     def _write_call(self, data: memoryview, offset: int, wrote: Callable[[int], None]) -> Callable[[], None]:
         return lambda: self._write(data, offset, wrote)
