@@ -54,7 +54,7 @@ class LateCopy:
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch, small_is_late: None) -> Iterator[LateCopy]:
     state = LateCopy()
-    real_copy, real_barrier, real_divide = staging.copy_beside, staging.Snapshot.barrier, Earned.divide
+    real_copy, real_barrier, real_divide = staging.copy_group, staging.Snapshot.barrier, Earned.divide
 
     def held_copy(destinations: Any, sources: Any) -> None:
         middles = [tensor.numel() // 2 if state.midway else 0 for tensor in destinations]
@@ -80,7 +80,7 @@ def late(monkeypatch: pytest.MonkeyPatch, small_is_late: None) -> Iterator[LateC
         state.labels += division.names
         return division
 
-    monkeypatch.setattr(staging, "copy_beside", held_copy)
+    monkeypatch.setattr(staging, "copy_group", held_copy)
     monkeypatch.setattr(staging.Snapshot, "barrier", barrier)
     monkeypatch.setattr(Earned, "divide", divide)
     yield state
@@ -977,8 +977,8 @@ model = torch.nn.Linear(2048, 2048)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 model(torch.randn(2, 2048)).sum().backward()
 optimizer.step()
-go, copy = threading.Event(), staging.copy_beside
-staging.copy_beside = lambda to, of: (go.wait(20), copy(to, of))
+go, copy = threading.Event(), staging.copy_group
+staging.copy_group = lambda to, of: (go.wait(20), copy(to, of))
 with AsyncCheckpointer(sys.argv[1], writer="thread") as checkpointer:
     handle = checkpointer.save(1, model=model, optimizer=optimizer)
     model.weight.untyped_storage().resize_(0)

@@ -17,10 +17,17 @@ from vembed_async_ckpt._arena.host_copy import (
     SMALL_BYTES,
     SmallPlaces,
     are_plain,
-    copy_beside,
     copy_blocking,
+    copy_group,
+    groups,
     is_small,
 )
+
+
+def copy_beside(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    for group in groups(destinations, sources):
+        copy_group(*group)
+
 
 Copy = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn]
@@ -105,7 +112,7 @@ def test_an_interrupted_copy_leaves_no_thread_that_writes(monkeypatch: pytest.Mo
 
     memcpy = host_copy._libc.memcpy
     monkeypatch.setattr(host_copy, "_libc", Libc)
-    monkeypatch.setattr(host_copy, "copy_beside", interrupted)
+    monkeypatch.setattr(host_copy, "_copy_serially", interrupted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     source = torch.ones(4 * PIECE_BYTES // 4)
     place = torch.zeros_like(source)

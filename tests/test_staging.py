@@ -44,7 +44,7 @@ class LateCopies:
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch, small_is_late: None) -> Iterator[LateCopies]:
     state = LateCopies()
-    real_copy, real_barrier, real_init = staging.copy_beside, staging.Snapshot.barrier, staging.Late.__init__
+    real_copy, real_barrier, real_init = staging.copy_group, staging.Snapshot.barrier, staging.Late.__init__
 
     def held_copy(destinations: Any, sources: Any) -> None:
         assert state.go.wait(BOUND), "nothing ever waited for the copy"
@@ -59,7 +59,7 @@ def late(monkeypatch: pytest.MonkeyPatch, small_is_late: None) -> Iterator[LateC
         real_init(self, *arguments, **options)
         state.labels += self.names
 
-    monkeypatch.setattr(staging, "copy_beside", held_copy)
+    monkeypatch.setattr(staging, "copy_group", held_copy)
     monkeypatch.setattr(staging.Snapshot, "barrier", barrier)
     monkeypatch.setattr(staging.Late, "__init__", init)
     yield state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from ..errors import StageError
 
 SMALL_BYTES = 4096  # up to here a copy costs no more than what is needed to make it later
-GROUP_BYTES = 64 << 20  # per call of _foreach_copy_, which holds no GIL: few calls, few waits for the GIL
+GROUP_BYTES = 32 << 20  # per call of _foreach_copy_, which holds no GIL: few calls, few waits for the GIL
 PIECE_BYTES = 16 << 20  # per call of memcpy, so that threads end together
 MAX_THREADS = 8  # a few threads fill the memory bus
 SERIAL = 32768  # elements up to which torch copies in one thread, at::internal::GRAIN_SIZE
@@ -29,6 +29,8 @@ _holding_gil.memcpy.argtypes = _libc.memcpy.argtypes
 _holding_gil.memcpy.restype = None
 
 _IS_CPU = attrgetter("is_cpu")
+
+Group = tuple[list[torch.Tensor], list[torch.Tensor]]  # destinations, sources
 
 
 def is_small(tensor: torch.Tensor) -> bool:
@@ -70,21 +72,35 @@ class SmallPlaces:
         deque(map(_holding_gil.memcpy, self._addresses, addresses_of(sources), self._sizes), maxlen=0)
 
 
-def copy_beside(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy tensor by tensor, in few calls. Returns when every byte has arrived."""
+def groups(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Iterator[Group]:
+    """All of a copy, in the parts that `copy_group` makes at a time; only what is not contiguous is never divided."""
     to: list[torch.Tensor] = []
     of: list[torch.Tensor] = []
     size = 0
-    with torch.no_grad():
-        for destination, source in zip(destinations, sources, strict=True):
-            to.append(destination)
-            of.append(source.view(torch.uint8) if source.dtype in AS_BYTES else source)
-            size += destination.nbytes
+    for destination, source in zip(destinations, sources, strict=True):
+        if source.dtype in AS_BYTES:
+            source = source.view(torch.uint8)
+        large = destination.nbytes > GROUP_BYTES and source.is_contiguous()
+        count = GROUP_BYTES // destination.itemsize if large else 0
+        for part, part_of in zip(_pieces(destination, count), _pieces(source, count), strict=True):
+            to.append(part)
+            of.append(part_of)
+            size += part.nbytes
             if size >= GROUP_BYTES:
-                torch._foreach_copy_(to, of)
+                yield to, of
                 to, of, size = [], [], 0
-        if to:
-            torch._foreach_copy_(to, of)
+    if to:
+        yield to, of
+
+
+def _pieces(tensor: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+    return tensor.view(-1).split(count) if count else (tensor,)
+
+
+def copy_group(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy one of the `groups` without holding the GIL. Returns when every byte has arrived."""
+    with torch.no_grad():
+        torch._foreach_copy_(destinations, sources)
 
 
 def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -106,8 +122,7 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
         else:
             _libc.memcpy(to.data_ptr(), source.data_ptr(), to.nbytes)
     if not large:
-        if rest[0]:
-            copy_beside(*rest)
+        _copy_serially(*rest)
         return
     pieces = deque(
         (to + start, source + start, min(PIECE_BYTES, size - start))
@@ -124,7 +139,7 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
             except RuntimeError:
                 break  # the process may have no more threads: then with those it has
             helpers.append(helper)
-        copy_beside(*rest)
+        _copy_serially(*rest)
         _copy_pieces(pieces)
     finally:
         pieces.clear()  # if this was interrupted: no thread writes to the arena once it may be another save's
@@ -142,6 +157,11 @@ def _is_plain(to: torch.Tensor, source: torch.Tensor) -> bool:
         and not source.is_neg()
         and (source.dtype is to.dtype or source.dtype in AS_BYTES)
     )
+
+
+def _copy_serially(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    for group in groups(destinations, sources):
+        copy_group(*group)
 
 
 def _copy_pieces(pieces: deque[tuple[int, int, int]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import compress
 from operator import attrgetter, not_
@@ -22,7 +23,7 @@ from . import cuda
 from .arena import Arena
 from .barrier import GATE, Division
 from .cuda import DeviceCopies
-from .host_copy import AS_BYTES, DEADLINE, addresses_of, copy_beside
+from .host_copy import AS_BYTES, DEADLINE, Group, addresses_of, copy_blocking, copy_group, groups
 from .probe import Tails
 
 _DATA, _VERSION = attrgetter("data"), attrgetter("_version")
@@ -121,6 +122,62 @@ class Late:
         return None
 
 
+class SharedCopy:
+    """A copy within host memory that one thread makes beside the training. Whoever has to wait for it takes over what is left,
+    with all the threads it would use."""
+
+    def __init__(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        self._left: deque[Group] = deque(groups(destinations, sources))
+        self._helping = threading.Lock()  # held by the thread that helps
+        self._error: Exception | None = None  # what it met
+
+    def run(self) -> None:
+        """Returns when every byte has arrived, or with what a copy raises, and nobody copies any more."""
+        try:
+            while True:
+                while (group := self._take()) is not None:
+                    copy_group(*group)
+                if self._is_complete():
+                    break
+            if self._error is not None:
+                raise self._error
+        except BaseException:
+            self._left.clear()
+            self._is_complete()
+            raise
+
+    def help(self) -> None:
+        """Copy what nobody has begun yet. What a copy raises, `run` raises; an interruption leaves the rest to it."""
+        if self._helping.locked():
+            return
+        with self._helping:
+            taken: list[Group] = []
+            try:
+                while (group := self._take()) is not None:
+                    taken.append(group)
+                copy_blocking([to for group in taken for to in group[0]], [of for group in taken for of in group[1]])
+            except Exception as error:
+                self._error = error
+            except BaseException:
+                self._left.extend(taken)
+                raise
+
+    def _take(self) -> Group | None:
+        try:
+            return self._left.popleft()
+        except IndexError:
+            return None
+
+    def _is_complete(self) -> bool:
+        """Wait for who helps; then, whether it has left nothing."""
+        if not self._helping.acquire(timeout=DEADLINE):
+            raise StageError(f"the copy of the state did not end within {DEADLINE:.0f} s; is the host out of memory?")
+        try:
+            return not self._left
+        finally:
+            self._helping.release()
+
+
 class TornSnapshot(StageError):
     """Something changed what was being copied: overlap cannot be trusted with this training."""
 
@@ -136,6 +193,7 @@ class Snapshot:
         """`device` issues the copies from CUDA devices, if there are any."""
         self._late: Late | None = late
         self._device = device
+        self._host: SharedCopy | None = None
         self._copied = threading.Event()  # what is in host memory; copies from devices are issued
         self._arrived = threading.Event()
         self._passed = False  # an optimizer has gone on
@@ -157,7 +215,7 @@ class Snapshot:
         except BaseException as error:
             self.error = error
         finally:
-            self._late = None
+            self._late = self._host = None
             del late
             self._end()
 
@@ -165,7 +223,8 @@ class Snapshot:
         """Returns the name of a tensor that was changed meanwhile, if one shows it."""
         if self._device is not None:
             self._device.issue(*late.device_part())
-        copy_beside(*late.host_part())
+        self._host = SharedCopy(*late.host_part())
+        self._host.run()
         changed = late.check()
         self._copied.set()
         if self._device is not None:
@@ -190,6 +249,8 @@ class Snapshot:
         awaited = self._arrived if cuda.is_capturing() else self._copied
         if not awaited.is_set():
             begun = time.perf_counter()
+            if (host := self._host) is not None:
+                host.help()
             if not awaited.wait(DEADLINE):
                 raise StageError(
                     f"the copy of the state did not end within {DEADLINE:.0f} s; is the host out of memory?"
