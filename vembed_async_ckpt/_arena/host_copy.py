@@ -94,10 +94,10 @@ def groups(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
 
 
 def _pieces(tensor: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
-    return tensor.view(-1).split(count) if count else (tensor,)
+    return torch.split(tensor.view(-1), count) if count else (tensor,)
 
 
-def copy_group(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+def copy_group(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copy one of the `groups` without holding the GIL. Returns when every byte has arrived."""
     with torch.no_grad():
         torch._foreach_copy_(destinations, sources)
