@@ -16,18 +16,12 @@ from vembed_async_ckpt._arena.host_copy import (
     SERIAL,
     SMALL_BYTES,
     SmallPlaces,
+    _copy_serially,
     are_plain,
+    copy_alone,
     copy_blocking,
-    copy_group,
-    groups,
     is_small,
 )
-
-
-def copy_beside(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    for group in groups(destinations, sources):
-        copy_group(*group)
-
 
 Copy = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn]
@@ -54,7 +48,7 @@ def sources() -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("copy", [copy_beside, copy_blocking])
+@pytest.mark.parametrize("copy", [_copy_serially, copy_alone, copy_blocking])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_tensor_arrives_whole(copy: Copy, threads: int) -> None:
     """Bit for bit, contiguous at its place, with one thread and with several."""

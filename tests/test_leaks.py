@@ -26,7 +26,7 @@ def mapped_arenas(process: psutil.Process) -> int:
 
 
 def descriptors(process: psutil.Process, root: Path) -> tuple[dict[str, int], int]:
-    """(how many descriptors of what it has, how many of files below `root`): these come and go while retention works."""
+    """(how many descriptors of what it has, how many on the way to `root` and below): these come and go while retention works."""
     found: Counter[str] = Counter()
     below = 0
     directory = f"/proc/{process.pid}/fd"
@@ -35,7 +35,7 @@ def descriptors(process: psutil.Process, root: Path) -> tuple[dict[str, int], in
             target = os.readlink(f"{directory}/{fd}")
         except FileNotFoundError:
             continue  # the listing's own
-        if target.startswith(str(root)) and not target.endswith("/lock"):
+        if (target.startswith(str(root)) and not target.endswith("/lock")) or root.is_relative_to(target):
             below += 1
         else:
             found[target.partition("[")[0]] += 1  # without the inode of a socket or pipe

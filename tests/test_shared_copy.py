@@ -1,9 +1,12 @@
-"""A step that comes while the state is still being copied takes over what is left of the copy."""
+"""A step that comes while the state is still being copied: more threads take part in the copy."""
 
 from __future__ import annotations
 
+import _thread
 import copy
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from vembed_async_ckpt import AsyncCheckpointer, SaveState, StageError, load
+from vembed_async_ckpt import AsyncCheckpointer, StageError, load
 from vembed_async_ckpt._arena import host_copy, staging
 from vembed_async_ckpt._arena.barrier import GATE
 from vembed_async_ckpt._arena.staging import SharedCopy
@@ -59,18 +62,18 @@ def assert_saved(path: Path, expected: list[Any]) -> None:
 
 
 class Held:
-    """The staging thread is in its first group until `go`. `taken`: how many tensors each helper took over."""
+    """The staging thread is in its first group until `go`, and how many it begins. `helped`: groups that others have copied."""
 
     def __init__(self) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
         self.groups = 0
-        self.taken: list[int] = []
+        self.helped: list[int] = []
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     state = Held()
-    copy_group, copy_blocking = staging.copy_group, staging.copy_blocking
+    copy_group, copy_alone = staging.copy_group, staging.copy_alone
 
     def held_group(*group: Any) -> None:
         state.groups += 1
@@ -78,56 +81,90 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
         assert state.go.wait(BOUND)
         copy_group(*group)
 
-    def noted(to: list[torch.Tensor], of: list[torch.Tensor]) -> None:
-        state.taken.append(len(to))
-        copy_blocking(to, of)
-        state.go.set()
+    def noted(*group: Any) -> None:
+        copy_alone(*group)
+        state.helped.append(threading.get_ident())
+        if len(state.helped) == GROUPS - 1:
+            state.go.set()
 
     monkeypatch.setattr(host_copy, "GROUP_BYTES", 64 << 10)
     monkeypatch.setattr(staging, "copy_group", held_group)
-    monkeypatch.setattr(staging, "copy_blocking", noted)
+    monkeypatch.setattr(staging, "copy_alone", noted)
     yield state
     state.go.set()
 
 
-def test_a_step_that_must_wait_copies_what_is_left(root: Path, held: Held):
-    """All groups but the one that was begun; the checkpoint is the state at the call."""
+def test_a_step_that_must_wait_has_the_rest_copied(root: Path, held: Held):
+    """By threads that are gone afterwards, all groups but the one that was begun; the checkpoint is the state at the call."""
     training = Training()
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
         expected = training.frozen()
         handle = training.save(checkpointer)
         assert held.begun.wait(BOUND)
         training.step()
-        assert (held.groups, held.taken) == (1, [GROUPS - 1])
+        assert held.groups == 1
+        assert len(held.helped) == GROUPS - 1
+        assert threading.get_ident() not in held.helped
         assert_saved(handle.result(BOUND).path, expected)
+        assert "vembed-ckpt-copy" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_step_that_is_interrupted_while_it_copies_loses_nothing(
+def test_a_step_that_is_interrupted_while_it_waits_loses_nothing(
     root: Path, held: Held, monkeypatch: pytest.MonkeyPatch
 ):
-    """Ctrl-C comes out of the step, which has changed nothing; the staging thread copies the rest."""
+    """Ctrl-C comes out of the step, which has changed nothing, and the copy goes on."""
+    interrupted, copy_alone = threading.Event(), staging.copy_alone
 
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def interrupts(*group: Any) -> None:
+        if not interrupted.is_set():
+            interrupted.set()
+            _thread.interrupt_main()
+        copy_alone(*group)
 
     training = Training()
+    monkeypatch.setattr(staging, "copy_alone", interrupts)
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
         expected = training.frozen()
         handle = training.save(checkpointer)
         assert held.begun.wait(BOUND)
-        with monkeypatch.context() as patch:
-            patch.setattr(staging, "copy_blocking", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                training.step()
-        held.go.set()
+        with pytest.raises(KeyboardInterrupt):
+            training.step()
+        assert all(map(torch.equal, tensors(training.frozen()), tensors(expected)))
         assert_saved(handle.result(BOUND).path, expected)
-        assert held.groups == GROUPS
         training.step()
         assert_saved(training.save(checkpointer, 2).result(BOUND).path, training.frozen())
 
 
-def test_what_fails_while_a_step_copies_fails_the_save_alone(root: Path, held: Held, monkeypatch: pytest.MonkeyPatch):
-    """The step goes on, the handle says what it was, and the next save is whole."""
+def test_a_process_that_may_have_no_more_threads_waits(root: Path, held: Held, monkeypatch: pytest.MonkeyPatch):
+    """For the staging thread alone."""
+    training, start = Training(), threading.Thread.start
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        expected = training.frozen()
+        handle = training.save(checkpointer)
+        assert held.begun.wait(BOUND)
+
+        def refused(thread: threading.Thread) -> None:
+            if thread.name != "vembed-ckpt-copy":
+                start(thread)
+                return
+            held.go.set()
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            training.step()
+        assert (held.groups, held.helped) == (GROUPS, [])
+        assert_saved(handle.result(BOUND).path, expected)
+
+
+def test_what_fails_while_others_copy_fails_the_save_alone(root: Path, held: Held, monkeypatch: pytest.MonkeyPatch):
+    """The step goes on, the handle says what it was and holds nothing, and the next save is whole."""
+    made: list[weakref.ref[SharedCopy]] = []
+
+    class Noted(SharedCopy):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
 
     def fails(*_: Any) -> None:
         held.go.set()
@@ -136,80 +173,80 @@ def test_what_fails_while_a_step_copies_fails_the_save_alone(root: Path, held: H
     training = Training()
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
         before = training.frozen()
-        handle = training.save(checkpointer)
-        assert held.begun.wait(BOUND)
         with monkeypatch.context() as patch:
-            patch.setattr(staging, "copy_blocking", fails)
-            training.step()
-        error = handle.exception(BOUND)
+            patch.setattr(staging, "SharedCopy", Noted)
+            patch.setattr(staging, "copy_alone", fails)
+            gc.disable()
+            try:
+                handle = training.save(checkpointer)
+                assert held.begun.wait(BOUND)
+                training.step()
+                error = handle.exception(BOUND)
+                assert [ref() for ref in made] == [None]
+            finally:
+                gc.enable()
         assert isinstance(error, StageError)
         assert "no such memory" in str(error)
         assert not torch.equal(tensors(before)[0], tensors(training.frozen())[0])
         assert_saved(training.save(checkpointer, 2).result(BOUND).path, training.frozen())
 
 
-def test_nothing_is_staged_while_a_step_still_copies(root: Path, held: Held, monkeypatch: pytest.MonkeyPatch):
-    """The staging thread has nothing left to copy and waits for who helps it."""
-    training, copied = Training(), threading.Event()
-    copying = staging.copy_blocking
-    states: list[Any] = []
-
-    def slow(*group: Any) -> None:
-        held.go.set()
-        assert handle._state is SaveState.STAGING
-        assert not copied.wait(0.5)
-        states.append(handle.state)
-        copying(*group)
-
-    is_complete = SharedCopy._is_complete
-
-    def complete(self: SharedCopy) -> bool:
-        over = is_complete(self)
-        copied.set()
-        return over
-
-    monkeypatch.setattr(staging, "copy_blocking", slow)
-    monkeypatch.setattr(SharedCopy, "_is_complete", complete)
+def test_memory_that_is_freed_under_the_copy_is_named(root: Path, held: Held):
+    """As soon as its turn comes, before it is read; later saves copy before they return."""
+    training = Training()
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
-        expected = training.frozen()
         handle = training.save(checkpointer)
         assert held.begun.wait(BOUND)
-        training.step()
-        assert states == [SaveState.STAGING]
-        assert_saved(handle.result(BOUND).path, expected)
+        training.model[5].weight.untyped_storage().resize_(0)
+        held.go.set()
+        error = handle.exception(BOUND)
+        assert isinstance(error, staging.TornSnapshot)
+        assert "5.weight" in str(error)
+        assert not checkpointer.statistics()["overlap"]
 
 
-def test_a_failing_copy_waits_for_who_helps(held: Held, monkeypatch: pytest.MonkeyPatch):
-    """Nobody writes into the arena when `run` has raised: it may be another save's by then."""
-    of = [torch.ones(64 << 10 >> 2) for _ in range(3)]
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_copy_is_over_only_when_nobody_copies(held: Held, monkeypatch: pytest.MonkeyPatch, fails: bool):
+    """`run` waits for who helps, also when its own copy has failed: the arena may be another save's afterwards."""
+    of = [torch.ones(64 << 10 >> 2) for _ in range(2)]
     to = [torch.zeros_like(tensor) for tensor in of]
     shared = SharedCopy(to, of)
-    helping, copying = threading.Event(), staging.copy_blocking
+    copying, copy_group, copy_alone = threading.Event(), host_copy.copy_group, host_copy.copy_alone
 
-    def fails(*_: Any) -> None:
+    def first(*group: Any) -> None:
         held.begun.set()
-        assert helping.wait(BOUND)
-        raise RuntimeError("a bad group")
+        assert copying.wait(BOUND)
+        if fails:
+            raise RuntimeError("a bad group")
+        copy_group(*group)
 
     def slow(*group: Any) -> None:
-        helping.set()
-        running.join(0.5)
-        assert running.is_alive(), "run() raised while another thread was copying"
-        copying(*group)
+        copying.set()
+        assert held.go.wait(BOUND)
+        copy_alone(*group)
+
+    failures: list[BaseException] = []
 
     def run() -> None:
-        with pytest.raises(RuntimeError, match="a bad group"):
+        try:
             shared.run()
+        except RuntimeError as error:
+            failures.append(error)
 
-    monkeypatch.setattr(staging, "copy_group", fails)
-    monkeypatch.setattr(staging, "copy_blocking", slow)
+    monkeypatch.setattr(staging, "copy_group", first)
+    monkeypatch.setattr(staging, "copy_alone", slow)
     running = threading.Thread(target=run)
     running.start()
     assert held.begun.wait(BOUND)
-    shared.help()
+    shared.help(2)
+    running.join(0.5)
+    assert running.is_alive(), "run() was over while another thread was copying"
+    held.go.set()
     running.join(BOUND)
     assert not running.is_alive()
-    assert [tensor.sum().item() for tensor in to] == [0, 64 << 10 >> 2, 64 << 10 >> 2]
+    assert len(failures) == fails
+    assert torch.equal(to[1], of[1])
+    assert torch.equal(to[0], of[0]) != fails
 
 
 def test_groups_hold_every_byte_once(monkeypatch: pytest.MonkeyPatch):

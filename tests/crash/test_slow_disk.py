@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -93,7 +94,13 @@ def errno_of(name: str) -> str:
 
 
 def said_of(child: Child, what: str) -> list[str]:
-    return [message for message in child.messages if message.startswith("LOG") and what in message]
+    """What was logged of it: a failure is on its handle before its event has reached the log."""
+    deadline = time.monotonic() + 20
+    while True:
+        time.sleep(0.2)  # the second of two would come right behind the first
+        found = [message for message in child.messages if message.startswith("LOG") and what in message]
+        if found or time.monotonic() > deadline:
+            return found
 
 
 @needs_strace

@@ -18,6 +18,7 @@ PIECE_BYTES = 16 << 20  # per call of memcpy, so that threads end together
 MAX_THREADS = 8  # a few threads fill the memory bus
 SERIAL = 32768  # elements up to which torch copies in one thread, at::internal::GRAIN_SIZE
 DEADLINE = 600.0  # seconds; a host copy of any state takes a fraction of it
+TOO_SLOW = f"the copy of the state did not end within {DEADLINE:.0f} s; is the host out of memory?"
 
 AS_BYTES = {getattr(torch, "float4_e2m1fn_x2", None)} - {None}  # dtypes that torch cannot copy as themselves
 
@@ -73,7 +74,7 @@ class SmallPlaces:
 
 
 def groups(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Iterator[Group]:
-    """All of a copy, in the parts that `copy_group` makes at a time; only what is not contiguous is never divided."""
+    """All of a copy, in parts that take a few milliseconds: large contiguous tensors are divided, small ones share a group."""
     to: list[torch.Tensor] = []
     of: list[torch.Tensor] = []
     size = 0
@@ -101,6 +102,16 @@ def copy_group(destinations: list[torch.Tensor], sources: list[torch.Tensor]) ->
     """Copy one of the `groups` without holding the GIL. Returns when every byte has arrived."""
     with torch.no_grad():
         torch._foreach_copy_(destinations, sources)
+
+
+def copy_alone(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy in this thread only, by memcpy where bytes are all there is to it: faster than `copy_group`, while nobody holds the GIL
+    for long. Returns when every byte has arrived."""
+    for to, source in zip(destinations, sources, strict=True):
+        if _is_plain(to, source):
+            _libc.memcpy(to.data_ptr(), source.data_ptr(), to.nbytes)
+        else:
+            copy_group([to], [source])
 
 
 def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -146,7 +157,7 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
         for helper in helpers:
             helper.join(DEADLINE)
     if any(helper.is_alive() for helper in helpers):
-        raise StageError(f"the copy of the state did not end within {DEADLINE:.0f} s; is the host out of memory?")
+        raise StageError(TOO_SLOW)
 
 
 def _is_plain(to: torch.Tensor, source: torch.Tensor) -> bool:

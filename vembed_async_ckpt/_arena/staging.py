@@ -23,7 +23,17 @@ from . import cuda
 from .arena import Arena
 from .barrier import GATE, Division
 from .cuda import DeviceCopies
-from .host_copy import AS_BYTES, DEADLINE, Group, addresses_of, copy_blocking, copy_group, groups
+from .host_copy import (
+    AS_BYTES,
+    DEADLINE,
+    MAX_THREADS,
+    TOO_SLOW,
+    Group,
+    addresses_of,
+    copy_alone,
+    copy_group,
+    groups,
+)
 from .probe import Tails
 
 _DATA, _VERSION = attrgetter("data"), attrgetter("_version")
@@ -123,59 +133,48 @@ class Late:
 
 
 class SharedCopy:
-    """A copy within host memory that one thread makes beside the training. Whoever has to wait for it takes over what is left,
-    with all the threads it would use."""
+    """A copy within host memory that one thread makes beside the training, and further ones as soon as the training waits."""
 
     def __init__(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        self._left: deque[Group] = deque(groups(destinations, sources))
-        self._helping = threading.Lock()  # held by the thread that helps
-        self._error: Exception | None = None  # what it met
+        self._left: deque[Group] = deque(groups(destinations, sources))  # begun by nobody
+        self._changed = threading.Condition()
+        self._open = len(self._left)  # not ended yet
+        self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Returns when every byte has arrived, or with what a copy raises, and nobody copies any more."""
-        try:
-            while True:
-                while (group := self._take()) is not None:
-                    copy_group(*group)
-                if self._is_complete():
-                    break
-            if self._error is not None:
-                raise self._error
-        except BaseException:
-            self._left.clear()
-            self._is_complete()
-            raise
+        """Returns when every byte has arrived, or with what a copy raised; nobody copies any more then."""
+        self._copy(copy_group)
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._open == 0, DEADLINE):
+                raise StageError(TOO_SLOW)
+        if self._error is not None:
+            raise self._error
 
-    def help(self) -> None:
-        """Copy what nobody has begun yet. What a copy raises, `run` raises; an interruption leaves the rest to it."""
-        if self._helping.locked():
-            return
-        with self._helping:
-            taken: list[Group] = []
+    def help(self, threads: int) -> None:
+        """Have so many threads more take part, or as many as can be had. They end with the copy."""
+        for _ in range(threads if self._left else 0):
             try:
-                while (group := self._take()) is not None:
-                    taken.append(group)
-                copy_blocking([to for group in taken for to in group[0]], [of for group in taken for of in group[1]])
-            except Exception as error:
+                threading.Thread(target=self._copy, args=(copy_alone,), name="vembed-ckpt-copy", daemon=True).start()
+            except RuntimeError:
+                return
+
+    def _copy(self, copy: Callable[[list[torch.Tensor], list[torch.Tensor]], None]) -> None:
+        while True:
+            try:
+                to, of = self._left.popleft()
+            except IndexError:
+                return
+            try:
+                if self._error is None:
+                    addresses_of(of)
+                    copy(to, of)
+            except BaseException as error:
                 self._error = error
-            except BaseException:
-                self._left.extend(taken)
-                raise
-
-    def _take(self) -> Group | None:
-        try:
-            return self._left.popleft()
-        except IndexError:
-            return None
-
-    def _is_complete(self) -> bool:
-        """Wait for who helps; then, whether it has left nothing."""
-        if not self._helping.acquire(timeout=DEADLINE):
-            raise StageError(f"the copy of the state did not end within {DEADLINE:.0f} s; is the host out of memory?")
-        try:
-            return not self._left
-        finally:
-            self._helping.release()
+            finally:
+                del to, of
+                with self._changed:
+                    self._open -= 1
+                    self._changed.notify_all()
 
 
 class TornSnapshot(StageError):
@@ -205,7 +204,14 @@ class Snapshot:
         late = self._late
         assert late is not None
         try:
-            changed = late.moved() or self._copy(late)
+            changed = late.moved()
+            if changed is None:
+                try:
+                    changed = self._copy(late)
+                except StageError:
+                    changed = late.moved()
+                    if changed is None:
+                        raise
             if changed is not None:
                 self.error = TornSnapshot(
                     f"{changed!r} was changed while it was being copied, without passing through a torch optimizer's step; "
@@ -213,7 +219,7 @@ class Snapshot:
                     "Later saves of this checkpointer are blocking"
                 )
         except BaseException as error:
-            self.error = error
+            self.error = error.with_traceback(None)  # whose frames hold the aliases
         finally:
             self._late = self._host = None
             del late
@@ -250,11 +256,9 @@ class Snapshot:
         if not awaited.is_set():
             begun = time.perf_counter()
             if (host := self._host) is not None:
-                host.help()
+                host.help(min(torch.get_num_threads(), MAX_THREADS))
             if not awaited.wait(DEADLINE):
-                raise StageError(
-                    f"the copy of the state did not end within {DEADLINE:.0f} s; is the host out of memory?"
-                )
+                raise StageError(TOO_SLOW)
             self.waited += time.perf_counter() - begun
         if self._device is not None and not self._arrived.is_set():
             self._device.hold_back()

@@ -26,7 +26,7 @@ from .._store.retention import from_spec
 from ..errors import CommitError, WriteError
 from . import commit as commits
 from . import removal
-from .direct_io import FileWriter, IOThreads, sync_all, write_range
+from .direct_io import CHUNK, STEP, FileWriter, IOThreads, sync_all, write_range
 from .memory import map_arena, populate
 from .protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply
 
@@ -60,6 +60,7 @@ class Server:
         self._root = root
         self._fs = fs
         self._trainer = trainer
+        self._step = CHUNK if trainer is None else STEP  # beside a training in the same process the GIL is not free
         self._sending = threading.Lock()
         self._orphaned = False
         self._arenas: dict[int, _Arena] = {}
@@ -279,7 +280,7 @@ class Server:
             for slot in job["files"]:
                 path = os.path.join(work, *slot["name"].split("/"))
                 self._make_parents(work, slot["name"])
-                writers.append(FileWriter(self._fs, path, slot, job["checksums"].get(slot["name"])))
+                writers.append(FileWriter(self._fs, path, slot, job["checksums"].get(slot["name"]), self._step))
             for start, end in self._ranges(pending):
                 write_range(writers, memory, start, end, DATA_START, self._threads, wrote)
                 if job["waves"]:
