@@ -1,4 +1,4 @@
-"""A step that comes while the state is still being copied: more threads take part in the copy."""
+"""The training waits while its state is still being copied: more threads take part in the copy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,70 @@ def test_a_step_that_must_wait_has_the_rest_copied(root: Path, held: Held):
         assert threading.get_ident() not in held.helped
         assert_saved(handle.result(BOUND).path, expected)
         assert "vembed-ckpt-copy" not in {thread.name for thread in threading.enumerate()}
+
+
+WAITS: dict[str, Callable[[AsyncCheckpointer, Any], Any]] = {
+    "wait_staged": lambda checkpointer, handle: handle.wait_staged(BOUND),
+    "result": lambda checkpointer, handle: handle.result(BOUND),
+    "exception": lambda checkpointer, handle: handle.exception(BOUND),
+    "wait": lambda checkpointer, handle: checkpointer.wait(BOUND),
+    "close": lambda checkpointer, handle: checkpointer.close(BOUND),
+}
+
+
+@pytest.mark.parametrize("how", WAITS)
+def test_whoever_saved_and_waits_has_the_rest_copied(root: Path, held: Held, how: str):
+    """Nothing trains meanwhile. To ask without waiting is not to wait."""
+    training = Training()
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        handle = training.save(checkpointer)
+        assert held.begun.wait(BOUND)
+        with pytest.raises(TimeoutError):
+            handle.result(0)
+        assert held.helped == []
+        WAITS[how](checkpointer, handle)
+        assert (held.groups, len(held.helped)) == (1, GROUPS - 1)
+        assert_saved(handle.result(BOUND).path, training.frozen())
+
+
+def test_other_threads_that_wait_leave_the_cores_to_the_training(root: Path, held: Held):
+    """Such as one that reports what was saved."""
+    training = Training()
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        handle = training.save(checkpointer)
+        assert held.begun.wait(BOUND)
+        waiting = threading.Thread(target=handle.wait_staged, args=(BOUND,))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        held.go.set()
+        waiting.join(BOUND)
+        assert not waiting.is_alive()
+        assert (held.groups, held.helped) == (GROUPS, [])
+        assert_saved(handle.result(BOUND).path, training.frozen())
+
+
+def test_a_copy_that_has_not_begun_begins_with_all(root: Path, held: Held, monkeypatch: pytest.MonkeyPatch):
+    """The step came first."""
+    hurried, moved, hurry = threading.Event(), staging.Late.moved, staging.Snapshot.hurry
+
+    def late_start(late: staging.Late) -> str | None:
+        assert hurried.wait(BOUND)
+        return moved(late)
+
+    def noted(snapshot: staging.Snapshot) -> None:
+        hurry(snapshot)
+        hurried.set()
+
+    monkeypatch.setattr(staging.Late, "moved", late_start)
+    monkeypatch.setattr(staging.Snapshot, "hurry", noted)
+    training = Training()
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        expected = training.frozen()
+        handle = training.save(checkpointer)
+        training.step()
+        assert len(held.helped) >= GROUPS - 1
+        assert_saved(handle.result(BOUND).path, expected)
 
 
 def test_a_step_that_is_interrupted_while_it_waits_loses_nothing(

@@ -193,6 +193,7 @@ class Snapshot:
         self._late: Late | None = late
         self._device = device
         self._host: SharedCopy | None = None
+        self._helpers = 0  # threads wanted for it
         self._copied = threading.Event()  # what is in host memory; copies from devices are issued
         self._arrived = threading.Event()
         self._passed = False  # an optimizer has gone on
@@ -230,6 +231,7 @@ class Snapshot:
         if self._device is not None:
             self._device.issue(*late.device_part())
         self._host = SharedCopy(*late.host_part())
+        self._host.help(self._helpers)
         self._host.run()
         changed = late.check()
         self._copied.set()
@@ -250,13 +252,18 @@ class Snapshot:
         self._copied.set()
         self._arrived.set()
 
+    def hurry(self) -> None:
+        """The training waits: copy with as many threads more as it would use."""
+        self._helpers = min(torch.get_num_threads(), MAX_THREADS)
+        if (host := self._host) is not None:
+            host.help(self._helpers)
+
     def barrier(self) -> None:
         # A graph that is being recorded cannot wait for what is outside of it.
         awaited = self._arrived if cuda.is_capturing() else self._copied
         if not awaited.is_set():
             begun = time.perf_counter()
-            if (host := self._host) is not None:
-                host.help(min(torch.get_num_threads(), MAX_THREADS))
+            self.hurry()
             if not awaited.wait(DEADLINE):
                 raise StageError(TOO_SLOW)
             self.waited += time.perf_counter() - begun

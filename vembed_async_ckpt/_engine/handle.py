@@ -90,6 +90,8 @@ class SaveHandle:
         self._callbacks: list[Callable[[SaveHandle], None]] = []
         self._wakers: set[int] = set()
         self._progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._saver = threading.get_ident()
+        self._hurry: Callable[[], None] = lambda: None  # stages with more threads
 
     def __repr__(self) -> str:
         return f"<SaveHandle step={self.step} {self._state.value} {self.path}>"
@@ -161,12 +163,19 @@ class SaveHandle:
 
     def _wait(self, until: Callable[[], bool], timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
+        if timeout is None or timeout > 0:
+            self._waited_for()
         with self._changed:
             while not until():
                 left = 3600.0 if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"checkpoint of step {self.step} is still {self._state.value} after {timeout} s")
                 self._changed.wait(left)
+
+    def _waited_for(self) -> None:
+        """This thread will wait. If it is the one that saved, the training does nothing meanwhile."""
+        if self._state is SaveState.STAGING and threading.get_ident() == self._saver:
+            self._hurry()
 
     def _raise_if_failed(self) -> None:
         with self._changed:

@@ -85,6 +85,8 @@ class Ledger:
         """Return when nothing is in flight and `busy` says no. Raises TimeoutError, and what `alive` raises, which is asked
         twice a second."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        for handle in self.in_flight():
+            handle._waited_for()
         with self._changed:
             while self._in_flight or busy():
                 if deadline is not None and time.monotonic() >= deadline:

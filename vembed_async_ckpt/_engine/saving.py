@@ -146,6 +146,7 @@ class Save:
         if late:
             later = Late(division, places.late, late, mixed=self._device is not None)
             self._snapshot = Snapshot(later, self._device)
+            self.handle._hurry = self._snapshot.hurry
             GATE.add(self._snapshot)
         elif self._device is not None and blocking:
             self._device.wait()
