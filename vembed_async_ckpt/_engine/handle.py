@@ -111,7 +111,7 @@ class SaveHandle:
 
     def wait_staged(self, timeout: float | None = None) -> None:
         """Return once the state is in the arena and a live writer has accepted it: from then on neither the death of the
-        trainer nor that of the writer loses it.
+        trainer nor that of the writer loses it. While the thread that saved waits, here or in `result`, more threads stage.
 
         Raises TimeoutError after `timeout` seconds, and what failed if it failed first.
         """
