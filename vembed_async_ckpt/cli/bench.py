@@ -50,7 +50,7 @@ def bench(
     patience: Annotated[
         float | None, typer.Option(help="Seconds to wait before each save for a quiet machine.", show_default=False)
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Everything, as in the README: hours.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Everything, at 1 GiB and up to 4: hours.")] = False,
     show: Annotated[
         Path | None, typer.Option(help="Print tables and draw plots of a result file; measure nothing.")
     ] = None,
