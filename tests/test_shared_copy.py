@@ -119,15 +119,23 @@ WAITS: dict[str, Callable[[AsyncCheckpointer, Any], Any]] = {
 
 
 @pytest.mark.parametrize("how", WAITS)
-def test_whoever_saved_and_waits_has_the_rest_copied(root: Path, held: Held, how: str):
+def test_whoever_saved_and_waits_has_the_rest_copied(root: Path, held: Held, monkeypatch: pytest.MonkeyPatch, how: str):
     """Nothing trains meanwhile. To ask without waiting is not to wait."""
+    hurried, hurry = [], staging.Snapshot.hurry
+
+    def noted(snapshot: staging.Snapshot) -> None:
+        hurried.append(snapshot)
+        hurry(snapshot)
+
+    monkeypatch.setattr(staging.Snapshot, "hurry", noted)
     training = Training()
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
         handle = training.save(checkpointer)
         assert held.begun.wait(BOUND)
-        with pytest.raises(TimeoutError):
-            handle.result(0)
-        assert held.helped == []
+        for look in (handle.result, checkpointer.wait):
+            with pytest.raises(TimeoutError):
+                look(0)
+        assert not hurried
         WAITS[how](checkpointer, handle)
         assert (held.groups, len(held.helped)) == (1, GROUPS - 1)
         assert_saved(handle.result(BOUND).path, training.frozen())

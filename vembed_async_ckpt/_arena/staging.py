@@ -205,14 +205,7 @@ class Snapshot:
         late = self._late
         assert late is not None
         try:
-            changed = late.moved()
-            if changed is None:
-                try:
-                    changed = self._copy(late)
-                except StageError:
-                    changed = late.moved()
-                    if changed is None:
-                        raise
+            changed = self._changed(late)
             if changed is not None:
                 self.error = TornSnapshot(
                     f"{changed!r} was changed while it was being copied, without passing through a torch optimizer's step; "
@@ -225,6 +218,16 @@ class Snapshot:
             self._late = self._host = None
             del late
             self._end()
+
+    def _changed(self, late: Late) -> str | None:
+        """Copy. Returns the name of a tensor that was changed since the call, if one shows it."""
+        try:
+            return late.moved() or self._copy(late)
+        except StageError:
+            moved = late.moved()
+            if moved is None:
+                raise
+            return moved
 
     def _copy(self, late: Late) -> str | None:
         """Returns the name of a tensor that was changed meanwhile, if one shows it."""

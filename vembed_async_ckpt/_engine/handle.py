@@ -163,8 +163,7 @@ class SaveHandle:
 
     def _wait(self, until: Callable[[], bool], timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        if timeout is None or timeout > 0:
-            self._waited_for()
+        self._waited_for(timeout)
         with self._changed:
             while not until():
                 left = 3600.0 if deadline is None else deadline - time.monotonic()
@@ -172,9 +171,9 @@ class SaveHandle:
                     raise TimeoutError(f"checkpoint of step {self.step} is still {self._state.value} after {timeout} s")
                 self._changed.wait(left)
 
-    def _waited_for(self) -> None:
-        """This thread will wait. If it is the one that saved, the training does nothing meanwhile."""
-        if self._state is SaveState.STAGING and threading.get_ident() == self._saver:
+    def _waited_for(self, timeout: float | None) -> None:
+        """This thread will wait so long (0: it only looks). If it is the one that saved, the training does nothing meanwhile."""
+        if timeout != 0 and self._state is SaveState.STAGING and threading.get_ident() == self._saver:
             self._hurry()
 
     def _raise_if_failed(self) -> None:

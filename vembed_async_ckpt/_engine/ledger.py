@@ -86,7 +86,7 @@ class Ledger:
         twice a second."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for handle in self.in_flight():
-            handle._waited_for()
+            handle._waited_for(timeout)
         with self._changed:
             while self._in_flight or busy():
                 if deadline is not None and time.monotonic() >= deadline:
