@@ -90,6 +90,12 @@ class Child:
             self.messages.append(message.decode())
         return bool(message)
 
+    def listen(self, seconds: float) -> None:
+        """Take all that it says for so long into `messages`."""
+        deadline = time.monotonic() + seconds
+        while self._receive(deadline - time.monotonic()):
+            pass
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         signal.pidfd_send_signal(self._pidfd, number)
 

@@ -97,7 +97,7 @@ def said_of(child: Child, what: str) -> list[str]:
     """What was logged of it: a failure is on its handle before its event has reached the log."""
     deadline = time.monotonic() + 20
     while True:
-        time.sleep(0.2)  # the second of two would come right behind the first
+        child.listen(0.2)  # the second of two would come right behind the first
         found = [message for message in child.messages if message.startswith("LOG") and what in message]
         if found or time.monotonic() > deadline:
             return found
