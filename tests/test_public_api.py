@@ -35,6 +35,10 @@ CONTRACT = [
     "CheckpointerClosed",
     "StallMeter",
     "StallReport",
+    "CheckpointEntry",
+    "checkpoints",
+    "best",
+    "delete",
 ]
 
 
@@ -98,6 +102,9 @@ SIGNATURES = {
     "latest": ["root", "verify"],
     "load": ["path", "model", "optimizer", "scheduler", "dataloader", "scaler", "accelerator", "verify"],
     "verify": ["path"],
+    "checkpoints": ["root"],
+    "best": ["root", "metric", "mode"],
+    "delete": ["path"],
     "save_checkpoint": [
         "path", "model", "accelerator", "processor", "config", "prefix", "step", "training_state", "checkpointer",
     ],

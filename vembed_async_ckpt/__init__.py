@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from .events import Event
     from .integrations.vembed import save_checkpoint
+    from .listing import CheckpointEntry, best, checkpoints, delete
     from .restore import Restored, load
     from .stall import StallMeter, StallReport
 
@@ -49,6 +50,11 @@ __all__ = [
     "load",
     "verify",
     "Restored",
+    # looking at a root
+    "CheckpointEntry",
+    "checkpoints",
+    "best",
+    "delete",
     # measuring
     "StallMeter",
     "StallReport",
@@ -73,6 +79,7 @@ _HOMES = {
         "CheckpointerBusy", "CheckpointerClosed",
     ),
     ".events": ("Event",),
+    ".listing": ("CheckpointEntry", "checkpoints", "best", "delete"),
     ".restore": ("load", "Restored"),
     ".stall": ("StallMeter", "StallReport"),
     ".integrations.vembed": ("save_checkpoint",),

@@ -1,0 +1,115 @@
+"""The checkpoints under a root, for programs: list them, find the best one, delete one. Loads no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ._store import catalog
+from ._store import manifest as manifests
+from ._store.fs import LocalFilesystem
+from ._store.lock import RootLock
+from ._writer import removal
+from .errors import CheckpointerBusy, CorruptCheckpoint
+
+
+@dataclass(frozen=True)
+class CheckpointEntry:
+    """One directory that is a checkpoint or claims to be one.
+
+    `path`: absolute. `step`: as given to `save()`, or None. `sequence`: the order of the saves under this root, newest is
+    largest. `metrics`: as given to `save()`. `total_bytes`: the size of its files in bytes without the manifest, a file with two
+    names counted once. `time`: when it was saved, in seconds since 1970. `complete`: every file that the manifest names is there
+    and has its size. `problem`: what is wrong with it, "" if it is complete. What cannot be read is None, {} or 0.
+    """
+
+    path: Path
+    step: int | None
+    sequence: int | None
+    metrics: Mapping[str, float]
+    total_bytes: int
+    time: float | None
+    complete: bool
+    problem: str
+
+
+def checkpoints(root: str | os.PathLike[str]) -> list[CheckpointEntry]:
+    """List every checkpoint under `root`, newest first; those whose manifest cannot be read come last.
+
+    A root that does not exist gives an empty list. Raises `CheckpointError` if the root cannot be listed.
+    """
+    return [_entry(found) for found in reversed(catalog.scan(os.path.abspath(root)))]
+
+
+def best(root: str | os.PathLike[str], metric: str, mode: Literal["min", "max"] = "min") -> Path | None:
+    """Return the complete checkpoint under `root` with the smallest (`mode="min"`) or largest (`"max"`) value of `metric`.
+
+    Of equal values the newest wins. A checkpoint without the metric, or with NaN for it, does not take part; None if no other
+    is left. Raises ValueError for any other `mode`, and `CheckpointError` if the root cannot be listed.
+    """
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode is {mode!r}; use 'min' or 'max'")
+    rated = [entry for entry in checkpoints(root) if entry.complete and not math.isnan(_value(entry, metric))]
+    if not rated:
+        return None
+    choose = min if mode == "min" else max
+    return choose(rated, key=lambda entry: _value(entry, metric)).path
+
+
+def delete(path: str | os.PathLike[str]) -> None:
+    """Delete the checkpoint `path`: first move it out of sight, then delete the files that its manifest names.
+
+    Files in it that this library did not write are kept in the root's `_vembed_async_ckpt/replaced/`. Raises
+    `CorruptCheckpoint` if its manifest cannot be read (then nothing proves that the files are ours, and nothing is deleted),
+    and `CheckpointerBusy` if a training saves in the same root or if somebody is loading this checkpoint.
+    """
+    directory = os.path.abspath(path)
+    root, name = os.path.split(directory)
+    save_id = manifests.read(directory).save_id
+    root = os.path.realpath(root)
+    lock = RootLock.acquire(root)
+    try:
+        if removal.in_use(os.path.join(root, name)):
+            raise CheckpointerBusy(f"{directory}: somebody is loading this checkpoint; delete it later")
+        removal.discard(LocalFilesystem(), root, name, save_id)
+    finally:
+        lock.close()
+
+
+def _entry(found: catalog.Entry) -> CheckpointEntry:
+    manifest, problem = found.manifest, found.error
+    if manifest is None:
+        return CheckpointEntry(Path(found.path), None, None, {}, 0, None, False, str(problem))
+    try:
+        manifests.check(found.path, manifest, "size")
+    except CorruptCheckpoint as error:
+        problem = error
+    return CheckpointEntry(
+        path=Path(found.path),
+        step=manifest.step,
+        sequence=manifest.sequence,
+        metrics=dict(manifest.metrics),
+        total_bytes=_total_bytes(found.path, manifest),
+        time=manifest.time,
+        complete=problem is None,
+        problem="" if problem is None else str(problem),
+    )
+
+
+def _total_bytes(directory: str, manifest: manifests.Manifest) -> int:
+    sizes: dict[object, int] = {}
+    for name, record in manifest.files.items():
+        try:
+            status = os.lstat(os.path.join(directory, *name.split("/")))
+            sizes[status.st_dev, status.st_ino] = record.size
+        except OSError:
+            sizes[name] = record.size
+    return sum(sizes.values())
+
+
+def _value(entry: CheckpointEntry, metric: str) -> float:
+    return float(entry.metrics.get(metric, math.nan))
