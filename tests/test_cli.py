@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,24 @@ def test_latest_of_nothing_fails(tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
 
 
+def test_latest_by_a_metric(saved: Path) -> None:
+    """`--best` takes the smallest value, with `--mode max` the largest; a metric that none has is no answer."""
+
+    def path_of(*arguments: str) -> tuple[int, str]:
+        result = runner.invoke(app, ["latest", str(saved), *arguments])
+        return result.exit_code, result.stdout.strip()
+
+    assert path_of("--best", "loss") == (0, str(saved / "checkpoint-3"))
+    assert path_of("--best", "loss", "--mode", "max") == (0, str(saved / "checkpoint-1"))
+    assert path_of("--best", "accuracy") == (1, "")
+    assert path_of("--best", "loss", "--mode", "median")[0] == 2
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = runner.invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"vembed-ckpt {version('vembed-async-ckpt')}\n")
+
+
 def test_verify_finds_one_flipped_bit(saved: Path) -> None:
     """Whole root or one checkpoint: hashes are compared, the file is named."""
     assert runner.invoke(app, ["verify", str(saved)]).exit_code == 0
@@ -93,7 +112,9 @@ def test_inspect_shows_tensors_and_config(saved: Path) -> None:
     found = json.loads(runner.invoke(app, ["inspect", str(saved / "checkpoint-1"), "--json"]).output)
     assert {"file": "model.safetensors", "name": "1.bias", "dtype": "F32", "shape": [2]} in found["tensors"]
     assert (found["step"], found["config"]) == (1, {"lr": 0.1})
-    assert "1.bias" in runner.invoke(app, ["inspect", str(saved / "checkpoint-1"), "--tensors"]).output
+    shown = runner.invoke(app, ["inspect", str(saved / "checkpoint-1"), "--tensors"]).output
+    assert "1.bias" in shown
+    assert '"lr": 0.1' in shown
 
 
 def test_diff_names_what_changed(saved: Path) -> None:
@@ -101,6 +122,10 @@ def test_diff_names_what_changed(saved: Path) -> None:
     result = runner.invoke(app, ["diff", str(saved / "checkpoint-1"), str(saved / "checkpoint-2"), "--json"])
     assert result.exit_code == 1
     assert json.loads(result.output)["changed"] == ["model.safetensors: 1.bias"]
+    result = runner.invoke(app, ["diff", str(saved / "checkpoint-1"), str(saved / "checkpoint-2")])
+    summary, *lines = result.output.splitlines()
+    assert summary.startswith(f"{len(lines)} changed, 0 only in a, 0 only in b, ")
+    assert "changed: model.safetensors: 1.bias" in lines
     assert runner.invoke(app, ["diff", str(saved / "checkpoint-1"), str(saved / "checkpoint-1")]).exit_code == 0
 
 

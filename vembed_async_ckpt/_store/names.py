@@ -29,16 +29,21 @@ _CHECKPOINT = re.compile(r"checkpoint(?:-|_|-step-|-epoch-)(0|[1-9][0-9]*)")
 _SAVE_ID = r"[0-9a-f]{32}"
 _WORK_ENTRY = re.compile(rf"(?P<kind>work|trash|rotated)-(?P<save_id>{_SAVE_ID})(?:\.(?P<attempt>[0-9]+))?")
 _SWAP = re.compile(rf"swap-({_SAVE_ID})\.([^/]+)")
+_FOR_RESUMING = (
+    r"(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|(?:optimizer|scheduler|scaler)\.pt"
+    r"|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl|rng_state(?:_[0-9]+)?\.pth"
+    r"|trainer_state\.json|training_args\.bin|training_state\.json"
+    r"|vembed_(?:training_state|rank_state_[0-9]+)\.json|vembed_(?:training_state|uncovered)\.safetensors"
+)
+_TRAINING_STATE = re.compile(rf"(?:[^/]+/)?(?:{_FOR_RESUMING})")
 _OURS = re.compile(
     r"(?:[^/]+/)?(?:"
     r"(?:pytorch_)?model(?:_[0-9]+)?(?:-[0-9]{5}-of-[0-9]{5})?\.(?:safetensors|bin)"
     r"|(?:pytorch_)?model(?:_[0-9]+)?\.(?:safetensors|bin)\.index\.json"
     r"|adapter_(?:model\.(?:safetensors|bin)|config\.json)"
     r"|[^/]*_state_dict\.safetensors"
-    r"|(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|(?:optimizer|scheduler|scaler)\.pt"
-    r"|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl|rng_state(?:_[0-9]+)?\.pth"
-    r"|trainer_state\.json|training_args\.bin|training_state\.json"
-    r"|vembed_(?:manifest|config|training_state|rank_state_[0-9]+)\.json|vembed_(?:training_state|uncovered)\.safetensors"
+    r"|vembed_(?:manifest|config)\.json"
+    rf"|{_FOR_RESUMING}"
     r")"
 )
 
@@ -188,3 +193,13 @@ def is_plan_name(relative: str) -> bool:
     """Whether a plan of ours can make this name: carried over from a replaced directory it would be read as part of the
     new checkpoint."""
     return _OURS.fullmatch(relative) is not None
+
+
+def is_training_state(relative: str) -> bool:
+    """Whether a file is only for a training that resumes: optimizer, scheduler, random states and the like."""
+    return _TRAINING_STATE.fullmatch(relative) is not None
+
+
+def is_second_name(relative: str) -> bool:
+    """Whether a file has the name that `save_checkpoint` gives the weights file besides its own (see `state_dict`)."""
+    return relative.endswith("_state_dict.safetensors")

@@ -9,18 +9,35 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
 from ..errors import CheckpointError
-from . import bench, cleaning, inspecting, reading, training
+from . import bench, cleaning, exporting, inspecting, reading, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
     *(training.demo, reading.ls, reading.latest, reading.verify),
-    *(inspecting.inspect, inspecting.diff, cleaning.prune, cleaning.sweep, bench.bench),
+    *(inspecting.inspect, inspecting.diff, exporting.export, cleaning.prune, cleaning.sweep, bench.bench),
 ):
     app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vembed-ckpt {version('vembed-async-ckpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -53,6 +53,10 @@ def inspect(
     versions = " ".join(f"{name} {version}" for name, version in manifest.versions.items())
     console.print(versions, highlight=False, markup=False)
     console.print(_files_table(manifest, found))
+    if names.CONFIG in manifest.files:
+        print(f"{names.CONFIG}:")
+        for line in json.dumps(_config(directory), indent=2, ensure_ascii=False).splitlines():
+            print(shown(line))
     if tensors:
         _list_tensors(found)
 
@@ -132,10 +136,13 @@ def diff(
     if as_json:
         print_json(result)
     else:
-        for what in ("changed", "only_in_a", "only_in_b"):
+        kinds = ("changed", "only_in_a", "only_in_b")
+        print(
+            ", ".join(f"{len(result[what])} {what.replace('_', ' ')}" for what in kinds) + f", {result['equal']} equal"
+        )
+        for what in kinds:
             for line in result[what]:
                 print(f"{what.replace('_', ' ')}: {shown(line)}{_in_words(result.get('norms', {}).get(line))}")
-        print(f"{result['equal']} tensors are equal")
     raise typer.Exit(1 if len(common) != result["equal"] or result["only_in_a"] or result["only_in_b"] else 0)
 
 

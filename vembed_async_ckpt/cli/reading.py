@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import DownloadColumn, Progress
 from rich.table import Table
 
+from .. import listing
 from .._store import catalog, names
 from .._store import manifest as manifests
 from ..errors import CorruptCheckpoint
@@ -105,16 +106,28 @@ def _age(then: float) -> str:
 def latest(
     root: Root,
     verify: Annotated[str, typer.Option(help="How closely to look: size, full or none.")] = "size",
+    best: Annotated[str | None, typer.Option(help="Instead of the newest, the best by this metric.")] = None,
+    mode: Annotated[str, typer.Option(help="Which value of the metric is best: min or max.")] = "min",
     as_json: AsJson = False,
 ) -> None:
-    """Print the path of the newest complete checkpoint under ROOT, alone; exit code 1 if there is none."""
+    """Print the path of the newest complete checkpoint under ROOT, alone; exit code 1 if there is none.
+
+    With --best METRIC it is the one with the best value of that metric; checkpoints without it do not take part.
+    """
     if verify not in ("size", "full", "none"):
         raise typer.BadParameter(f"{verify!r}; use size, full or none", param_hint="--verify")
-    found = catalog.latest(root, verify=verify)  # type: ignore[arg-type]  # checked above
+    if mode not in ("min", "max"):
+        raise typer.BadParameter(f"{mode!r}; use min or max", param_hint="--mode")
+    missing = f"no checkpoints under {root}"
+    if best is None:
+        found = catalog.latest(root, verify=verify)  # type: ignore[arg-type]  # checked above
+    else:
+        found = listing.best(root, best, mode)  # type: ignore[arg-type]  # checked above
+        missing = f"no complete checkpoint under {root} has a metric {best!r}"
     if as_json:
         print(json.dumps(None if found is None else os.fspath(found)))
     elif found is None:
-        print(f"no checkpoints under {root}", file=sys.stderr)
+        print(missing, file=sys.stderr)
     else:
         print(found)
     raise typer.Exit(0 if found is not None else 1)
