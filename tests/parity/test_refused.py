@@ -75,7 +75,7 @@ KINDS: dict[str, Callable[[], torch.nn.Module]] = {
     "wrapper": lambda: Pickling(torch.nn.Linear(3, 3)),
 }
 SHARDED = {
-    fsdp1: "FullyShardedDataParallel", fsdp1_flat: "FullyShardedDataParallel", fsdp2: "DTensor", one_dtensor: "DTensor",
+    fsdp1: "FullyShardedDataParallel", fsdp1_flat: "FullyShardedDataParallel", fsdp2: "FSDPModule", one_dtensor: "DTensor",
     partitioned: "ZeRO-3",
 }  # fmt: skip
 
@@ -94,6 +94,55 @@ def test_a_share_of_a_model_is_no_model(root: Path, alone: None, shard: Any, kin
         path = checkpointer.save(2, model=whole).result(BOUND).path
     with pytest.raises(CheckpointError, match=rf"{SHARDED[shard]}.*before it is sharded"):
         load(path, model=sharded)
+
+
+def named_class(name: str) -> Any:
+    """A layer as another package ships it; `state_dict()` must not be called on it by one rank alone."""
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("called")
+
+    return type("Of" + name, (type(name, (torch.nn.Linear,), {"state_dict": refuse}),), {})
+
+
+WRAPPER_NAMES = [
+    "FullyShardedDataParallel", "XlaFullyShardedDataParallel", "DeepSpeedEngine", "PipelineModule", "GeminiDDP",
+    "DistributedModelParallel",
+]  # fmt: skip
+LAYER_NAMES = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding", "ParallelEmbedding"]
+
+
+@pytest.mark.parametrize("name", [*WRAPPER_NAMES, *LAYER_NAMES])
+def test_other_packages_ways_to_shard(root: Path, alone: None, monkeypatch: pytest.MonkeyPatch, name: str):
+    """Known by the name of a class, also of one derived from it; layers of tensor parallelism are whole where one rank is all."""
+    module = torch.nn.Sequential(named_class(name)(3, 3))
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        if name in LAYER_NAMES:
+            with pytest.raises(AssertionError, match="called"):
+                checkpointer.save(1, model=module)
+            monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+        with pytest.raises(PlanError, match=f"0 is sharded by {name}: this process holds only a share"):
+            checkpointer.save(1, model=module)
+
+
+def of_transformers(model: torch.nn.Module) -> None:
+    model._tp_size = 2
+
+
+def of_megatron(model: torch.nn.Module) -> None:
+    next(model.parameters()).tensor_model_parallel = True
+
+
+@pytest.mark.parametrize("mark", [of_transformers, of_megatron], ids=lambda mark: mark.__name__)
+def test_tensor_parallelism_in_plain_tensors(root: Path, alone: None, monkeypatch: pytest.MonkeyPatch, mark: Any):
+    """Nothing but a mark says that each rank has a part of them; with one rank, it has all."""
+    model = torch.nn.Linear(3, 3)
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        checkpointer.save(1, model=model).result(BOUND)
+        mark(model)
+        monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+        with pytest.raises(PlanError, match=r"divided among .*ranks by tensor parallelism"):
+            checkpointer.save(2, model=torch.nn.Sequential(model))
 
 
 class Scaled(torch.Tensor):

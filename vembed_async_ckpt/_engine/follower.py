@@ -37,6 +37,7 @@ class Follower:
         self._ledger.begun(handle, self._allowed)
         try:
             self._ledger.raise_unread()
+            objects.refuse_shares()
             state = capture_rank(objects.dialect, objects.dataloader)
             further = objects.further_files()
         except BaseException as error:

@@ -27,6 +27,7 @@ from .capture import SINK, Captured, Files
 from .pickles import Replay
 from .places import Book, Live, Part, changed_by_forward, has_no_storage, live_tensors, ties_of, uncovered
 from .processor import read_files
+from .sharding import refuse_share
 from .truth import Truth
 
 
@@ -59,20 +60,6 @@ def unwrap(model: Any) -> torch.nn.Module:
             return model
         model = inner
     raise PlanError(f"model: a {type(model).__module__}.{type(model).__qualname__} is not a torch.nn.Module")
-
-
-def sharded(module: torch.nn.Module) -> str | None:
-    """What of a module this process holds only a share of, and why; None if it holds the whole."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for path, part in module.named_modules():
-        if fsdp is not None and isinstance(part, fsdp.FullyShardedDataParallel):
-            return f"{path or type(part.module).__qualname__} is wrapped by FullyShardedDataParallel"
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if hasattr(tensor, "full_tensor"):
-            return f"{name} is a DTensor"
-        if hasattr(tensor, "ds_tensor"):
-            return f"{name} is partitioned by DeepSpeed ZeRO-3"
-    return None
 
 
 @dataclass
@@ -145,6 +132,7 @@ class ModelReader:
         )
 
     def _learn(self, module: torch.nn.Module, model: torch.nn.Module, before: _Learned | None) -> _Learned:
+        refuse_share(model)
         files = None if self._state_dict_file is None else {self._state_dict_file: _plain_file(module, model)}
         learned = _learn(module, self._prefix, self._options, files)
         if before is not None and before.says_the_same(learned):
@@ -161,12 +149,6 @@ class ModelReader:
 
 def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], plain: Files | None = None) -> _Learned:
     """`plain`: these files and no others, instead of what `save_pretrained` writes."""
-    share = sharded(module)
-    if share is not None:
-        raise PlanError(
-            f"model: {share}: this process holds only a share of it. Gather the whole model first, "
-            "or save it with accelerator.save_state or torch.distributed.checkpoint"
-        )
     live = list(live_tensors(module))
     for item in live:
         if is_lazy(item.tensor):

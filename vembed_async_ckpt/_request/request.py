@@ -26,6 +26,7 @@ from .mapping import MappingReader
 from .model import ModelReader, ModelState
 from .optimizer import OptimizerReader, OptimizerState, RegisteredReader
 from .processor import ProcessorFiles
+from .sharding import refuse_shares
 from .training_state import TrainingState, torch_save
 
 
@@ -103,6 +104,11 @@ class Objects:
 
     def further_files(self) -> list[tuple[str, bytes]]:
         return list((self.files() if callable(self.files) else self.files).items())
+
+    def refuse_shares(self) -> None:
+        """Raise `PlanError` if this process holds only a share of a model. Calls nothing on the models."""
+        models = [] if callable(self.state_dicts) else named("model", self.state_dicts).values()
+        refuse_shares([*named("model", self.model).values(), *models, *getattr(self.accelerator, "_models", ())])
 
     def whole_models(self) -> Any:
         models = self.state_dicts

@@ -14,6 +14,7 @@ from .._engine.handle import SaveHandle
 from .._request.dialect import Accelerate
 from .._request.processor import read_files
 from .._request.request import Objects
+from .._request.sharding import refuse_shares
 from .._request.training_state import torch_save
 from .._store import manifest as manifests
 from .._store import names
@@ -156,6 +157,7 @@ class _Hooks:
         hooks = list(accelerator._save_model_state_pre_hook.values())
         if not hooks:
             return {}
+        refuse_shares(self.models)
         weights = [accelerator.get_state_dict(model, unwrap=False) for model in self.models]
         known = {id(state): (state, model) for state, model in zip(weights, self.models, strict=True)}
         with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .._request.model import sharded
 from .._request.places import has_no_storage
+from .._request.sharding import share_of
 from ..errors import CheckpointError
 from .tensors import Move, Saved, Tensors
 
@@ -18,7 +18,7 @@ def plan_model(
     source: Tensors, described: Mapping[str, Any], name: str, module: torch.nn.Module
 ) -> tuple[Sequence[Move], Callable[[], None] | None]:
     """What will restore `module`: where everything comes that was `described`, or a step. Raises before anything is changed."""
-    share = sharded(module)
+    share = share_of(module)
     if share is not None:
         raise CheckpointError(f"{source.directory}: {share}: load into the whole model, before it is sharded")
     if not described["by_name"]:

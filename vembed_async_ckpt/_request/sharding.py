@@ -1,0 +1,82 @@
+"""Models of which this process holds only a share.
+
+They are recognised by the classes of their modules and tensors, before anything is called on them: under FSDP2 `state_dict()` on
+one rank alone changes what that rank holds, and the next step hangs on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..errors import PlanError
+
+# Wrappers and engines, whoever ships them: torch, torch_xla, fairscale, DeepSpeed, Megatron, ColossalAI, SageMaker, torchrec.
+_WRAPPERS = frozenset(
+    {
+        "FSDPModule",
+        "FullyShardedDataParallel",
+        "XlaFullyShardedDataParallel",
+        "SpmdFullyShardedDataParallel",
+        "DeepSpeedEngine",
+        "PipelineModule",
+        "GeminiDDP",
+        "HybridParallelModule",
+        "DistributedModelParallel",
+    }
+)
+# Layers of which each rank has a part, as plain tensors, if there are several ranks: Megatron, fairscale.
+_LAYERS = frozenset({"ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding", "ParallelEmbedding"})
+_TENSORS = frozenset({"DTensor", "ShardedTensor", "FlatParameter", "LocalShardsWrapper"})
+
+
+def share_of(module: torch.nn.Module) -> str | None:
+    """What of a module this process holds only a share of, and why; None if it holds the whole."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    several = several and torch.distributed.get_world_size() > 1
+    holders = _WRAPPERS | _LAYERS if several else _WRAPPERS
+    known: dict[type, str | None] = {}
+    for path, part in module.named_modules():
+        if type(part) not in known:
+            known[type(part)] = _first_of(type(part), holders)
+        kind = known[type(part)]
+        if kind is not None:
+            return f"{path or 'the model'} is sharded by {kind}"
+        # transformers' tensor parallelism keeps plain tensors in plain layers
+        size = vars(part).get("_tp_size")
+        if isinstance(size, int) and size > 1:
+            return f"{path or 'the model'} is divided among {size} ranks by tensor parallelism"
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if type(tensor) not in known:
+            known[type(tensor)] = _first_of(type(tensor), _TENSORS)
+        kind = known[type(tensor)]
+        if kind is not None:
+            return f"{name} is a {kind}"
+        if hasattr(tensor, "ds_tensor"):
+            return f"{name} is partitioned by DeepSpeed ZeRO-3"
+        if several and getattr(tensor, "tensor_model_parallel", False) is True:
+            return f"{name} is divided among the ranks by tensor parallelism"
+    return None
+
+
+def refuse_share(module: torch.nn.Module) -> None:
+    """Raise `PlanError` if this process holds only a share of the module."""
+    share = share_of(module)
+    if share is not None:
+        raise PlanError(
+            f"model: {share}: this process holds only a share of it. Gather the whole model first, "
+            "or save it with accelerator.save_state or torch.distributed.checkpoint"
+        )
+
+
+def refuse_shares(models: Iterable[Any]) -> None:
+    """`refuse_share` for those of the objects that are modules."""
+    for model in models:
+        if isinstance(model, torch.nn.Module):
+            refuse_share(model)
+
+
+def _first_of(kind: type, names: frozenset[str]) -> str | None:
+    return next((base.__name__ for base in kind.__mro__ if base.__name__ in names), None)
