@@ -224,7 +224,7 @@ def test_a_link_named_like_a_checkpoint(tally: Tally, root: Path, memory: Path, 
 def test_the_best_is_protected(tally: Tally, root: Path) -> None:
     """With the newest only else: the best stays through every prune, until a better one comes; nan is never best."""
     losses = {1: 0.5, 2: 0.2, 3: float("nan"), 4: 0.9, 5: 0.1, 6: 0.3}
-    policy = KeepLast(1) | KeepBest("loss")
+    policy = KeepLast(1) | KeepBest("loss", unrated="drop")
     for step, loss in losses.items():
         save(root, (step, step), keep=9)
         rewrite(root / f"checkpoint-{step}", lambda body, loss=loss: body.update(metrics={"loss": loss}))

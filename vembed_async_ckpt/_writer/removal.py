@@ -133,8 +133,8 @@ def _remove_all(fs: Filesystem, directory: str) -> None:
 def prune(fs: Filesystem, root: str, policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
     """Move the checkpoints that `policy` does not keep to the trash, then delete them; returns their names.
 
-    `committed` are (path, manifest), the newest among them durable. The newest is never deleted, nor one whose manifest a
-    reader has locked, nor a directory whose name is not one of ours.
+    `committed` are (path, manifest), the newest among them durable. The newest complete one is never deleted, nor one that is not
+    complete, nor one whose manifest a reader has locked, nor a directory whose name is not one of ours.
     """
     manifests_of = dict(committed)
     gone: list[str] = []
@@ -168,11 +168,29 @@ def discard(fs: Filesystem, root: str, name: str, save_id: str) -> None:
 
 
 def expendable(policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
-    """The checkpoints that `prune` would delete, newest first."""
+    """The checkpoints that `prune` would delete, newest first.
+
+    One with files missing or cut short is neither counted nor deleted: it must not stand for a whole one.
+    """
     ours = [item for item in committed if names.parse_checkpoint(os.path.basename(item[0])) is not None]
     newest_first = sorted(ours, key=lambda item: item[1].order, reverse=True)
+    if not _not_kept(policy, newest_first):
+        return []
+    whole = [item for item in newest_first if _is_whole(*item)]
+    return [path for path in _not_kept(policy, whole) if not in_use(path)]
+
+
+def _not_kept(policy: Policy, newest_first: Sequence[tuple[str, Manifest]]) -> list[str]:
     kept = policy.keep([manifest for _, manifest in newest_first])
-    return [path for path, manifest in newest_first[1:] if manifest.save_id not in kept and not in_use(path)]
+    return [path for path, manifest in newest_first[1:] if manifest.save_id not in kept]
+
+
+def _is_whole(path: str, manifest: Manifest) -> bool:
+    try:
+        manifests.check(path, manifest, "size")
+    except CorruptCheckpoint:
+        return False
+    return True
 
 
 def in_use(directory: str) -> bool:

@@ -22,7 +22,7 @@ from .._store import names
 from .._store.catalog import Committed, interrupted
 from .._store.fs import Filesystem, parent_of
 from .._store.manifest import FileRecord, Manifest
-from .._store.retention import from_spec
+from .._store.retention import Policy, from_spec, unknown_metrics
 from ..errors import CommitError, WriteError
 from . import commit as commits
 from . import removal
@@ -69,6 +69,7 @@ class Server:
         self._threads = IOThreads()
         self._committed = Committed(root)
         self._highest = 0  # sequence seen so far
+        self._said: set[str] = set()  # what the trainer was warned of
         self._litter = False  # something should have been removed and could not be
 
     def serve(self) -> None:
@@ -327,9 +328,17 @@ class Server:
                 removal.dispose(self._fs, self._root, replaced, job["name"], job["save_id"], carried_to=target)
         finally:  # what cannot be deleted must not fill the disk with what can
             if job["retention"] is not None:
-                policy = from_spec(job["retention"])
-                pruned = removal.prune(self._fs, self._root, policy, self._committed.refresh())
+                pruned = self._prune(pending, from_spec(job["retention"]))
         self._send(event="tidy", serial=pending.serial, pruned=pruned)
+
+    def _prune(self, pending: _Pending, policy: Policy) -> list[str]:
+        committed = self._committed.refresh()
+        for problem in unknown_metrics(policy, [manifest for _, manifest in committed]):
+            if len(committed) > 1 and problem not in self._said:
+                self._said.add(problem)
+                message = f"retention: {problem}. By that rule all are kept"
+                self._send(event="warning", serial=pending.serial, message=message)
+        return removal.prune(self._fs, self._root, policy, committed)
 
     def _send(self, **reply: Any) -> None:
         data = encode_reply(reply)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
 from .._store import catalog, names
 from .._store.fs import LocalFilesystem
 from .._store.lock import RootLock
-from .._store.retention import AnyOf, KeepBest, KeepEvery, KeepLast, Policy
+from .._store.manifest import Manifest
+from .._store.retention import AnyOf, KeepBest, KeepEvery, KeepLast, Mode, Policy, Unrated, unknown_metrics
 from .._writer import removal
 from .reading import AsJson
 
@@ -23,22 +24,38 @@ def prune(
     root: Root,
     keep_last: Annotated[int | None, typer.Option(min=1, help="Keep the newest N.")] = None,
     keep_every: Annotated[int | None, typer.Option(min=1, help="Keep those whose step is a multiple of N.")] = None,
-    keep_best: Annotated[str | None, typer.Option(help="Keep the best by this metric: NAME, or max:NAME.")] = None,
+    keep_best: Annotated[
+        str | None,
+        typer.Option(help="Keep the one with the smallest value of a metric: min:NAME or NAME; or max:NAME."),
+    ] = None,
+    unrated: Annotated[
+        str, typer.Option(help="What --keep-best does with those that have no value of the metric: keep or drop.")
+    ] = "keep",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete the checkpoints that no --keep option keeps. The newest always stays, and so does one that is being read."""
-    policy = _policy(keep_last, keep_every, keep_best)
-    committed = [(entry.path, entry.manifest) for entry in catalog.scan(os.fspath(root)) if entry.manifest]
+    """Delete the checkpoints that no --keep option keeps.
+
+    The newest complete one always stays, and so does one that is being read or is not complete.
+    """
+    policy = _policy(keep_last, keep_every, keep_best, unrated)
+    path = os.path.realpath(root)
     if dry_run:
-        _say("would delete", removal.expendable(policy, committed), as_json)
+        _say("would delete", removal.expendable(policy, _committed(path, policy)), as_json)
         return
-    lock = RootLock.acquire(os.path.realpath(root))
+    lock = RootLock.acquire(path)
     try:
-        filesystem = LocalFilesystem()
-        _say("deleted", removal.prune(filesystem, os.path.realpath(root), policy, committed), as_json)
+        _say("deleted", removal.prune(LocalFilesystem(), path, policy, _committed(path, policy)), as_json)
     finally:
         lock.close()
+
+
+def _committed(root: str, policy: Policy) -> list[tuple[str, Manifest]]:
+    """What `policy` is to judge. Exits with code 2 if it goes by a metric that none of them has."""
+    committed = [(entry.path, entry.manifest) for entry in catalog.scan(root) if entry.manifest]
+    for problem in unknown_metrics(policy, [manifest for _, manifest in committed]):
+        raise typer.BadParameter(f"{root}: {problem}. Nothing was deleted", param_hint="--keep-best")
+    return committed
 
 
 def _say(what: str, checkpoints: list[str], as_json: bool) -> None:
@@ -49,18 +66,30 @@ def _say(what: str, checkpoints: list[str], as_json: bool) -> None:
             print(f"{what} {name}")
 
 
-def _policy(keep_last: int | None, keep_every: int | None, keep_best: str | None) -> Policy:
+def _policy(keep_last: int | None, keep_every: int | None, keep_best: str | None, unrated: str) -> Policy:
     policies: list[Policy] = []
     if keep_last is not None:
         policies.append(KeepLast(keep_last))
     if keep_every is not None:
         policies.append(KeepEvery(keep_every))
+    if unrated not in get_args(Unrated):
+        raise typer.BadParameter(f"{unrated!r}; use keep or drop", param_hint="--unrated")
     if keep_best is not None:
-        mode, _, metric = keep_best.rpartition(":")
-        policies.append(KeepBest(metric, mode="max" if mode == "max" else "min"))
+        mode, metric = _metric(keep_best)
+        policies.append(KeepBest(metric, mode=mode, unrated=cast(Unrated, unrated)))
     if not policies:
         raise typer.BadParameter("say what to keep: --keep-last, --keep-every or --keep-best")
     return AnyOf(tuple(policies))
+
+
+def _metric(text: str) -> tuple[Mode, str]:
+    """What `--keep-best` says. A metric whose own name has a colon is written with its mode."""
+    mode, colon, metric = text.partition(":")
+    if not colon:
+        mode, metric = "min", text
+    if mode not in get_args(Mode) or not metric:
+        raise typer.BadParameter(f"{text!r}; write NAME, min:NAME or max:NAME", param_hint="--keep-best")
+    return cast(Mode, mode), metric
 
 
 def sweep(
