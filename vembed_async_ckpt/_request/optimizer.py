@@ -13,7 +13,7 @@ import torch
 
 from .._plan.plan import ZipContent
 from ..errors import PlanError
-from . import optimizer_pickle, tree
+from . import memory_format, optimizer_pickle, tree
 from .dtypes import FROM_TORCH, check_storage
 from .optimizer_pickle import Kind
 from .tree import Ref
@@ -23,6 +23,7 @@ from .tree import Ref
 class OptimizerState:
     """An optimizer as it will stand on disk.
 
+    `tensors` are as their bytes lie in the file: what is not contiguous is permuted so that it is (see `memory_format.order`).
     `tensors`, `keys`, `labels` (names in errors) and `owned` run in parallel; `owned` is what only a step of the `optimizer`
     changes (a scheduler may write to a tensor `lr`). `tree` is the captured state_dict; `pickled()` makes
     `data.pkl` of it. `arrays`: copies of what was no tensor but a numpy array: in the pickle they stand as such, by value.
@@ -55,9 +56,14 @@ class OptimizerState:
         return optimizer_pickle.state_dict(self.state_pickle, groups)
 
     def table(self, offsets: Sequence[int]) -> dict[str, Any]:
-        """{key: [dtype, shape, offset in the file]} for the manifest."""
+        """{key: [dtype, shape, offset in the file]} for the manifest, and the strides of what is not contiguous."""
         return {
-            key: [_dtype_name(kind.dtype), list(kind.shape), offset]
+            key: [
+                _dtype_name(kind.dtype),
+                list(kind.shape),
+                offset,
+                *([] if kind.strides is None else [list(kind.strides)]),
+            ]
             for key, kind, offset in zip(self.keys, self.kinds, offsets, strict=True)
         }
 
@@ -108,6 +114,9 @@ class OptimizerReader:
         self._keys: list[str] = []
         self._labels: list[str] = []
         self._kinds: list[Kind] = []
+        self._orders: list[
+            tuple[int, memory_format.Strides]
+        ] = []  # of what is not contiguous: its place, its dimensions
         self._owned: list[bool] = []
         self._plain: _PlainState | None = None
         self._numbers = _Numbers()
@@ -139,11 +148,14 @@ class OptimizerReader:
         arrays = {name: tensors[keys.index(name)] for name in _arrays(small)} if beside else {}
         # When what is pickled with the tensors has grown to twice its size, the file gets more room for it.
         rough_size = tree.rough_size(list(small.values())) + (0 if plain is None else 24 * len(plain.indices))
-        layout = (rough_size.bit_length(), keys, list(map(_DTYPE, tensors)), list(map(torch.Tensor.size, tensors)))
+        shapes, strides = list(map(torch.Tensor.size, tensors)), list(map(torch.Tensor.stride, tensors))
+        layout = (rough_size.bit_length(), keys, list(map(_DTYPE, tensors)), shapes, strides)
         if self._content is None or layout != self._layout:
             self._learn(keys, tensors, captured, arrays)
             self._layout = layout
         assert self._content is not None
+        for place, order in self._orders:
+            tensors[place] = tensors[place].permute(order)
         if plain is not None and plain.pickled is None:
             refs = dict(zip(self._keys, enumerate(self._kinds), strict=True))
             plain.pickled = optimizer_pickle.inner(optimizer_pickle.dumps(plain.refs, refs))
@@ -193,7 +205,9 @@ class OptimizerReader:
             check_storage(key, tensor, file=self._file)
         self._keys = keys
         self._labels = [f"{self._file}: {key}" for key in keys]
-        self._kinds = [Kind(tensor.dtype, tuple(tensor.shape), tensor.nbytes) for tensor in tensors]
+        self._kinds = list(map(Kind.of, tensors))
+        strided = [(place, kind.strides) for place, kind in enumerate(self._kinds) if kind.strides is not None]
+        self._orders = [(place, memory_format.order(strides)) for place, strides in strided]
         self._owned = [not key.startswith(_GROUP) for key in keys]
         if self._plain is not None:
             self._plain.pickled = None  # the order of the records has changed

@@ -12,16 +12,21 @@ from typing import Any
 
 import torch
 
-from . import tree
+from . import memory_format, tree
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What of a tensor its pickle says; each has a storage of its own, contiguous."""
+    """What the pickle says of a tensor, which has a dense storage of its own. `strides`: None if it is contiguous."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+    strides: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Kind:
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.nbytes, memory_format.kept(tensor))
 
 
 class _Storage:
@@ -30,7 +35,7 @@ class _Storage:
 
 
 class _Tensor:
-    """Pickles as a contiguous tensor that begins its own storage (`Tensor.__reduce_ex__`)."""
+    """Pickles as a tensor that is all of its own storage (`Tensor.__reduce_ex__`)."""
 
     def __init__(self, key: str, kind: Kind) -> None:
         self._key = key
@@ -38,12 +43,9 @@ class _Tensor:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = self._kind
-        strides, step = [], 1
-        for n in reversed(kind.shape):
-            strides.append(step)
-            step *= max(n, 1)
+        strides = memory_format.contiguous(kind.shape) if kind.strides is None else kind.strides
         count = kind.nbytes // kind.dtype.itemsize
-        place: tuple[Any, ...] = (0, kind.shape, tuple(strides[::-1]), False, OrderedDict())
+        place: tuple[Any, ...] = (0, kind.shape, strides, False, OrderedDict())
         legacy = _LEGACY_STORAGE.get(kind.dtype)
         if legacy is not None:
             return torch._utils._rebuild_tensor_v2, (_Storage(legacy, self._key, count), *place)

@@ -3,7 +3,8 @@
 `capture` copies the containers at the call and refuses what cannot be saved; `encode` makes JSON of the copy later, off the
 training thread. JSON has no tuples, bytes, NaN, and no keys but strings; what it lacks is written as an object with one key that
 starts with `$`: {"$tuple": [...]}, {"$dict": [[key, value], ...]}, {"$counter": [[key, count], ...]}, {"$bytes": base64},
-{"$float": "nan"}, {"$tensor": name}, {"$numpy": name}. Tensors are handed to the caller, who stores them under that name.
+{"$float": "nan"}, {"$tensor": name}, {"$numpy": name}; of a tensor or array that is not contiguous {"$strided": [that, strides]}.
+Tensors are handed to the caller, who stores them under that name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from ..errors import CorruptCheckpoint, PlanError
+from . import memory_format
 
 Put = Callable[[str, torch.Tensor], None]
 Get = Callable[[str], torch.Tensor]
@@ -29,10 +31,12 @@ _MAX_DEPTH = 200
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Stands for a tensor in a captured tree. `numpy`: it was an array, and becomes one again."""
+    """Stands for a tensor in a captured tree. `numpy`: it was an array, and becomes one again. `strides`: None if it is
+    contiguous."""
 
     name: str
     numpy: bool = False
+    strides: memory_format.Strides | None = None
 
 
 def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
@@ -54,10 +58,11 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
         return Counter(items) if kind is Counter else items  # MultiStepLR asks a Counter for its elements
     if isinstance(value, torch.Tensor):
         put(where, value)
-        return Ref(where)
+        return Ref(where, strides=_strides(value))
     if isinstance(value, np.ndarray | np.generic):
-        put(where, _from_numpy(value, where))
-        return Ref(where, numpy=True)
+        tensor = _from_numpy(value, where)
+        put(where, tensor)
+        return Ref(where, numpy=True, strides=_strides(tensor))
     if kind is bytearray:
         return bytes(value)
     raise PlanError(
@@ -72,9 +77,13 @@ def _key(key: Any, where: str) -> Any:
     return key
 
 
+def _strides(tensor: torch.Tensor) -> memory_format.Strides | None:
+    return memory_format.kept(tensor) if tensor.layout is torch.strided else None  # else refused by who stores it
+
+
 def _from_numpy(value: Any, where: str) -> torch.Tensor:
     try:
-        return torch.from_numpy(np.array(value, order="C"))  # a copy: the array may change before it is staged
+        return torch.from_numpy(np.array(value, order="K"))  # a copy: the array may change before it is staged
     except TypeError as error:
         raise PlanError(f"{where}: a numpy array of {value.dtype} cannot be saved; convert it to numbers") from error
 
@@ -82,7 +91,8 @@ def _from_numpy(value: Any, where: str) -> torch.Tensor:
 def encode(captured: Any) -> Any:
     """A captured tree as JSON values."""
     if isinstance(captured, Ref):
-        return {"$numpy" if captured.numpy else "$tensor": captured.name}
+        named = {"$numpy" if captured.numpy else "$tensor": captured.name}
+        return named if captured.strides is None else {"$strided": [named, list(captured.strides)]}
     if isinstance(captured, float):
         return captured if math.isfinite(captured) else {"$float": repr(captured)}
     if isinstance(captured, bytes):
@@ -125,8 +135,16 @@ _DECODERS: dict[str, Callable[[Any, Get], Any]] = {
     "$bytes": lambda content, get: base64.b64decode(content, validate=True),
     "$float": lambda content, get: float(content),
     "$tensor": lambda content, get: get(content),
+    "$strided": lambda content, get: _restrided(content[0], content[1], get),
     "$numpy": lambda content, get: _to_numpy(get(content)),
 }
+
+
+def _restrided(named: dict[str, str], strides: list[int], get: Get) -> Any:
+    ((tag, name),) = named.items()
+    tensor = get(name)
+    tensor = memory_format.restored(tensor, memory_format.checked(tensor.shape, strides))
+    return tensor if tag == "$tensor" else tensor.numpy()
 
 
 def _to_numpy(tensor: torch.Tensor) -> Any:

@@ -40,7 +40,8 @@ class FileRecord:
 class Manifest:
     """One checkpoint. `sequence` orders the checkpoints of a root; `files` names everything in it but the manifest.
 
-    `tensors`: for a file that is not safetensors (optimizer.bin), its tensors as {key: [dtype, shape, offset]}.
+    `tensors`: for a file that is not safetensors (optimizer.bin), its tensors as {key: [dtype, shape, offset]}, and as a
+    fourth entry the strides of those that are not contiguous: their bytes lie in the order of their strides.
     `names`: for a weights file, where its tensors live in the model: {file name: {tensor: where}}.
     """
 

@@ -21,7 +21,8 @@ _BYTES = {"float64": 8, "complex128": 16, "int64": 8}  # dtypes of optimizer.bin
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor: its file, name, dtype (as safetensors names it), shape, and where its bytes are in the file."""
+    """One tensor: its file, name, dtype (as safetensors names it), shape, and where its bytes are in the file. `strides`: empty
+    if it is contiguous."""
 
     file: str
     name: str
@@ -29,6 +30,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    strides: tuple[int, ...] = ()
 
 
 def stored_tensors(directory: str, manifest: Manifest) -> Iterator[StoredTensor]:
@@ -49,14 +51,14 @@ def stored_tensors(directory: str, manifest: Manifest) -> Iterator[StoredTensor]
             raise CorruptCheckpoint(f"{path}: what the manifest says of its tensors cannot be used: {error}") from error
 
 
-def _listed(file: str, size: int, name: str, dtype: Any, shape: Any, offset: Any) -> StoredTensor:
+def _listed(file: str, size: int, name: str, dtype: Any, shape: Any, offset: Any, strides: Any = ()) -> StoredTensor:
     """A tensor as a manifest describes it, in a file of `size` bytes."""
-    if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, offset)):
-        raise ValueError(f"{name!r} is described as {str((dtype, shape, offset))[:200]}")
+    if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, offset, *strides)):
+        raise ValueError(f"{name!r} is described as {str((dtype, shape, offset, strides))[:200]}")
     nbytes = math.prod(shape) * safetensors.BITS.get(dtype, 8 * _BYTES.get(dtype, 0)) // 8
     if offset + nbytes > size:
         raise ValueError(f"{name!r} ends behind the file, at {offset + nbytes} of {size}")
-    return StoredTensor(file, name, dtype, tuple(shape), offset, nbytes)
+    return StoredTensor(file, name, dtype, tuple(shape), offset, nbytes, tuple(strides))
 
 
 def _head(path: str, size: int) -> bytes:
@@ -69,7 +71,7 @@ def _head(path: str, size: int) -> bytes:
 
 
 def digests(directory: str, manifest: Manifest) -> dict[tuple[str, str], str]:
-    """xxh3_128 of every tensor with its dtype and shape, by (file, name). Files with several names count under the first."""
+    """xxh3_128 of every tensor with its dtype, shape and strides, by (file, name). A file with several names counts once."""
     result = {}
     seen: set[tuple[int, int]] = set()
     open_file = ""
@@ -84,7 +86,7 @@ def digests(directory: str, manifest: Manifest) -> dict[tuple[str, str], str]:
             data = b"" if skip else _mapped(path)
         if data:
             body = memoryview(data)[tensor.offset : tensor.offset + tensor.nbytes]
-            digest = xxhash.xxh3_128(f"{tensor.dtype} {tensor.shape} ".encode())
+            digest = xxhash.xxh3_128(f"{tensor.dtype} {tensor.shape} {tensor.strides} ".encode())
             digest.update(body)
             body.release()
             result[tensor.file, tensor.name] = digest.hexdigest()

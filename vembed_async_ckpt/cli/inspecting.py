@@ -149,14 +149,14 @@ def diff(
 def _norms(
     sides: list[tuple[str, manifests.Manifest]], changed: list[tuple[str, str]]
 ) -> dict[str, dict[str, float | None]]:
-    """2-norms of each changed tensor in A, in B and of their difference: None where the shapes differ, and for a dtype in which
-    torch does not compute."""
+    """2-norms of each changed tensor in A, in B and of their difference: None where shapes or strides differ, and for a
+    dtype in which torch does not compute."""
     found = [{(t.file, t.name): t for t in stored_tensors(*side)} for side in sides]
     result = {}
     for key in changed:
         a, b = ((directory, tensors[key]) for (directory, _), tensors in zip(sides, found, strict=True))
         measured = [_dtype(stored.dtype) is not None for _, stored in (a, b)]
-        comparable = all(measured) and a[1].shape == b[1].shape
+        comparable = all(measured) and (a[1].shape, a[1].strides) == (b[1].shape, b[1].strides)
         result[f"{key[0]}: {key[1]}"] = {
             "a": _norm(_blocks(*a)) if measured[0] else None,
             "b": _norm(_blocks(*b)) if measured[1] else None,

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .._request import tree
+from .._request import memory_format, tree
 from .._request.places import has_no_storage
 from ..errors import CheckpointError
 from .models import live_tensors
-from .tensors import Move, Tensors
+from .tensors import Move, Saved, Tensors
 
 
 def plan_optimizer(
@@ -48,11 +48,16 @@ def plan_optimizer(
             index, _, field = key.partition(".")
             tensor = source.listed(file, key)
             place = live.get(int(index), {}).get(field)
-            if id(place) not in rewritable or (place.dtype, place.shape) != (tensor.dtype, tensor.shape):
-                place = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if id(place) not in rewritable or not _is_as(place, tensor):
+                place = tensor.empty()
             state["state"][int(index)][field] = place
             moves.append((place, tensor))
     return moves, lambda: _restore_optimizer(optimizer, state)
+
+
+def _is_as(place: torch.Tensor, tensor: Saved) -> bool:
+    strides = memory_format.contiguous(tensor.shape) if tensor.strides is None else tensor.strides
+    return (place.dtype, place.shape, place.stride()) == (tensor.dtype, tensor.shape, strides)
 
 
 def _restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
@@ -108,7 +113,6 @@ def rewritable_state(models: Iterable[torch.nn.Module], optimizers: Iterable[Any
         if id(tensor) in alone
         and type(tensor) is torch.Tensor
         and users[_storage(tensor)] == 1
-        and tensor.is_contiguous()
         and tensor.untyped_storage().nbytes() == tensor.nbytes
     }
 

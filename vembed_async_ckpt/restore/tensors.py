@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .._plan.safetensors import BITS
+from .._request import memory_format
 from .._request.dtypes import TO_TORCH
 from .._request.places import has_no_storage
 from .._store import names
@@ -20,13 +21,20 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A tensor in a file of the checkpoint."""
+    """A tensor in a file of the checkpoint. `strides`: as it was saved, its bytes in the file lie in their order; None if it was
+    contiguous."""
 
     file: str
     offset: int
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+    def empty(self) -> torch.Tensor:
+        """A new tensor on the CPU for it."""
+        strides = memory_format.contiguous(self.shape) if self.strides is None else self.strides
+        return torch.empty_strided(self.shape, strides, dtype=self.dtype, device="cpu")
 
 
 Move = tuple[torch.Tensor, "Saved | torch.Tensor"]  # the place, and what comes there
@@ -45,7 +53,7 @@ class Tensors(Source):
     def listed(self, file: str, key: str) -> Saved:
         """A tensor of a file whose tensors stand in the manifest."""
         try:
-            dtype, shape, offset = self.manifest.tensors[file][key]
+            dtype, shape, offset, *rest = self.manifest.tensors[file][key]
             element = getattr(torch, dtype).itemsize if dtype not in BITS else BITS[dtype] / 8
             count = 1
             for n in shape:
@@ -54,7 +62,7 @@ class Tensors(Source):
                 raise TypeError(f"its offset is {offset!r}")
             saved = self._saved(file, dtype, tuple(shape), offset, int(count * element))
             torch.empty(saved.shape, dtype=saved.dtype, device="meta")  # raises for a shape that no tensor has
-            return saved
+            return saved if not rest else replace(saved, strides=memory_format.checked(saved.shape, *rest))
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
             raise CorruptCheckpoint(
                 f"{self.path(file)}: the manifest's entry for {key!r} cannot be used: {error}"
@@ -73,7 +81,7 @@ class Tensors(Source):
 
     def read(self, saved: Sequence[Saved]) -> list[torch.Tensor]:
         """New tensors on the CPU."""
-        tensors = [torch.empty(each.shape, dtype=each.dtype) for each in saved]
+        tensors = [each.empty() for each in saved]
         self.fill(zip(tensors, saved, strict=True))
         return tensors
 
@@ -95,6 +103,8 @@ class Tensors(Source):
         staged: list[tuple[torch.Tensor, Saved]] = []
         with torch.no_grad():
             for place, value in moves:
+                if isinstance(value, Saved) and value.strides is not None:
+                    place, value = _in_order_of_file(place, value, value.strides)
                 if isinstance(value, torch.Tensor):
                     place.copy_(value)
                 elif place.numel() == 0:
@@ -126,6 +136,13 @@ class Tensors(Source):
             )
             for value, (place, _) in zip(values, group, strict=True):
                 place.copy_(value)
+
+
+def _in_order_of_file(place: torch.Tensor, saved: Saved, strides: tuple[int, ...]) -> tuple[torch.Tensor, Saved]:
+    """The same move with the dimensions in the order in which the elements lie in the file."""
+    order = memory_format.order(strides)
+    shape = tuple(saved.shape[dimension] for dimension in order)
+    return place.permute(order), replace(saved, shape=shape, strides=None)
 
 
 def _is_flat(place: torch.Tensor, saved: Saved) -> bool:
