@@ -289,22 +289,6 @@ def test_hooks_save_and_load(project: Path, popping: bool) -> None:
     assert run.model.class_name == "random"
 
 
-def test_weights_that_a_hook_makes_up_are_refused(project: Path) -> None:
-    """A hook may take weights out of the list, and write what it likes; what it puts in has no model."""
-    run = Run(project)
-    run.accelerator.register_save_state_pre_hook(lambda models, weights, directory: weights.append({}))
-    with pytest.raises(PlanError, match="of no model"):
-        run.begin()
-
-
-def test_pickled_weights_are_refused(project: Path) -> None:
-    """safe_serialization=False, the other half of accelerate's cases, is said not to be there; True goes through."""
-    run = Run(project)
-    run.accelerator.save_state(safe_serialization=True)
-    with pytest.raises(PlanError, match="safetensors only"):
-        run.accelerator.save_state(safe_serialization=False)
-
-
 def test_the_names_of_files_are_those_of_accelerate(project: Path) -> None:
     """Two models, two optimizers, two schedulers, a scaler, a registered object: what stock writes, we write, and ours besides."""
 
@@ -390,7 +374,7 @@ def test_nothing_but_checkpoints_is_among_them_while_one_is_saved(project: Path)
         handle = run.begin()
         assert os.listdir(project / "checkpoints") == ["checkpoint_0"]
         newest = run.weights()
-        Accelerator.load_state(run.accelerator)  # past what save_state has put before it
+        Accelerator.load_state.__wrapped__(run.accelerator)  # past what save_state has put before it
         assert run.weights() == expected
         assert not handle.done()
     finally:

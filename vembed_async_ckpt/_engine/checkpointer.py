@@ -279,6 +279,11 @@ class AsyncCheckpointer:
         self._engine.forget()
 
 
+def living() -> list[AsyncCheckpointer]:
+    """The checkpointers of this process that are not closed."""
+    return [checkpointer for checkpointer in list(_LIVING) if not checkpointer.closed]
+
+
 class _Unclean:
     """A standard stream as it was, but the interpreter's last flush of it fails: that is how Python itself knows that cleaning up
     went wrong, and ends with exit code 120 (see `sys.exit`) after everybody's exit handlers have run."""

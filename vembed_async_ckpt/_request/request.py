@@ -22,7 +22,7 @@ from . import accelerator as accelerators
 from . import config as configs
 from . import training_state
 from .dialect import Accelerate, Dialect
-from .mapping import MappingReader
+from .mapping import MappingReader, StateDict
 from .model import ModelReader, ModelState
 from .optimizer import OptimizerReader, OptimizerState, RegisteredReader
 from .processor import ProcessorFiles
@@ -76,8 +76,9 @@ class Objects:
     just one. `older_readers`: also write the processor files that transformers 4 wrote and older readers open.
 
     `state_dicts`: models (one, or a mapping) whose whole state_dict is to be saved as `accelerator.save_state` does, under the
-    names of the state_dict, at the top; or what gives them, asked after `files`. `tensors`: a state_dict without its module, to be
-    saved under its names as the weights file at the top; all of it is copied before the call returns.
+    names of the state_dict, at the top, or a `StateDict` in the place of a model; or what gives them, asked after `files`.
+    `tensors`: a state_dict without its module, to be saved under its names as the weights file at the top; all of it is copied
+    before the call returns.
 
     `accelerator`: whose registered objects, places in dataloaders and count of micro-batches are saved too. `dialect`: which
     program, beside our `load`, the training state is written for. `of_every_rank`: whether the state of every rank of a
@@ -124,7 +125,7 @@ class RequestReader:
         self._world_size = world_size
         self._models: dict[str, ModelReader] = {}
         self._state_dicts: dict[int, ModelReader] = {}
-        self._mapping = MappingReader()
+        self._mappings: dict[int, MappingReader] = {}
         self._optimizers: dict[tuple[str, str], OptimizerReader] = {}
         self._registered: dict[str, RegisteredReader] = {}
         self._processor = ProcessorFiles()
@@ -141,7 +142,7 @@ class RequestReader:
             for index, (name, value) in enumerate(named("model", objects.whole_models()).items())
         }
         if objects.tensors is not None:
-            plain[""] = self._mapping.read(objects.tensors)
+            plain[""] = self._read_state_dict(0, StateDict(objects.tensors))
         optimizers = {
             name: self._read_optimizer(name, objects.dialect.optimizer(index), value)
             for index, (name, value) in enumerate(named("optimizer", objects.optimizer).items())
@@ -202,6 +203,9 @@ class RequestReader:
         return reader.read(model)
 
     def _read_state_dict(self, index: int, model: Any) -> ModelState:
+        if isinstance(model, StateDict):
+            mapping = self._mappings.setdefault(index, MappingReader(names.plain_weights(index)))
+            return mapping.read(model.tensors)
         reader = self._state_dicts.get(index)
         if reader is None:
             file = names.plain_weights(index)

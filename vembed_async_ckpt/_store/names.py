@@ -179,6 +179,11 @@ def plain_weights(index: int) -> str:
     return f"model_{index}.safetensors" if index else WEIGHTS
 
 
+def pickled_weights(index: int) -> str:
+    """The state_dict of a model, as `accelerator.save_state(safe_serialization=False)` names it."""
+    return f"pytorch_model_{index}.bin" if index else "pytorch_model.bin"
+
+
 TRAINER_OPTIMIZER = "optimizer.pt"
 TRAINER_SCHEDULER = "scheduler.pt"
 TRAINER_STATE = "trainer_state.json"

@@ -4,23 +4,19 @@ directories."""
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from .. import restore
 from .._engine.checkpointer import AsyncCheckpointer
 from .._engine.handle import SaveHandle
 from .._request.dialect import Accelerate
-from .._request.processor import read_files
 from .._request.request import Objects
-from .._request.sharding import refuse_shares
 from .._request.training_state import torch_save
-from .._store import manifest as manifests
 from .._store import names
 from .._store.retention import KeepLast
-from ..errors import CorruptCheckpoint, PlanError
-from .shared import close_shared, shared, wait_for, wait_for_all
+from ..errors import PlanError
+from .accelerate_hooks import SaveHooks, load_models, look_after
+from .shared import shared
 
 
 def save_state(
@@ -37,16 +33,13 @@ def save_state(
     With `ProjectConfiguration(automatic_checkpoint_naming=True)` it goes to `{project_dir}/checkpoints/checkpoint_{iteration}`,
     and once it is durable the oldest of ours beyond `total_limit` go. What is under way lies beside `checkpoints/`, never in it.
     Otherwise an existing `output_dir` is replaced at once. `step` None means the last integer in the directory's name, if any.
-    Save hooks are called at once, in a directory of their own; models whose weights they take out of the list are not saved.
+    Save hooks are called at once, with a directory of their own that has the checkpoint's name; saved is what they leave in the
+    list of weights. `safe_serialization=False` pickles the weights during the call, for `accelerator.load_state` alone.
 
     The saves of one parent directory share a checkpointer, drained by `accelerator.end_training()` and at interpreter exit;
     `checkpointer` names another one, whose root must be that parent. Raises what `AsyncCheckpointer.save` raises.
     """
     refuse_what_is_sharded(accelerator)
-    if not safe_serialization:
-        raise PlanError(
-            "safe_serialization=False: weights are saved as safetensors only, which load_state reads as well"
-        )
     project = accelerator.project_configuration
     if project.automatic_checkpoint_naming:
         output_dir = _next_in_line(accelerator)
@@ -60,13 +53,13 @@ def save_state(
     elif str(checkpointer.root) != root:
         raise PlanError(f"{output_dir} does not lie directly in the root of the checkpointer, {checkpointer.root}")
     look_after(accelerator)
-    hooks = _Hooks(accelerator)
+    hooks = SaveHooks(accelerator, directory)
     objects = Objects(
-        state_dicts=lambda: in_order(hooks.models),
+        state_dicts=lambda: in_order(hooks.weights if safe_serialization else []),
         optimizer=in_order(accelerator._optimizers),
         scheduler=in_order(accelerator._schedulers),
         scaler=accelerator.scaler,
-        files=lambda: further_files(accelerator, hooks),
+        files=lambda: further_files(accelerator, hooks, safe_serialization),
         accelerator=accelerator,
         dialect=Accelerate(accelerator.step),
     )
@@ -102,32 +95,6 @@ def _options(accelerator: Any, root: str) -> dict[str, Any]:
     return {} if limit is None else {"retention": KeepLast(limit)}
 
 
-def look_after(accelerator: Any) -> None:
-    """Once per accelerator: `end_training()` first waits for the pending saves, and raises what failed; `load_state()` waits for
-    the one it is to load, and changes nothing that is still being copied."""
-    if getattr(accelerator, "_vembed_async_ckpt_looks_after", False):
-        return
-    end_training, load_state = accelerator.end_training, accelerator.load_state
-
-    def drain_and_end_training() -> None:
-        try:
-            close_shared()
-        finally:
-            end_training()
-
-    def wait_and_load_state(input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        if input_dir is not None:
-            wait_for(os.path.realpath(os.path.expanduser(input_dir)))
-        elif accelerator.project_dir is not None:
-            wait_for_all(os.path.realpath(os.path.join(accelerator.project_dir, "checkpoints")))
-        return load_state(input_dir, *args, **kwargs)
-
-    accelerator.end_training = drain_and_end_training
-    accelerator.load_state = wait_and_load_state
-    accelerator.register_load_state_pre_hook(lambda models, input_dir: restore.wait_for_copies())
-    accelerator._vembed_async_ckpt_looks_after = True
-
-
 def in_order(values: Sequence[Any]) -> Any:
     """accelerate's prepared objects as `save()` takes them: one, or a mapping of their numbers; None if there are none."""
     if not values:
@@ -144,40 +111,15 @@ def refuse_what_is_sharded(accelerator: Any) -> None:
         raise PlanError("save_on_each_node is not supported: the first rank writes for all; use accelerator.save_state")
 
 
-class _Hooks:
-    """The save hooks of an accelerator: the files they write, and the `models` whose weights they leave to be saved."""
-
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
-        self.models = list(accelerator._models)
-
-    def files(self) -> dict[str, bytes]:
-        """Call them."""
-        accelerator = self._accelerator
-        hooks = list(accelerator._save_model_state_pre_hook.values())
-        if not hooks:
-            return {}
-        refuse_shares(self.models)
-        weights = [accelerator.get_state_dict(model, unwrap=False) for model in self.models]
-        known = {id(state): (state, model) for state, model in zip(weights, self.models, strict=True)}
-        with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
-            for hook in hooks:
-                hook(accelerator._models, weights, directory)
-            if any(id(state) not in known for state in weights):
-                raise PlanError(
-                    "a save hook put weights of no model into the list; let it write them to a file instead"
-                )
-            self.models = [known[id(state)][1] for state in weights]
-            return {content.name: content.data for content in read_files(directory)}
-
-
-def further_files(accelerator: Any, hooks: _Hooks | None = None) -> dict[str, bytes]:
+def further_files(accelerator: Any, hooks: SaveHooks, safe_serialization: bool = True) -> dict[str, bytes]:
     """What `accelerator.save_state` writes on this rank besides models, optimizers, schedulers, scaler, registered objects and
     random states: whatever save hooks put into the directory they are given, and on the main process samplers and stateful
-    dataloaders."""
-    files = (hooks or _Hooks(accelerator)).files()
+    dataloaders; without `safe_serialization` the weights too."""
+    files = hooks.files()
     if not accelerator.is_main_process:
         return files
+    if not safe_serialization:
+        files |= hooks.pickled()
     for number, dataloader in enumerate(accelerator._dataloaders):
         sampler = _seedable_sampler(dataloader)
         if sampler is not None:
@@ -200,18 +142,8 @@ def attach(accelerator: Any) -> Any:
     """Let `accelerator.load_state(path)` read every directory of ours: shards, adapters, and models whose files have other
     names than their state_dict. Directories that are not ours load as before.
 
-    Returns the handle of the hook; `handle.remove()` takes it back.
+    Load hooks of your own are called first, and see all models, whenever they were registered; what they leave in the list is
+    restored. Returns the handle of the hook; `handle.remove()` takes it back.
     """
-
-    def load_models(models: list[Any], input_dir: str) -> None:
-        if not os.path.lexists(os.path.join(input_dir, names.MANIFEST)):
-            return
-        saved: Mapping[str, Any] = manifests.read(os.fspath(input_dir)).names
-        if not saved:
-            return  # a save hook took the models out; a load hook brings them back
-        if len(saved) != len(models):
-            raise CorruptCheckpoint(f"{input_dir}: holds {len(saved)} models, the accelerator has {len(models)}")
-        restore.load(input_dir, model=models[0] if list(saved) == [""] else dict(zip(saved, models, strict=True)))
-        models.clear()  # accelerate loads what is left in the list
-
+    look_after(accelerator)
     return accelerator.register_load_state_pre_hook(load_models)

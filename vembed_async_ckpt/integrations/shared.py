@@ -7,7 +7,7 @@ import threading
 from collections.abc import Collection
 from typing import Any
 
-from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer
+from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer, living
 
 _SHARED: dict[str, tuple[AsyncCheckpointer, dict[str, Any]]] = {}  # by root; what each was made with
 _LOCK = threading.Lock()
@@ -45,10 +45,11 @@ def wait_for_all(root: str) -> None:
 
 
 def wait_for(path: str) -> None:
-    """Return when no save of the checkpoint `path` is in flight. Failures stay on their handles."""
-    checkpointer = open_at(os.path.dirname(path))
-    if checkpointer is not None and any(os.fspath(handle.path) == path for handle in checkpointer.in_flight()):
-        checkpointer.wait(EXIT_DEADLINE)
+    """Return when no save of the checkpoint `path` is in flight, whichever checkpointer of this process makes it. Failures stay on
+    their handles."""
+    for checkpointer in living():
+        if any(os.fspath(handle.path) == path for handle in checkpointer.in_flight()):
+            checkpointer.wait(EXIT_DEADLINE)
 
 
 def close_shared(timeout: float = EXIT_DEADLINE, roots: Collection[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from .._store import names
 from .._store.fs import walk_files
 from ..errors import PlanError
 from . import accelerate as accelerates
+from .accelerate_hooks import SaveHooks, look_after
 from .shared import close_shared, shared
 
 # What vembed's inference reads at the top level of vembed_config.json, and what it expects where a key is missing.
@@ -89,9 +90,10 @@ def save_checkpoint(
         raise PlanError(
             f"{os.fspath(path)!r} does not lie directly in the root of the checkpointer, {checkpointer.root}"
         )
-    accelerates.look_after(accelerator)
+    look_after(accelerator)
     resumable = training_state is not False
     progress = {names.PROGRESS: _render(training_state)} if isinstance(training_state, Mapping) else {}
+    hooks = SaveHooks(accelerator, directory)
     objects = Objects(
         model=model,
         optimizer=accelerates.in_order(accelerator._optimizers) if resumable else None,
@@ -100,7 +102,7 @@ def save_checkpoint(
         state_dicts=accelerates.in_order(accelerator._models) if base_model else None,
         processor=processor or None,
         config=_complete(config) if config else None,
-        files=(lambda: accelerates.further_files(accelerator) | progress) if resumable else {},
+        files=(lambda: accelerates.further_files(accelerator, hooks) | progress) if resumable else {},
         accelerator=accelerator if resumable else None,
         weights_name=names.state_dict(prefix),
         older_readers=True,

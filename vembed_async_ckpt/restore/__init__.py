@@ -29,6 +29,7 @@ from .._store import names
 from .._store.fs import open_regular
 from .._store.manifest import Verify
 from ..errors import CheckpointError
+from .accelerated import by_name, load_hooks, models_to_load
 from .models import plan_model
 from .optimizers import plan_optimizer, rewritable_state
 from .tensors import Move, Tensors
@@ -73,7 +74,8 @@ def load(
 
     The random number generators are set too when anything but a model is given: training goes on exactly where it was.
     With `accelerator`, its prepared models, optimizers, schedulers and scaler take the place of those not given; its registered
-    objects, places in dataloaders and count of micro-batches are restored too, if they were saved. `verify`: compare "size"s,
+    objects, places in dataloaders and count of micro-batches are restored too, if they were saved. Its load hooks are called
+    first, and may take models out of the list that they are given, as with `accelerator.load_state`. `verify`: compare "size"s,
     "full" hashes, or "none", before anything is changed. The checkpoint is safe from retention while it is read; where another
     process saves the same step meanwhile, what is restored is one of the two, never a mixture.
 
@@ -85,7 +87,13 @@ def load(
     """
 
     def plan(source: Tensors) -> _Planned:
-        return _plan(source, model, optimizer, scheduler, dataloader, scaler, accelerator)
+        others = (optimizer, scheduler, dataloader, scaler, accelerator)
+        if accelerator is None or model is not None:
+            return _plan(source, model, *others)
+        if load_hooks(accelerator):
+            _plan(source, {}, *others)  # what does not fit is said before the hooks change anything
+        saved = source.manifest.names
+        return _plan(source, by_name(models_to_load(accelerator, saved, source.directory)), *others)
 
     with contextlib.ExitStack() as stack:
         source, planned = _of_one_save(os.fspath(path), verify, stack, plan)
@@ -177,8 +185,6 @@ def _plan(
     """What will restore each object. Raises before anything is changed."""
     saved = source.training_state()
     if accelerator is not None:
-        if model is None and source.manifest.names:  # else a save hook took the models out
-            model = _in_order(accelerator._models, source.manifest.names)
         optimizer = _in_order(accelerator._optimizers, saved["optimizers"]) if optimizer is None else optimizer
         scheduler = _in_order(accelerator._schedulers, saved["schedulers"]) if scheduler is None else scheduler
         scaler = getattr(accelerator, "scaler", None) if scaler is None else scaler

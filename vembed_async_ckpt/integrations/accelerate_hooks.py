@@ -1,0 +1,183 @@
+"""Where accelerate calls us: its load and save hooks, and the two methods of `Accelerator` that must wait for pending saves.
+
+Nothing is put on an accelerator but load hooks that are functions of this module, so that it can be pickled, copied and freed as
+before. The two methods are wrapped on the class: another accelerator of the process may load what this one saves.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from .. import restore
+from .._request.mapping import StateDict
+from .._request.places import has_no_storage
+from .._request.processor import read_files
+from .._request.sharding import refuse_shares
+from .._request.training_state import torch_save
+from .._store import manifest as manifests
+from .._store import names
+from ..errors import CheckpointError, PlanError
+from ..restore.accelerated import by_name, matched
+from .shared import close_shared, wait_for, wait_for_all
+
+_LOADING: ContextVar[Any] = ContextVar("loading", default=None)  # the accelerator
+
+
+# -- the methods
+
+
+def look_after(accelerator: Any) -> None:
+    """Let `end_training()` of accelerators first wait for the pending saves and raise what failed, and `load_state()` wait for
+    the save it is to load and for every copy of what it is about to change."""
+    for owner in type(accelerator).__mro__:
+        for name, wrap in (("load_state", _waiting_load_state), ("end_training", _draining_end_training)):
+            method = vars(owner).get(name)
+            if method is not None and not hasattr(method, "_vembed_async_ckpt"):
+                wrapped: Any = wrap(method)
+                wrapped._vembed_async_ckpt = True
+                setattr(owner, name, wrapped)
+
+
+def _waiting_load_state(load_state: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load_state)
+    def wait_and_load_state(self: Any, input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if input_dir is not None:
+            wait_for(os.path.realpath(os.path.expanduser(input_dir)))
+        elif self.project_dir is not None:
+            wait_for_all(os.path.realpath(os.path.join(self.project_dir, "checkpoints")))
+        restore.wait_for_copies()
+        hooks = self._load_model_state_pre_hook
+        for key in [key for key, hook in hooks.items() if hook is load_models]:
+            hooks.move_to_end(key)  # the user's own hooks see all models, whenever they were registered
+        token = _LOADING.set(self)
+        try:
+            return load_state(self, input_dir, *args, **kwargs)
+        finally:
+            _LOADING.reset(token)
+
+    return wait_and_load_state
+
+
+def _draining_end_training(end_training: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(end_training)
+    def drain_and_end_training(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            close_shared()
+        finally:
+            end_training(self, *args, **kwargs)
+
+    return drain_and_end_training
+
+
+# -- loading
+
+
+def load_models(models: list[Any], input_dir: str) -> None:
+    """The load hook of `attach`: restore the `models` that other hooks have left from a directory of ours, and take them out of
+    the list, so that accelerate does not load them. A directory that is not ours, or has no weights of ours, is left to it."""
+    if not models or not os.path.lexists(os.path.join(input_dir, names.MANIFEST)):
+        return
+    saved = manifests.read(os.fspath(input_dir)).names
+    accelerator = _LOADING.get()
+    try:
+        chosen = matched(saved, models, () if accelerator is None else accelerator._models, os.fspath(input_dir))
+    except CheckpointError:
+        if _stock_can_load(input_dir, len(models)):
+            return
+        raise
+    if chosen:
+        restore.load(input_dir, model=by_name(chosen))
+        models.clear()
+
+
+load_models.loads_models_of_ours = True  # type: ignore[attr-defined]
+
+
+def _stock_can_load(directory: str, count: int) -> bool:
+    """Whether a save hook wrote the missing weights under the names that accelerate reads."""
+    return all(
+        any(
+            os.path.isfile(os.path.join(directory, name(index)))
+            for name in (names.plain_weights, names.pickled_weights)
+        )
+        for index in range(count)
+    )
+
+
+# -- saving
+
+
+class SaveHooks:
+    """What the save hooks of an accelerator leave.
+
+    `weights`: what is to be saved as accelerate's first, second, ... weights: a model, whose state is as it is, or the
+    `StateDict` that a hook has changed or put in its place.
+    """
+
+    def __init__(self, accelerator: Any, directory: str) -> None:
+        """`directory`: the name of the checkpoint."""
+        self._accelerator = accelerator
+        self._directory = directory
+        self.weights: list[Any] = list(accelerator._models)
+
+    def files(self) -> dict[str, bytes]:
+        """Call the hooks. Returns the files they wrote into the directory that they were given, which has the checkpoint's name."""
+        hooks = list(self._accelerator._save_model_state_pre_hook.values())
+        if not hooks:
+            return {}
+        models = self.weights
+        refuse_shares(models)
+        states = [self._accelerator.get_state_dict(model, unwrap=False) for model in models]
+        before = {id(state): (model, _content(state)) for model, state in zip(models, states, strict=True)}
+        left = list(states)
+        with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as scratch:
+            directory = os.path.join(scratch, self._directory)
+            os.mkdir(directory)
+            for hook in hooks:
+                hook(self._accelerator._models, left, directory)
+            files = {content.name: content.data for content in read_files(directory)}
+        self.weights = [_what_is_left(state, before.get(id(state))) for state in left]
+        return files
+
+    def pickled(self) -> dict[str, bytes]:
+        """The weights as `save_state(safe_serialization=False)` writes them."""
+        refuse_shares(self._accelerator._models)
+        states = [
+            dict(left.tensors) if isinstance(left, StateDict) else self._accelerator.get_state_dict(left, unwrap=False)
+            for left in self.weights
+        ]
+        return {names.pickled_weights(index): torch_save(state) for index, state in enumerate(states)}
+
+
+def _content(state: Mapping[str, Any]) -> list[tuple[str, Any, object]]:
+    """Its names and values; and where these lie, for a hook may give a tensor other memory."""
+    return [(name, value, _where(value)) for name, value in state.items()]
+
+
+def _where(value: Any) -> object:
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or has_no_storage(value):
+        return None
+    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+
+
+def _what_is_left(state: Any, before: tuple[Any, list[tuple[str, Any, object]]] | None) -> Any:
+    if not isinstance(state, Mapping):
+        raise PlanError(
+            f"a save hook put a {type(state).__qualname__} into the list of weights; put a state_dict there"
+        )
+    if before is not None:
+        model, content = before
+        now = _content(state)
+        if len(now) == len(content) and all(
+            name == other and value is same and lies == lay
+            for (name, value, lies), (other, same, lay) in zip(now, content, strict=True)
+        ):
+            return model
+    return StateDict(dict(state))

@@ -1,0 +1,45 @@
+"""Which of an accelerator's models `load` restores, and which its load hooks restore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import CheckpointError
+
+
+def load_hooks(accelerator: Any) -> list[Callable[[list[Any], str], None]]:
+    """The load hooks that are not those of our `attach`."""
+    hooks = getattr(accelerator, "_load_model_state_pre_hook", {}).values()
+    return [hook for hook in hooks if not getattr(hook, "loads_models_of_ours", False)]
+
+
+def models_to_load(accelerator: Any, saved: Mapping[str, Any], directory: str) -> dict[str, Any]:
+    """Call the load hooks, as `accelerator.load_state` does; the models that they leave, by the names under which they were
+    `saved`. Raises `CheckpointError` for a model whose weights are not in the checkpoint and that no hook takes."""
+    models = list(accelerator._models)
+    for hook in load_hooks(accelerator):
+        hook(models, directory)
+    return matched(saved, models, accelerator._models, directory)
+
+
+def by_name(models: Mapping[str, Any]) -> Any:
+    """What `matched` gives, as `load` takes it: a model that was saved without a name stands for itself."""
+    return models[""] if list(models) == [""] else models
+
+
+def matched(saved: Mapping[str, Any], models: Sequence[Any], prepared: Sequence[Any], directory: str) -> dict[str, Any]:
+    """The `models` by the names under which they were saved: accelerate's have none, so that order decides. Of all `prepared`
+    models some may have been restored by hooks. Raises `CheckpointError` if the numbers do not fit."""
+    if len(models) == len(saved):
+        return dict(zip(saved, models, strict=True))
+    if not models:
+        return {}
+    if len(prepared) == len(saved):
+        left = {id(model) for model in models}
+        return {name: model for name, model in zip(saved, prepared, strict=True) if id(model) in left}
+    raise CheckpointError(
+        f"{directory}: holds the weights of {len(saved)} models, but {len(models)} models of the accelerator are to be "
+        "restored. If a save hook wrote the weights, register the load hook that takes its models out of the list; if they "
+        "were saved with safe_serialization=False, use accelerator.load_state; to leave the models as they are, pass model={}"
+    )
