@@ -80,10 +80,9 @@ class _Learned:
     tensors: list[torch.Tensor]
     parts: list[tuple[int, int, Part]]
     divided: list[torch.Tensor]
-    truth: Truth
+    truth: Truth | None
     files: list[tuple[str, bytes]]
     replays: list[tuple[str, Replay]]
-    lasting: bool
 
     def says_the_same(self, other: _Learned) -> bool:
         """Whether nothing but values is different."""
@@ -114,7 +113,7 @@ class ModelReader:
         """The model as it is now. Raises `PlanError` naming the tensor that cannot be saved."""
         module = unwrap(model)
         learned = self._learned if self._model is not None and self._model() is module else None
-        if learned is not None and learned.lasting and learned.truth.holds():
+        if learned is not None and learned.truth is not None and learned.truth.holds():
             files = [(name, replay.bytes()) for name, replay in learned.replays]
         else:
             learned = self._learn(module, model, learned)
@@ -125,7 +124,7 @@ class ModelReader:
             for place, index, (size, stride, offset) in learned.parts:
                 whole, start = wholes[index]
                 tensors[place] = whole.as_strided(size, stride, start + offset)
-        if not learned.lasting:
+        if learned.truth is None:
             learned.tensors = []
         return ModelState(
             learned.contents, tensors, learned.labels, learned.owners, learned.volatile, learned.names, files
@@ -181,6 +180,12 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
         left_out=[item.tensor for item in left_out if isinstance(item.tensor, torch.nn.Parameter)],
         ties=ties,
     )
+    lasting = (
+        not book.computed
+        and truth.stable
+        and all(replay is not None for _, replay in replays)
+        and not (foreign and captured.looked)
+    )
     return _Learned(
         contents=(*book.contents, *fixed),
         labels=book.labels,
@@ -199,13 +204,9 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
         tensors=book.tensors,
         parts=book.parts,
         divided=book.divided,
-        truth=truth,
+        truth=truth if lasting else None,
         files=[(content.name, content.data) for content in passing],
         replays=[(name, replay) for name, replay in replays if replay is not None],
-        lasting=not book.computed
-        and truth.stable
-        and all(replay is not None for _, replay in replays)
-        and not (foreign and captured.looked),
     )
 
 
@@ -216,6 +217,7 @@ def _is_transformers_own(module: torch.nn.Module) -> bool:
         transformers is not None
         and isinstance(module, transformers.PreTrainedModel)
         and type(module).save_pretrained is transformers.PreTrainedModel.save_pretrained
+        and "save_pretrained" not in vars(module)
         and not getattr(module, "_hf_peft_config_loaded", False)
     )
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .settings import Settings
+
 
 class Truth:
     """What was true of a module when it was learned. Looked at before every save, so all of it in loops that run in C."""
@@ -22,12 +24,15 @@ class Truth:
         ties: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         """`watched` are stored, `divided` are those of them that are stored in parts, `left_out` are frozen and not stored."""
-        holders: list[dict[str, Any]] = [h for m in module.modules() for h in (m._modules, m._parameters, m._buffers)]
+        modules = list(module.modules())
+        holders: list[dict[Any, Any]] = [h for m in modules for h in (m._modules, m._parameters, m._buffers)]
+        holders += [hooks for m in modules for hooks in (m._state_dict_hooks, m._state_dict_pre_hooks)]
         entries = [(holder, key, value) for holder in holders for key, value in holder.items()]
+        entries += [(vars(m), name, vars(m).get(name)) for m in modules for name in _REPLACED]
         self._holders = [holder for holder, _, _ in entries]
         self._keys = [key for _, key, _ in entries]
         self._values = [value for _, _, value in entries]
-        sets = [m._non_persistent_buffers_set for m in module.modules()]
+        sets = [m._non_persistent_buffers_set for m in modules]
         self._vacant = [holder for holder in (*holders, *sets) if not holder]
         self._filled = [holder for holder in holders if holder]
         self._counts = [len(holder) for holder in self._filled]
@@ -42,11 +47,8 @@ class Truth:
         self._left_out = list(left_out)
         self._one = [one for one, _ in ties]
         self._other = [other for _, other in ties]
-        self._settings = _Settings(module)
-
-    @property
-    def stable(self) -> bool:
-        return self._settings.stable
+        self._settings = _settings_of(module)
+        self.stable = not _decides_anew(module) and self._settings.unchanged()
 
     def holds(self) -> bool:
         """Whether structure, identity, shape, dtype, ties and configuration are still those that were learned."""
@@ -69,66 +71,53 @@ _DTYPE = attrgetter("dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
-class _Settings:
-    """The configs that a `save_pretrained` in the module writes, the containers in them, and plain attributes of parts that have
-    a `save_pretrained` of their own, as they were."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._attributes: list[tuple[Any, str, Any]] = []
-        self._plain: list[tuple[torch.nn.Module, dict[str, Any]]] = []
-        self._containers: dict[int, tuple[Any, Any, list[type]]] = {}
-        for part in module.modules():
-            save_pretrained = getattr(type(part), "save_pretrained", None)
-            if part is module or callable(save_pretrained):
-                for name in ("config", "generation_config", "peft_config"):
-                    value = getattr(part, name, None)
-                    self._attributes.append((part, name, value))
-                    self._keep(value)
-            if callable(save_pretrained) and save_pretrained.__module__.partition(".")[0] not in (
-                "transformers",
-                "peft",
-            ):
-                plain = _plain_attributes(part)
-                self._plain.append((part, plain))
-                self._keep(tuple(plain.values()))
-        self.stable = self.unchanged()  # a config that is made anew at every look is not
-
-    def _keep(self, value: Any) -> None:
-        if isinstance(value, tuple):
-            inner: Any = value
-        elif isinstance(value, dict | list | set):
-            if id(value) in self._containers:
-                return
-            inner = value.values() if isinstance(value, dict) else value
-            self._containers[id(value)] = (value, value.copy(), list(map(type, inner)))
-        elif callable(getattr(value, "to_dict", None)) and hasattr(value, "__dict__"):
-            inner = (vars(value),)
-        else:
-            return
-        for item in inner:
-            self._keep(item)
-
-    def unchanged(self) -> bool:
-        try:
-            return (
-                all(getattr(part, name, None) is value for part, name, value in self._attributes)
-                and all(_plain_attributes(part) == plain for part, plain in self._plain)
-                and all(
-                    live == copy and list(map(type, live.values() if isinstance(live, dict) else live)) == types
-                    for live, copy, types in self._containers.values()
-                )
-            )
-        except (ValueError, RuntimeError):  # what has no plain truth value was replaced
-            return False
+# What the `save_pretrained` of transformers and PEFT look at, besides tensors and structure.
+_READ = (
+    "config", "generation_config", "peft_config", "hf_quantizer", "hf_device_map", "all_tied_weights_keys",
+    "_tied_weights_keys", "_keys_to_ignore_on_save", "_weight_conversions", "_hf_peft_config_loaded", "_auto_class",
+)  # fmt: skip
+# What decides what a state_dict holds, where somebody replaces it for one module.
+_REPLACED = ("state_dict", "_save_to_state_dict")
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {"training"}
+_KNOWN = ("transformers", "peft")
 
 
-def _plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """What else a `save_pretrained` may write: the module's attributes that are data."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name != "training" and not name.startswith("_") and isinstance(value, _DATA)
-    }
+def _settings_of(module: torch.nn.Module) -> Settings:
+    """The data that a `save_pretrained` in the module writes: the configs of models, PEFT's active adapters, and where one is
+    neither transformers' nor PEFT's, the attributes of all modules that are not theirs either."""
+    settings = Settings()
+    foreign = False
+    for part in module.modules():
+        saves = getattr(type(part), "save_pretrained", None)
+        if part is module or callable(saves):
+            for name in _READ:
+                settings.follow_attribute(part, name)
+            settings.follow_entry(vars(part), "save_pretrained")
+        if "_active_adapter" in vars(part):
+            settings.follow_entry(vars(part), "_active_adapter")
+        foreign = foreign or (callable(saves) and _package(saves) not in _KNOWN)
+    for kind in set(map(type, module.modules())):
+        for name in (*_REPLACED, "save_pretrained"):
+            settings.follow_attribute(kind, name)
+    for part in module.modules() if foreign else ():
+        if _package(type(part)) not in _KNOWN:
+            settings.follow_length(vars(part))
+            for name, value in vars(part).items():
+                if name not in _OF_EVERY_MODULE and not isinstance(value, torch.Tensor):
+                    settings.follow_entry(vars(part), name)
+    return settings
 
 
-_DATA = (int, float, str, bytes, dict, list, tuple, set, type(None))
+def _package(value: Any) -> str:
+    return str(getattr(value, "__module__", "")).partition(".")[0]
+
+
+def _decides_anew(module: torch.nn.Module) -> bool:
+    """Whether somebody's own function decides at each call what the state_dict holds."""
+    for part in module.modules():
+        if any(name in vars(part) for name in (*_REPLACED, "save_pretrained")):
+            return True
+        for hooks in (part._state_dict_hooks, part._state_dict_pre_hooks):
+            if any(_package(hook) != "torch" for hook in hooks.values()):
+                return True
+    return False
