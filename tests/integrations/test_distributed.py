@@ -19,6 +19,7 @@ import pytest
 
 import vembed_async_ckpt
 from vembed_async_ckpt import latest, verify
+from vembed_async_ckpt._store.manifest import read
 
 SCRIPT = Path(__file__).parent / "scripts" / "ddp.py"
 PACKAGE = str(Path(vembed_async_ckpt.__file__).parents[1])  # the ranks import what this process imports
@@ -105,3 +106,18 @@ def test_every_rank_goes_on_after_the_whole_job_was_killed(root: Path, world_siz
     newest = latest(root)
     assert newest == root / "checkpoint_12"
     verify(newest)
+
+
+def test_only_the_main_process_saves(root: Path) -> None:
+    """`if accelerator.is_main_process: save_checkpoint(...)`: every checkpoint is there, and no step waits."""
+    with launched("alone", root.parent, 2) as job:
+        took, nothing = (note["took"] for note in job.notes("alone"))
+        assert job.wait() == 0, job.output()
+        output = job.output()
+    assert nothing == []
+    assert len(took) == 12
+    assert max(took[1:]) < 1.5
+    assert output.count("did not call save()") == 1, output
+    for step in range(1, 13):
+        verify(root / f"checkpoint-{step}")
+        assert read(str(root / f"checkpoint-{step}")).ranks == (0,)

@@ -40,6 +40,7 @@ class _Gate:
         self._installed = False
         self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.captured: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.steps = 0  # that optimizers have begun, as far as the hook saw them
         self.generation = 0  # grows when an optimizer is seen for the first time
         self.pending: tuple[Pending, ...] = ()
 
@@ -84,6 +85,7 @@ GATE = _Gate()
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    GATE.steps += 1
     if optimizer not in GATE.seen:
         GATE.note(optimizer)
     if is_capturing() and optimizer not in GATE.captured:

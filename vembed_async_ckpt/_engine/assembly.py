@@ -63,9 +63,11 @@ def assemble(
     retention: Any,
     fixed: FixedJson,
     *,
+    without: Sequence[int] = (),
     waves: bool = False,
 ) -> Assembly:
-    """Render what is known only now, give it and the `further` files their places, and describe the whole save to the writer."""
+    """Render what is known only now, give it and the `further` files their places, and describe the whole save to the writer.
+    `without`: the ranks whose state is not in it."""
     training = request.state.layout  # it starts where the plan ends
     files: list[FileSlot] = [{"name": names.TRAINING_TENSORS, "start": plan.end, "size": training.size}]
     pieces = [(plan.end, training.prefix)]
@@ -91,7 +93,7 @@ def assemble(
             checksums.append(f'{to_json(file.name)}:{{"central_start":{central},"records":{fixed.records[file.name]}}}')
         planned.append({"name": file.name, "start": file.start, "size": size})
     files = planned + files
-    job = _job(request, files, retention, checksums, fixed, waves)
+    job = _job(request, files, retention, checksums, fixed, without, waves)
     return Assembly(files, pieces, job, files[-1]["start"] + pages(files[-1]["size"]))
 
 
@@ -101,6 +103,7 @@ def _job(
     retention: Any,
     checksums: Sequence[str],
     fixed: FixedJson,
+    without: Sequence[int],
     waves: bool,
 ) -> bytes:
     head = {
@@ -113,6 +116,8 @@ def _job(
         "waves": waves,
     }
     manifest = {key: value for key, value in request.manifest.items() if key != "names"}
+    if without:
+        manifest["ranks"] = [rank for rank in range(manifest["world_size"]) if rank not in without]
     tables = ",".join(f"{to_json(name)}:{table}" for name, table in fixed.tables.items())
     return (
         f'{to_json(head)[:-1]},"checksums":{{{",".join(checksums)}}},'

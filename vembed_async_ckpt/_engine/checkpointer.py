@@ -100,7 +100,6 @@ class AsyncCheckpointer:
             self._reporter.close(1.0)
             if ranks is not None:
                 ranks.close(1.0)
-                Ranks.forget(self._options.root)
             raise
         _LIVING.add(self)
 

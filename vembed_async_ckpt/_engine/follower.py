@@ -13,10 +13,12 @@ from .._request.request import Objects
 from .._request.training_state import capture_rank
 from ..errors import CheckpointError, StageError
 from ..events import Event, Phase, Reporter
+from .following import Following
 from .handle import CheckpointInfo, SaveHandle, SaveState
 from .ledger import Ledger
+from .messages import Files
 from .options import Options
-from .ranks import Files, Ranks
+from .ranks import Ranks
 
 
 class Follower:
@@ -27,6 +29,7 @@ class Follower:
     ) -> None:
         self._options = options
         self._ranks = ranks
+        self._following = Following(ranks)
         self._ledger = ledger
         self._reporter = reporter
         self._allowed = allowed
@@ -42,7 +45,7 @@ class Follower:
             further = objects.further_files()
         except BaseException as error:
             self._ledger.withdrawn(handle)
-            self._ranks.join(directory, objects.of_every_rank, _raising(error), following.ignore)
+            self._following.join(directory, step, objects.of_every_rank, _raising(error), following.ignore)
             raise
         rank, world_size = self._ranks.rank, self._ranks.world_size
         following.stall = time.perf_counter() - begun
@@ -51,7 +54,7 @@ class Follower:
         def render() -> Files:
             return [*state.render(rank, world_size), *further]
 
-        self._ranks.join(directory, objects.of_every_rank, render, following.heard)
+        self._following.join(directory, step, objects.of_every_rank, render, following.heard)
         return handle
 
     def prewarm(self, model: Any, optimizer: Any) -> None:

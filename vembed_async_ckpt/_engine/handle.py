@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import anyio
 
 from ..errors import CheckpointError
+from .frozen import FrozenDict
 
 
 class SaveState(enum.Enum):
@@ -69,7 +69,7 @@ class CheckpointInfo:
     path: Path
     step: int | None
     total_bytes: int
-    files: MappingProxyType[str, int]
+    files: FrozenDict[str, int]
     timings: Timings
 
 

@@ -27,8 +27,10 @@ from ..events import Event, Reporter, logger
 from .assembly import required_bytes
 from .handle import SaveHandle, SaveState
 from .ledger import Ledger
+from .meeting import Alone, Meeting, Meetings
+from .messages import RaisedElsewhere
 from .options import MIN_HOST_BYTES, Options
-from .ranks import Alone, Meeting, RaisedElsewhere, Ranks
+from .ranks import Ranks
 from .saving import Context, Save
 from .supervisor import Supervisor
 
@@ -44,6 +46,7 @@ class Leader:
         """`allowed` raises if nothing may begin any more."""
         self._options = options
         self._ranks = ranks
+        self._meetings = None if ranks is None else Meetings(ranks, options.root)
         self._ledger = ledger
         self._reporter = reporter
         self._allowed = allowed
@@ -77,7 +80,7 @@ class Leader:
     def save(self, directory: str, step: int | None, objects: Objects, begun: float) -> SaveHandle:
         """`begun`: time.perf_counter() of the call."""
         with self._alone():
-            meeting = self._meeting(directory, objects)
+            meeting = self._meeting(directory, step, objects)
             try:
                 self._ledger.raise_unread()
                 return self._save(directory, step, objects, begun, meeting)
@@ -86,8 +89,8 @@ class Leader:
                 meeting.say(SaveState.FAILED, error=failure)
                 raise
 
-    def _meeting(self, directory: str, objects: Objects) -> Meeting:
-        return Alone() if self._ranks is None else self._ranks.meet(directory, objects.of_every_rank)
+    def _meeting(self, directory: str, step: int | None, objects: Objects) -> Meeting:
+        return Alone() if self._meetings is None else self._meetings.meet(directory, step, objects.of_every_rank)
 
     def _save(self, directory: str, step: int | None, objects: Objects, begun: float, meeting: Meeting) -> SaveHandle:
         request = self._reader.read(directory, step, objects)
@@ -190,6 +193,8 @@ class Leader:
             except CheckpointerBusy:
                 if self._options.when_busy != "wait":
                     raise
+                if self._meetings is not None:
+                    self._meetings.hurry()
                 with self._reporter.stage("backpressure", request.save_id, request.step, needed):
                     arena = self._pool.acquire(needed, "wait", self.check)
         except (MemoryError, OSError) as error:

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .handle import SaveHandle
+from .messages import RaisedElsewhere
 from .options import OnError
-from .ranks import RaisedElsewhere
 
 
 class Ledger:

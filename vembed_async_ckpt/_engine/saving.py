@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,9 +25,11 @@ from .._request.training_state import TrainingState
 from .._writer.protocol import PROGRESS
 from ..errors import CheckpointError, CommitError, StageError, WriteError
 from ..events import Event, Phase, Reporter, Stage
+from . import patience
 from .assembly import Assembly, FixedJson, assemble
+from .frozen import FrozenDict
 from .handle import CheckpointInfo, SaveHandle, SaveState, Timings
-from .ranks import ARRIVAL, Files, Gathered, Meeting, merge
+from .meeting import Gathered, Meeting, Parts, merge
 from .supervisor import LIVES, Supervisor
 from .waves import Waves
 
@@ -207,7 +208,7 @@ class Save:
         outcome: queue.SimpleQueue[Gathered] = queue.SimpleQueue()
         self._meeting.gather(outcome.put)
         try:
-            gathered = outcome.get(timeout=2 * ARRIVAL)
+            gathered = outcome.get(timeout=2 * patience.HOLD + patience.SILENCE)
         except queue.Empty:
             raise StageError(f"{self.handle.path}: the other ranks' state did not come") from None
         if isinstance(gathered, CheckpointError):
@@ -271,9 +272,10 @@ class Save:
         failure.__cause__ = error
         self.failed(failure)
 
-    def _assemble(self, fixed: FixedJson, gathered: Files, *, waves: bool = False) -> Assembly:
-        files = merge(self._request.files, gathered)
-        return assemble(self._request, files, self._plan, self._context.retention, fixed, waves=waves)
+    def _assemble(self, fixed: FixedJson, gathered: Parts, *, waves: bool = False) -> Assembly:
+        files = merge(self._request.files, gathered.files)
+        retention = self._context.retention
+        return assemble(self._request, files, self._plan, retention, fixed, without=gathered.without, waves=waves)
 
     def _place(self, assembly: Assembly) -> None:
         if assembly.end + len(assembly.job) > self.arena.size:
@@ -332,9 +334,7 @@ class Save:
             commit=reply["commit"],
             durable=time.perf_counter() - self._begun,
         )
-        info = CheckpointInfo(
-            Path(reply["path"]), self._request.step, reply["total_bytes"], MappingProxyType(files), timings
-        )
+        info = CheckpointInfo(Path(reply["path"]), self._request.step, reply["total_bytes"], FrozenDict(files), timings)
         if waited:
             self._emit("barrier", "complete", waited)
         self._emit("write", "complete", timings.write + timings.commit, info.total_bytes)

@@ -40,6 +40,7 @@ class FileRecord:
 class Manifest:
     """One checkpoint. `sequence` orders the checkpoints of a root; `files` names everything in it but the manifest.
 
+    `ranks`: those whose random states and data positions are in it, where that is not all `world_size` of them.
     `tensors`: for a file that is not safetensors (optimizer.bin), its tensors as {key: [dtype, shape, offset]}, and as a
     fourth entry the strides of those that are not contiguous: their bytes lie in the order of their strides.
     `names`: for a weights file, where its tensors live in the model: {file name: {tensor: where}}.
@@ -49,6 +50,7 @@ class Manifest:
     step: int | None
     sequence: int
     world_size: int = 1
+    ranks: tuple[int, ...] | None = None
     time: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -77,6 +79,8 @@ class Manifest:
             "names": self.names,
             "tensors": self.tensors,
         }
+        if self.ranks is not None:
+            body["ranks"] = self.ranks
         before = json.dumps(body, ensure_ascii=False, separators=(",", ":"))[:-1].encode() + b","
         return before + b'"self":"' + xxhash.xxh3_128_hexdigest(before).encode() + b'"}'
 
@@ -118,6 +122,7 @@ def parse(content: bytes, *, file: str) -> Manifest:
             step=None if body["step"] is None else int(body["step"]),
             sequence=int(body["sequence"]),
             world_size=int(body["world_size"]),
+            ranks=None if body.get("ranks") is None else tuple(map(int, body["ranks"])),
             time=float(body["time"]),
             versions=body["versions"],
             metrics=body["metrics"],

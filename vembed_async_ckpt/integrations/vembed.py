@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .._engine.checkpointer import AsyncCheckpointer
+from .._engine.frozen import FrozenDict
 from .._engine.handle import CheckpointInfo, SaveHandle, SaveState, Timings
 from .._request import config as configs
 from .._request.dialect import Accelerate
@@ -66,8 +67,8 @@ def save_checkpoint(
     `accelerator.load_state` where nobody calls `integrations.accelerate.attach(accelerator)`. Not for a model that writes a file
     of that name itself.
 
-    Under DDP every rank calls it: the first writes, and the random states of all are in the directory. Only with
-    `training_state=False` may the first rank call it alone.
+    Under DDP every rank calls it: the first writes, and the random states of all are in the directory. Where only the first rank
+    calls it, the checkpoint is saved without the random states of the others, after one warning.
 
     An existing directory is replaced at once by the new one; files in it that are not ours stay with it. The saves of one parent
     directory share one checkpointer, which is drained by `accelerator.end_training()` and at interpreter exit; `checkpointer`
@@ -161,6 +162,6 @@ def _save_at_once(
     found = walk_files(path) if os.path.isdir(path) else ()
     files = {name: entry.stat(follow_symlinks=False).st_size for name, entry in found}
     timings = Timings(stall=took, staging=0.0, queued=0.0, write=took, commit=0.0, durable=took)
-    info = CheckpointInfo(Path(path), step, sum(files.values()), MappingProxyType(files), timings)
+    info = CheckpointInfo(Path(path), step, sum(files.values()), FrozenDict(files), timings)
     handle._move(SaveState.COMMITTED, info)
     return handle

@@ -267,6 +267,12 @@ def _of_this_rank(source: Tensors, saved: Mapping[str, Any]) -> tuple[Any, Any]:
         get = source.training_tensor
         return tree.decode(saved["rng"], get), tree.decode(saved["dataloader"], get)
     if names.rank_state(rank) not in source.manifest.files:
+        if rank < source.manifest.world_size:
+            warnings.warn(
+                f"{source.directory}: was saved without rank {rank}: its random states and its place in the data go on as they are "
+                "now, not as they were",
+                stacklevel=6,
+            )
         return None, None
     return parse_rank(source.json(names.rank_state(rank)))
 

@@ -2,6 +2,7 @@
 
 `begin`: train from beginning to end and note what that came to; train anew, save on the way, and stand still once all is staged,
 to be killed. `resume`: go on from both checkpoints, with both readers, and note what that came to; then one rank dies in a save.
+`alone`: only the first rank saves.
 """
 
 from __future__ import annotations
@@ -54,6 +55,18 @@ class Rank:
                 self.note("staged")
                 while True:
                     signal.pause()
+
+    def alone(self) -> None:
+        self.note("pid", pid=os.getpid())
+        training = self.training(1)
+        took = []
+        for done in training.steps():
+            if training.accelerator.is_main_process:
+                begun = time.monotonic()
+                training.save("save_checkpoint", str(self.root / f"checkpoint-{done}"))
+                took.append(time.monotonic() - begun)
+        training.accelerator.end_training()
+        self.note("alone", took=took)
 
     def resume(self) -> None:
         self.note("pid", pid=os.getpid())
