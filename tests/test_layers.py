@@ -20,7 +20,7 @@ LAYERS = [
     {"_engine", "restore"},
     {"_request", "_arena", "_writer", "_store"},
     {"_plan"},
-    {"errors", "events", "stall"},
+    {"errors", "events", "stall", "sinks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = ["_writer", "_store", "_plan"]

@@ -17,7 +17,20 @@ from typing import Literal
 
 logger = logging.getLogger("vembed_async_ckpt")
 
-Stage = Literal["plan", "arena", "backpressure", "stage", "barrier", "write", "save", "writer", "prewarm", "call"]
+Stage = Literal[
+    "plan",
+    "arena",
+    "backpressure",
+    "stage",
+    "barrier",
+    "write",
+    "save",
+    "writer",
+    "prewarm",
+    "call",
+    "retention",
+    "step",
+]
 Phase = Literal["started", "complete", "failed"]
 
 
@@ -26,7 +39,8 @@ class Event:
     """One thing that happened to one save (`save_id`, `step`) or, with an empty `save_id`, to the engine.
 
     `seconds` is how long the stage took (0.0 in `started`), `bytes` what it moved, `detail` one line for people,
-    `time` seconds since the epoch.
+    `time` when it ended, in seconds since the epoch. `parts` are the seconds of its parts: of `write` the writing and the commit,
+    of `step` each training step since the event before. `step` events go only to sinks whose attribute `wants_steps` is true.
     """
 
     stage: Stage
@@ -37,6 +51,7 @@ class Event:
     seconds: float = 0.0
     detail: str = ""
     time: float = field(default_factory=time.time)
+    parts: tuple[float, ...] = ()
 
 
 Sink = Callable[[Event], None]
@@ -65,6 +80,11 @@ class Reporter:
                 self._queue.put(callback)
                 return
         _run_logged(callback)
+
+    @property
+    def wants_steps(self) -> bool:
+        """Whether a sink wants to hear of the training's steps."""
+        return any(map(_wants_steps, self._sinks))
 
     def add_sink(self, sink: Sink) -> None:
         self._sinks.append(sink)
@@ -102,10 +122,16 @@ class Reporter:
         level = logging.WARNING if event.phase == "failed" else logging.DEBUG
         logger.log(level, "%s %s step=%s %.3fs %s", event.stage, event.phase, event.step, event.seconds, event.detail)
         for sink in tuple(self._sinks):
+            if event.stage == "step" and not _wants_steps(sink):
+                continue
             try:
                 sink(event)
             except Exception:
                 logger.exception("an event sink failed; the save is not affected")
+
+
+def _wants_steps(sink: Sink) -> bool:
+    return bool(getattr(sink, "wants_steps", False))
 
 
 def _run_logged(callback: Callable[[], None]) -> None:

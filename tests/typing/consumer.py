@@ -29,6 +29,7 @@ from vembed_async_ckpt import (
     load,
     save_checkpoint,
 )
+from vembed_async_ckpt.sinks import ChromeTrace, JsonLines, Prometheus, TrackerSink
 
 
 def on_event(event: Event) -> None:
@@ -53,6 +54,14 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator:
         assert_type(handle.exception(), CheckpointError | None)
         checkpointer.wait()
     assert_type(save_checkpoint("runs/two/checkpoint-1", model, accelerator, config={"lr": 0.1}), SaveHandle)
+
+
+def watch(accelerator: Any) -> None:
+    AsyncCheckpointer(
+        "runs/one",
+        sinks=[TrackerSink(accelerator), Prometheus("a.prom"), JsonLines("a.jsonl"), ChromeTrace(Path("a.json"))],
+    ).close()
+    assert_type(list(JsonLines.read("a.jsonl")), list[Event])
 
 
 async def look(handle: SaveHandle) -> None:

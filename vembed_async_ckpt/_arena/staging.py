@@ -35,6 +35,7 @@ from .host_copy import (
     groups,
 )
 from .probe import Tails
+from .profiling import recorded
 
 _DATA, _VERSION = attrgetter("data"), attrgetter("_version")
 _Value = TypeVar("_Value")
@@ -185,7 +186,8 @@ class Snapshot:
     """One overlapped copy: the staging thread runs it, optimizers wait for it. Until the last byte has arrived it stands at the
     barrier.
 
-    `waited`: seconds that steps were held up by it. After `run`, `error` is None or says why the copy is no snapshot.
+    `waited`: seconds that steps were held up by it, `went_on`: when the last of them went on (time.time()). After `run`, `error`
+    is None or says why the copy is no snapshot.
     """
 
     def __init__(self, late: Late, device: DeviceCopies | None = None) -> None:
@@ -198,6 +200,7 @@ class Snapshot:
         self._arrived = threading.Event()
         self._passed = False  # an optimizer has gone on
         self.waited = 0.0
+        self.went_on = 0.0
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -266,10 +269,12 @@ class Snapshot:
         awaited = self._arrived if cuda.is_capturing() else self._copied
         if not awaited.is_set():
             begun = time.perf_counter()
-            self.hurry()
-            if not awaited.wait(DEADLINE):
-                raise StageError(TOO_SLOW)
+            with recorded("barrier"):
+                self.hurry()
+                if not awaited.wait(DEADLINE):
+                    raise StageError(TOO_SLOW)
             self.waited += time.perf_counter() - begun
+            self.went_on = time.time()
         if self._device is not None and not self._arrived.is_set():
             self._device.hold_back()
         self._passed = True

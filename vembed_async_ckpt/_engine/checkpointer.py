@@ -18,6 +18,7 @@ from typing import Any
 
 import anyio
 
+from .._arena.profiling import recorded
 from .._request.request import Objects
 from .._store import names
 from .._store.retention import Policy
@@ -29,6 +30,7 @@ from .leader import Leader
 from .ledger import Ledger
 from .options import OnError, Options, Staging, WhenBusy, WriterKind, root_path
 from .ranks import Ranks
+from .steps import StepClock
 
 logger = logging.getLogger("vembed_async_ckpt")
 EXIT_DEADLINE = 600.0  # seconds for pending saves at interpreter exit
@@ -101,6 +103,7 @@ class AsyncCheckpointer:
             if ranks is not None:
                 ranks.close(1.0)
             raise
+        self._clock = StepClock(self._reporter) if self._reporter.wants_steps else None
         _LIVING.add(self)
 
     def __repr__(self) -> str:
@@ -157,7 +160,8 @@ class AsyncCheckpointer:
         """`save()` under any name: publish `objects` as `root/directory`. What the integrations build on."""
         begun = time.perf_counter()
         self._refuse_if_closed()
-        return self._engine.save(directory, step, objects, begun)
+        with recorded("save"):
+            return self._engine.save(directory, step, objects, begun)
 
     def prewarm(self, *, model: Any = None, optimizer: Any = None) -> None:
         """Plan, allocate, and fault the pages in behind your back, so that the first save costs what every save costs.
@@ -241,6 +245,8 @@ class AsyncCheckpointer:
 
     def _end(self, deadline: float) -> bool:
         ended = self._engine.close(deadline)
+        if self._clock is not None:
+            self._clock.close()
         self._reporter.close(max(deadline - time.monotonic(), 0.1))
         _LIVING.discard(self)
         return ended

@@ -335,9 +335,10 @@ class Save:
             durable=time.perf_counter() - self._begun,
         )
         info = CheckpointInfo(Path(reply["path"]), self._request.step, reply["total_bytes"], FrozenDict(files), timings)
-        if waited:
-            self._emit("barrier", "complete", waited)
-        self._emit("write", "complete", timings.write + timings.commit, info.total_bytes)
+        if waited and self._snapshot is not None:
+            self._emit("barrier", "complete", waited, time=self._snapshot.went_on)
+        parts = (timings.write, timings.commit)
+        self._emit("write", "complete", sum(parts), info.total_bytes, parts=parts)
         if self._waves is not None:
             self.handle._move(SaveState.STAGED)  # only now: before its last part was written a death could lose it
         self._end(None, info)
@@ -368,6 +369,9 @@ class Save:
         else:
             self._emit("save", "failed", took, detail=str(error))
 
-    def _emit(self, stage: Stage, phase: Phase, seconds: float = 0.0, size: int = 0, detail: str = "") -> None:
+    def _emit(
+        self, stage: Stage, phase: Phase, seconds: float = 0.0, size: int = 0, detail: str = "", **further: Any
+    ) -> None:
         request = self._request
-        self._context.reporter.emit(Event(stage, phase, request.save_id, request.step, size, seconds, detail))
+        event = Event(stage, phase, request.save_id, request.step, size, seconds, detail, **further)
+        self._context.reporter.emit(event)

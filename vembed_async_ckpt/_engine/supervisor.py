@@ -383,6 +383,13 @@ class Supervisor:
             self._populate_here(reply["arena"])
         elif event == "warning":
             self._report("failed", f"{self._root}: {reply['message']}")
+        elif event == "tidy" and reply["pruned"]:
+            detail = f"deleted {', '.join(reply['pruned'])}"
+            self._reporter.emit(
+                Event(
+                    "retention", "complete", reply["save_id"], reply["step"], reply["freed"], reply["seconds"], detail
+                )
+            )
         elif job is None:
             return
         elif event == "accepted":

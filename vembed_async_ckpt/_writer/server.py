@@ -317,7 +317,7 @@ class Server:
         """After the commit, in this order: what was replaced goes, with all that could not go earlier, then what retention does
         not keep."""
         job = pending.job
-        pruned: list[str] = []
+        pruned: dict[str, int] = {}
         try:
             if self._litter:
                 swept = removal.sweep(self._fs, self._root)
@@ -327,18 +327,30 @@ class Server:
                 target = os.path.join(self._root, job["name"])
                 removal.dispose(self._fs, self._root, replaced, job["name"], job["save_id"], carried_to=target)
         finally:  # what cannot be deleted must not fill the disk with what can
+            began = time.perf_counter()
             if job["retention"] is not None:
                 pruned = self._prune(pending, from_spec(job["retention"]))
-        self._send(event="tidy", serial=pending.serial, pruned=pruned)
+        self._send(
+            event="tidy",
+            serial=pending.serial,
+            save_id=job["save_id"],
+            step=job["step"],
+            pruned=list(pruned),
+            freed=sum(pruned.values()),
+            seconds=time.perf_counter() - began,
+        )
 
-    def _prune(self, pending: _Pending, policy: Policy) -> list[str]:
+    def _prune(self, pending: _Pending, policy: Policy) -> dict[str, int]:
+        """Returns the names of those that went and the bytes that each had."""
         committed = self._committed.refresh()
         for problem in unknown_metrics(policy, [manifest for _, manifest in committed]):
             if len(committed) > 1 and problem not in self._said:
                 self._said.add(problem)
                 message = f"retention: {problem}. By that rule all are kept"
                 self._send(event="warning", serial=pending.serial, message=message)
-        return removal.prune(self._fs, self._root, policy, committed)
+        gone = removal.prune(self._fs, self._root, policy, committed)
+        files = {os.path.basename(path): set(manifest.files.values()) for path, manifest in committed}
+        return {name: sum(record.size for record in files[name]) for name in gone}  # a hard link counts once
 
     def _send(self, **reply: Any) -> None:
         data = encode_reply(reply)
