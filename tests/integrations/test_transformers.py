@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import logging
@@ -1077,6 +1078,57 @@ def test_two_rules_are_refused(root: Path) -> None:
     trainer.async_checkpoint_options = {"writers": "thread"}
     with pytest.raises(TypeError, match="writers"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"retention": 3}, TypeError, "retention is 3"),
+        ({"retentions": None}, TypeError, "'retentions' is no option; there are retention, when_busy"),
+        ({"root": "elsewhere"}, TypeError, "'root' is no option"),
+        ({"when_busy": "never"}, ValueError, "when_busy is 'never'"),
+        ({"max_in_flight": 0}, ValueError, "max_in_flight is 0"),
+        (3, TypeError, "async_checkpoint_options is 3"),
+    ],
+)
+def test_options_are_checked_when_they_are_given(root: Path, options: Any, kind: type[Exception], message: str) -> None:
+    """Of the class when a trainer is made, of the trainer when its training begins; not when the first checkpoint is due."""
+
+    class Wrong(Async):
+        async_checkpoint_options = options
+
+    with pytest.raises(kind, match=message):
+        make(root, cls=Wrong)
+    trainer = make(root)
+    trainer.async_checkpoint_options = options
+    with pytest.raises(kind, match=message):
+        trainer.train()
+    assert not root.exists() or os.listdir(root) == []
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_a_trainer_can_be_copied(root: Path, when: str) -> None:
+    """As stock Trainer can, in the middle of a training too; the copy trains and saves on its own."""
+    copies: list[Any] = []
+
+    class Copying(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if when == "during" and state.global_step == 2:
+                copies.append(copy.deepcopy(trainer))
+
+    trainer = make(root, save_steps=1, callbacks=[Copying()])
+    trainer.async_checkpoint_options = THREAD
+    if when == "before":
+        copies.append(copy.deepcopy(trainer))
+    trainer.train()
+    if when == "after":
+        copies.append(copy.deepcopy(trainer))
+    (other,) = copies
+    when = "done"
+    other.args.output_dir = str(root / "of the copy")
+    other.train()
+    assert state_of(trainer)
+    assert (root / "of the copy" / "checkpoint-4" / "vembed_manifest.json").exists()
 
 
 # -- just-in-time checkpoints

@@ -2,10 +2,11 @@
 
     trainer = Trainer(plugins=[VembedCheckpointIO()], callbacks=[ModelCheckpoint(monitor="loss", save_top_k=2, save_last=True)])
     trainer.fit(model, ckpt_path="last")
-    model = load_from_checkpoint(MyModule, checkpoint.best_model_path)     # MyModule.load_from_checkpoint opens files only
+    model = MyModule.load_from_checkpoint(checkpoint.best_model_path)
 
 Each `.ckpt` is a directory: `model.safetensors` has the tensors of `state_dict` under their names, the rest of Lightning's dict
-stands beside it as JSON and safetensors. Nothing in it is ever unpickled. Stock `.ckpt` files still load.
+stands beside it as JSON and safetensors. Nothing in it is ever unpickled. Stock `.ckpt` files still load. A program that has no
+plugin calls `load_from_checkpoint(MyModule, path)` of this module.
 
 Works for `lightning` and `pytorch_lightning`, whichever is imported.
 """
@@ -13,8 +14,6 @@ Works for `lightning` and `pytorch_lightning`, whichever is imported.
 from __future__ import annotations
 
 import atexit
-import inspect
-import io
 import os
 import shutil
 import sys
@@ -37,8 +36,9 @@ from .._store import names
 from .._store.fs import LocalFilesystem
 from .._store.lock import wait_for_orphan
 from .._writer import removal
-from ..errors import CheckpointError, CorruptCheckpoint, PlanError
+from ..errors import CheckpointerBusy, CheckpointError, CorruptCheckpoint, PlanError
 from ..events import Sink, logger
+from . import lightning_host as host
 from . import lightning_values as values
 from .shared import close_shared, open_at, shared
 
@@ -63,9 +63,11 @@ class _Doomed:
 class VembedCheckpointIO:
     """A plugin for `Trainer(plugins=[...])`: saves go on in the background, and what is visible is whole.
 
-    `save_checkpoint` returns as soon as the state is copied. `remove_checkpoint`, which Lightning calls right after it has saved a
-    successor, deletes only when that successor is durable, and nothing if it fails. `teardown`, at the end of `fit`, waits for what
-    is pending and raises what failed; so does the next save. Call it yourself to wait after your own `trainer.save_checkpoint`.
+    What a `ModelCheckpoint` saves is written in the background: `save_checkpoint` returns as soon as the state is copied. Whoever
+    else calls `trainer.save_checkpoint` (you, Lightning's requeueing on Slurm, a handler of signals) has the checkpoint on disk
+    when the call returns. `remove_checkpoint`, which Lightning calls right after it has saved a successor, deletes only when that
+    successor is durable, and nothing if it fails. `teardown`, at the end of `fit`, waits for what
+    is pending and raises what failed; so does the next save. Fabric has no end of its own: call it yourself.
 
     Options are those of `AsyncCheckpointer`; there is one for each directory of checkpoints. `max_in_flight` is 2, for
     `save_last=True` saves twice at a step: each save under way takes host memory of the size of the state. How many checkpoints to
@@ -73,8 +75,8 @@ class VembedCheckpointIO:
 
     With several processes the first one saves its own copy of the state, as Lightning has it, and all of them load.
 
-    With `save_last="link"` Lightning sets the link at once: until the save is durable it points to nothing. Names of checkpoints
-    should differ from save to save (Lightning's do): what is not durable yet is not seen by its search for a free name.
+    With `save_last="link"` Lightning sets the link at once: until the save is durable it points to nothing. A directory on another
+    machine (`s3://...`) is refused when the training begins.
     """
 
     def __init__(
@@ -110,35 +112,36 @@ class VembedCheckpointIO:
         self._options = options
         self._roots: list[str] = []  # those with a checkpointer of ours, the one used last at the end
         self._handled_outside: BaseException | None = None  # what was being handled before the first of these saves
-        self._deleting = threading.Lock()  # one thread at a time deletes
-        self._lock = threading.Lock()
+        # Both may be taken once more by a signal handler that saves, in the middle of what the same thread does under them.
+        self._deleting = threading.RLock()  # one thread at a time deletes
+        self._lock = threading.RLock()
         # guarded by _lock:
         self._newest: SaveHandle | None = None
         self._saves: dict[str, SaveHandle] = {}  # the newest of each path, since the last teardown
         self._further_owners: Counter[str] = Counter()  # of paths that were chosen twice at one step
         self._doomed: dict[str, _Doomed] = {}
-        self._going: set[str] = set()  # being deleted right now
-        _be_a_checkpoint_io(type(self))
+        self._going: dict[str, int] = {}  # being deleted right now, by which thread
+        host.adapt(VembedCheckpointIO, _opened)
 
     # -- what Lightning calls
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Save `checkpoint` as the directory `path`, replacing what has the name; returns when all of it is copied.
+        """Save `checkpoint` as the directory `path`, replacing what has the name; returns when all of it is copied, or durable if
+        somebody relies on that.
 
         Raises `PlanError` naming the key of what is no data, before anything is touched, and else what
         `AsyncCheckpointer.save` raises.
         """
         if storage_options is not None:
             raise TypeError("storage_options are not supported: checkpoints are saved to local directories")
-        target = _local(path)
-        if target is None:
-            raise PlanError(f"{os.fspath(path)!r} is not on a mounted file system; save to a local directory")
+        target = _mounted(path)
         weights, rest = values.pack(checkpoint)
         step = checkpoint.get("global_step") if isinstance(checkpoint, Mapping) else None
         objects = Objects(tensors=weights, extra={_EXTRA: rest}, dialect=Own(), of_every_rank=False)
         root, directory = os.path.split(target)
+        was_open = open_at(root) is not None
         checkpointer = self._checkpointer(root)
         self._spare(target)
         aside = _move_aside(target)
@@ -149,6 +152,8 @@ class VembedCheckpointIO:
                 os.rename(aside, target)
             raise
         self._note(target, handle, aside)
+        if host.is_waited_for(sys._getframe(1)):
+            self._finish(root, handle, was_open)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None
@@ -212,7 +217,30 @@ class VembedCheckpointIO:
                 self._saves.clear()
             close_shared(roots=roots)
 
+    def refuse_remote(self, path: str | os.PathLike[str]) -> None:
+        """Raise `PlanError` for a URL of another machine."""
+        _mounted(path)
+
+    def is_under_way(self, path: str | os.PathLike[str]) -> bool:
+        """Whether `path` is being saved: it is not there yet, and its name is taken."""
+        with self._lock:
+            handle = self._saves.get(_local(path) or "")
+        return handle is not None and not handle.done()
+
     # -- bookkeeping
+
+    def _finish(self, root: str, handle: SaveHandle, stays_open: bool) -> None:
+        """Return when the save is durable; nothing is left open that was opened for it. Raises what it failed with."""
+        try:
+            handle.result()
+            self._settle()
+        except CheckpointError:
+            if self._options["on_error"] != "warn":
+                raise
+        finally:
+            if not stays_open:
+                self._roots.remove(root)
+                close_shared(roots=[root])
 
     def _checkpointer(self, root: str) -> AsyncCheckpointer:
         if not self._roots:
@@ -226,11 +254,13 @@ class VembedCheckpointIO:
         return shared(root, self._options)
 
     def _spare(self, target: str) -> None:
-        """Nothing deletes `target` from now on."""
+        """Nothing deletes `target` from now on. Raises `CheckpointerBusy` to a signal handler that interrupted its deletion."""
         with self._lock:
             self._doomed.pop(target, None)
-            going = target in self._going
-        if going:
+            going = self._going.get(target)
+        if going == threading.get_ident():
+            raise CheckpointerBusy(f"{target} was being deleted when the signal came; save under another name")
+        if going is not None:
             with self._deleting:
                 pass
 
@@ -247,18 +277,21 @@ class VembedCheckpointIO:
         handle.add_done_callback(lambda _: self._settle())
 
     def _settle(self) -> None:
-        """Do with the doomed what the ends of the saves that they waited for say."""
+        """Delete or put back what waited for a save that is over."""
         with self._deleting:
             while due := self._take_due():
                 for path, doom in due.items():
-                    self._judge(path, doom)
+                    try:
+                        self._judge(path, doom)
+                    finally:
+                        self._going.pop(path, None)
 
     def _take_due(self) -> dict[str, _Doomed]:
         with self._lock:
-            due = {path: doom for path, doom in self._doomed.items() if doom.after is None or doom.after.done()}
+            due = {path: doom for path, doom in list(self._doomed.items()) if doom.after is None or doom.after.done()}
             for path in due:
-                del self._doomed[path]
-            self._going = set(due)
+                self._doomed.pop(path, None)
+            self._going |= dict.fromkeys(due, threading.get_ident())
             return due
 
     def _judge(self, path: str, doom: _Doomed) -> None:
@@ -317,20 +350,21 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
 def load_from_checkpoint(
     module: type[Module], path: str | os.PathLike[str], map_location: Any = None, **arguments: Any
 ) -> Module:
-    """`module.load_from_checkpoint(path, map_location, **arguments)` for a directory of ours too.
+    """`module.load_from_checkpoint(path, map_location, **arguments)`, for a directory of ours too, in a program without the
+    plugin."""
+    host.adapt(VembedCheckpointIO, _opened)
+    return module.load_from_checkpoint(path, map_location=map_location, **arguments)  # type: ignore[attr-defined,no-any-return]
 
-    Lightning's own method opens the path as a file, whatever the plugin. This one hands it the file's bytes, so the state is in
-    memory twice; where that is too much, make the module yourself and call `vembed_async_ckpt.load(path, model=module)`.
-    """
-    load: Any = module.load_from_checkpoint  # type: ignore[attr-defined]
-    if not _is_ours(path):
-        return load(path, map_location=map_location, **arguments)  # type: ignore[no-any-return]
-    file = io.BytesIO()
-    torch.save(read_checkpoint(path), file)
-    file.seek(0)
-    if "weights_only" in inspect.signature(load).parameters:
-        arguments["weights_only"] = False  # the pickle was made here and now
-    return load(file, map_location=map_location, **arguments)  # type: ignore[no-any-return]
+
+def _opened(path: Any, map_location: Any) -> dict[str, Any] | None:
+    """The checkpoint, if `path` is a directory of ours."""
+    if not isinstance(path, str | os.PathLike) or str(path).startswith("http"):
+        return None
+    target = _local(path)
+    if target is None:
+        return None
+    _wait_for(target)
+    return read_checkpoint(target, "cpu" if map_location is None else map_location) if _is_ours(target) else None
 
 
 class _Mover:
@@ -385,6 +419,14 @@ def _local(path: str | os.PathLike[str]) -> str | None:
     return os.path.join(os.path.realpath(parent), name)
 
 
+def _mounted(path: str | os.PathLike[str]) -> str:
+    """`_local` of a path to save to. Raises `PlanError` for a URL of another machine."""
+    target = _local(path)
+    if target is None:
+        raise PlanError(f"{os.fspath(path)!r} is not on a mounted file system; save to a local directory")
+    return target
+
+
 def _is_ours(path: str | os.PathLike[str]) -> bool:
     return os.path.lexists(os.path.join(os.path.realpath(_local(path) or path), names.MANIFEST))
 
@@ -428,16 +470,6 @@ def _discard(path: str) -> None:
 # -- Lightning
 
 
-def _be_a_checkpoint_io(plugin: type) -> None:
-    """Let Lightning's `isinstance(plugin, CheckpointIO)` be true, in whichever of its two packages are loaded; nothing is loaded
-    here unless neither is."""
-    module = "plugins.io.checkpoint_io"
-    loaded = [sys.modules[f"{p}.{module}"] for p in values.PACKAGES if f"{p}.{module}" in sys.modules]
-    for found in loaded or [values.fabric(module)]:
-        if found is not None:
-            found.CheckpointIO.register(plugin)
-
-
 def _stock() -> Any:
     torch_io = values.fabric("plugins.io.torch_io")
     if torch_io is None:
@@ -445,8 +477,8 @@ def _stock() -> Any:
     return torch_io.TorchCheckpointIO()
 
 
-if any(package in sys.modules for package in values.PACKAGES):
-    _be_a_checkpoint_io(VembedCheckpointIO)  # for command lines that check the class before they make one
+if host.is_loaded():
+    host.adapt(VembedCheckpointIO, _opened)  # for command lines that check the class before they make one
 
 
 def _forget_in_child() -> None:

@@ -50,25 +50,30 @@ class Rotation:
         self._thread: threading.Thread | None = None
 
     def start(self, protected: Collection[str], only: str | None = None) -> None:
-        """Begin to delete what neither rule nor `protected` (names of directories) keeps; the newest stays in any case.
+        """Begin to delete what neither rule nor `protected` (names of directories) keeps, after what is being deleted already;
+        the newest stays in any case.
 
         `only`: at the end of a training with a limit of one, the name of the checkpoint that stays if it is there.
         """
-        self.join()
         if self._limit is None and self._policy is None:
             return
+        before = self._thread
         self._thread = threading.Thread(
-            target=self._run, args=(frozenset(protected), only), name="vembed-ckpt-rotation", daemon=True
+            target=self._run, args=(before, frozenset(protected), only), name="vembed-ckpt-rotation", daemon=True
         )
         self._thread.start()
 
     def join(self) -> None:
         """Return when nothing is being deleted any more."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        thread = self._thread  # a signal handler that saves may join, or start another one, meanwhile
+        if thread is not None:
+            thread.join()
+            if self._thread is thread:
+                self._thread = None
 
-    def _run(self, protected: frozenset[str], only: str | None) -> None:
+    def _run(self, before: threading.Thread | None, protected: frozenset[str], only: str | None) -> None:
+        if before is not None:
+            before.join()
         try:
             self._rotate(protected, only)
         except Exception as error:  # the next rotation takes it up again

@@ -10,7 +10,7 @@ from typing import Any
 from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer, living
 
 _SHARED: dict[str, tuple[AsyncCheckpointer, dict[str, Any]]] = {}  # by root; what each was made with
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # a signal handler may save in the middle of what the same thread does under it
 
 
 def shared(root: str, options: dict[str, Any] | None = None) -> AsyncCheckpointer:

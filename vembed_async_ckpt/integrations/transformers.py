@@ -8,11 +8,14 @@ and the deletion of older ones.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from transformers.utils import is_peft_available, is_sagemaker_mp_enabled, is_to
 
 from .._engine.checkpointer import AsyncCheckpointer
 from .._engine.handle import SaveHandle, SaveState
+from .._engine.options import Options
 from .._request import dialect
 from .._request.model import unwrap
 from .._request.optimizer import unwrap as unwrap_optimizer
@@ -60,13 +64,16 @@ class _Pending:
 
 @dataclass
 class _Run:
-    """One call of `train()`. `checkpointer` is None until there is something to save; `stock`: why Trainer saves by itself."""
+    """One call of `train()`. `checkpointer` is None until there is something to save; `stock`: why Trainer saves by itself.
+    `now`: the state of the training, while `on_save` is shown the state of its save."""
 
     checkpointer: AsyncCheckpointer | None = None
     rotation: Rotation | None = None
     stock: str | None = None
-    at_boundary: bool = False  # where Trainer logs, evaluates and saves after a step
-    holding_back: bool = False  # the `on_save` that Trainer is about to call there
+    holding_back: bool = (
+        False  # the `on_save` that Trainer is about to call where it logs, evaluates and saves after a step
+    )
+    now: Any = None
     saved: bool = False
     ended: bool = False
     pending: deque[_Pending] = field(default_factory=deque)
@@ -91,11 +98,25 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
     """
 
     async_checkpoint_options: Mapping[str, Any] = MappingProxyType({})
-    """Keywords of `AsyncCheckpointer`, as a class attribute or set on the trainer before `train()`."""
+    """Keywords of `AsyncCheckpointer`, as a class attribute or set on the trainer before `train()`. Checked when the
+    trainer is made, and when `train()` begins."""
 
     _async_run: _Run | None = None  # while train() runs
     state: Any
     control: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _check(self.async_checkpoint_options)
+        super().__init__(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which have no part in a training under way."""
+        state = {name: value for name, value in vars(self).items() if name != "_async_run"}
+        if "async_checkpoint_options" in state:
+            state["async_checkpoint_options"] = dict(
+                state["async_checkpoint_options"]
+            )  # a mapping proxy cannot be copied
+        return state
 
     def wait_for_checkpoints(self) -> None:
         """Return when every checkpoint of this training is on disk and its `on_save` has been called."""
@@ -134,12 +155,9 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
             control.should_save = False
             return control
 
-        run.at_boundary, run.holding_back = True, False
-        try:
-            with _replaced(self.callback_handler, "on_save", held_back):
-                super()._maybe_log_save_evaluate(*args, **kwargs)
-        finally:
-            run.at_boundary = False
+        run.holding_back = False
+        with _replaced(self.callback_handler, "on_save", held_back):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
         self._settle(run, self._ended_everywhere(run))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -148,12 +166,13 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
                 self._save_checkpoint(model, trial)
             return
         run = self._async_run
-        if run.stock is None:
-            with self._falling_back(run):
-                self._save_in_background(run)
-                return
-        self.wait_for_checkpoints()
-        super()._save_checkpoint(model, trial)
+        with self._training_state(run):
+            if run.stock is None:
+                with self._falling_back(run):
+                    self._save_in_background(run, later=_is_of_the_loop(sys._getframe(1)))
+                    return
+            self.wait_for_checkpoints()
+            super()._save_checkpoint(model, trial)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         run = self._async_run
@@ -188,6 +207,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
+        _check(self.async_checkpoint_options)
         run = self._async_run = _Run(stock=self._why_stock())
         try:
             if run.stock is not None:
@@ -284,9 +304,11 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
 
     # -- a save
 
-    def _save_in_background(self, run: _Run) -> None:
+    def _save_in_background(self, run: _Run, later: bool) -> None:
+        """`later`: whether Trainer's own loop asks for it. A callback or a signal handler wants it now, before the process is
+        killed perhaps."""
         checkpointer = self._checkpointer_of(run)
-        if not run.at_boundary:  # asked for by a callback that wants it now, before the process is killed perhaps
+        if not later:
             self.wait_for_checkpoints()
         if run.rotation is not None:
             run.rotation.join()  # else it might delete the directory of the same name that this save is about to replace
@@ -298,9 +320,9 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         best_before = self.state.best_model_checkpoint
         self.state.best_model_checkpoint = state.best_model_checkpoint
         self.state.stateful_callbacks = state.stateful_callbacks
-        run.pending.append(_Pending(handle, path, state, best_before, run.at_boundary))
-        run.holding_back = run.at_boundary
-        if not run.at_boundary:
+        run.pending.append(_Pending(handle, path, state, best_before, later))
+        run.holding_back |= later
+        if not later:
             self._save_now(run, handle)
         elif callable(getattr(unwrap_optimizer(self.optimizer), "eval", None)):
             self._raise_or_leave(lambda: handle.wait_staged())  # it swaps the weights between steps
@@ -373,7 +395,8 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
 
     def _deliver(self, run: _Run, save: _Pending) -> None:
         run.saved = True
-        now, self.state = self.state, save.state
+        outer, now = run.now, self.state
+        run.now, self.state = now, save.state
         wanted = self.control.should_save
         try:
             if self.args.push_to_hub:
@@ -385,8 +408,21 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
             if save.announce:
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         finally:
-            self.state = now
+            self.state, run.now = now, outer
             self.control.should_save = wanted  # of the step that training is at
+
+    @contextlib.contextmanager
+    def _training_state(self, run: _Run) -> Iterator[None]:
+        """Let `self.state` be that of the training: a save may be asked for by `on_save`, or by a signal in the middle of it."""
+        shown, now = self.state, run.now
+        if now is None:
+            yield
+            return
+        self.state, run.now = now, None
+        try:
+            yield
+        finally:
+            self.state, run.now = shown, now
 
     def _withdraw(self, run: _Run, save: _Pending) -> None:
         """A save that failed is nobody's best checkpoint: that is the one before it."""
@@ -405,6 +441,26 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         only = os.path.basename(best) if best is not None and run.ended and self.args.save_total_limit == 1 else None
         if run.rotation is not None and (run.saved or only is not None):
             run.rotation.start({*run.uploads, *(os.path.basename(path) for path in protected if path)}, only)
+
+
+def _check(options: Any) -> None:
+    """Raise TypeError or ValueError naming the option of `AsyncCheckpointer` that is unknown or cannot have its value."""
+    if not isinstance(options, Mapping):
+        raise TypeError(f"async_checkpoint_options is {options!r}; use a mapping of AsyncCheckpointer's options")
+    known = {name: value.default for name, value in inspect.signature(AsyncCheckpointer).parameters.items()}
+    del known["root"]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"async_checkpoint_options: {name!r} is no option; there are {', '.join(known)}")
+    values = {**known, **options, "root": ""}
+    Options(**{field.name: values[field.name] for field in dataclasses.fields(Options)})
+
+
+def _is_of_the_loop(frame: FrameType | None) -> bool:
+    """Whether the call of `_save_checkpoint` that `frame` made is one of Trainer's loop after a step."""
+    while frame is not None and frame.f_code.co_name == "_save_checkpoint":
+        frame = frame.f_back  # the method may be overridden
+    return frame is not None and frame.f_code.co_name == "_maybe_log_save_evaluate"
 
 
 def _supported() -> tuple[type, ...]:

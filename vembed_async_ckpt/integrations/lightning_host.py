@@ -1,0 +1,117 @@
+"""What Lightning must be told of a plugin whose checkpoints are directories that appear late: in whichever of its packages
+(`lightning` or `pytorch_lightning`) are loaded."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol
+
+from . import lightning_values as values
+
+_PYTORCH = ("lightning.pytorch", "pytorch_lightning")
+
+
+class Plugin(Protocol):
+    def is_under_way(self, path: Any) -> bool: ...
+
+    def refuse_remote(self, path: Any) -> None: ...
+
+
+def adapt(plugin: type[Any], opened: Callable[..., Any]) -> None:
+    """Let Lightning's `isinstance(plugin, CheckpointIO)` be true; `load_from_checkpoint` load what `opened(path, map_location)`
+    returns, where that is not None; and `ModelCheckpoint` refuse a directory on another machine when it is set up, and take no
+    name that is being saved. May be called again; nothing is loaded here unless no Lightning is."""
+    _register(plugin)
+    for package in _PYTORCH:
+        saving = sys.modules.get(f"{package}.core.saving")
+        if saving is not None:
+            _wrap(saving, "pl_load", functools.partial(_opening, opened))
+        callback = sys.modules.get(f"{package}.callbacks.model_checkpoint")
+        if callback is not None:
+            _wrap(callback.ModelCheckpoint, "setup", functools.partial(_refusing, plugin))
+            _wrap(callback.ModelCheckpoint, "file_exists", functools.partial(_knowing, plugin))
+
+
+def is_loaded() -> bool:
+    """Whether any Lightning is."""
+    return any(package in sys.modules for package in values.PACKAGES)
+
+
+def is_waited_for(frame: FrameType | None) -> bool:
+    """Whether the call that `frame` stands in is one of `trainer.save_checkpoint` by anybody but a `ModelCheckpoint`: by the
+    user, who relies on the checkpoint being there afterwards, or by a handler of signals or exceptions, which then leaves."""
+    trainers = _loaded("trainer.trainer", "Trainer")
+    while frame is not None and not _is_save_of(frame, trainers):
+        frame = frame.f_back
+    while frame is not None and _is_save_of(frame, trainers):
+        frame = frame.f_back  # a class of the user's own may override the method
+    return frame is not None and not isinstance(
+        frame.f_locals.get("self"), _loaded("callbacks.model_checkpoint", "ModelCheckpoint")
+    )
+
+
+def _is_save_of(frame: FrameType, trainers: tuple[type, ...]) -> bool:
+    return frame.f_code.co_name == "save_checkpoint" and isinstance(frame.f_locals.get("self"), trainers)
+
+
+def _loaded(module: str, name: str) -> tuple[type, ...]:
+    found = [sys.modules.get(f"{package}.{module}") for package in _PYTORCH]
+    return tuple(getattr(module, name) for module in found if module is not None)
+
+
+def _register(plugin: type) -> None:
+    module = "plugins.io.checkpoint_io"
+    loaded = [sys.modules[f"{p}.{module}"] for p in values.PACKAGES if f"{p}.{module}" in sys.modules]
+    for found in loaded or [values.fabric(module)]:
+        if found is not None:
+            found.CheckpointIO.register(plugin)
+
+
+def _wrap(owner: Any, name: str, wrapping: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    function = getattr(owner, name, None)
+    if function is None or hasattr(function, "_vembed_async_ckpt"):
+        return
+    wrapped: Any = functools.wraps(function)(wrapping(function))
+    wrapped._vembed_async_ckpt = True
+    setattr(owner, name, wrapped)
+
+
+def _opening(opened: Callable[..., Any], pl_load: Callable[..., Any]) -> Callable[..., Any]:
+    def load(path_or_url: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = opened(path_or_url, map_location)
+        return pl_load(path_or_url, map_location, *args, **kwargs) if checkpoint is None else checkpoint
+
+    return load
+
+
+def _refusing(plugin: type[Any], setup: Callable[..., Any]) -> Callable[..., Any]:
+    def set_up(self: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        result = setup(self, trainer, *args, **kwargs)
+        used = _plugin_of(trainer, plugin)
+        if used is not None and self.dirpath is not None:
+            used.refuse_remote(self.dirpath)
+        return result
+
+    return set_up
+
+
+def _knowing(plugin: type[Any], file_exists: Callable[..., bool]) -> Callable[..., bool]:
+    def exists(self: Any, filepath: Any, trainer: Any) -> bool:
+        used = _plugin_of(trainer, plugin)
+        if used is None:
+            return file_exists(self, filepath, trainer)
+        # First: what is committed between the two questions exists.
+        under_way = trainer.strategy.broadcast(used.is_under_way(filepath))
+        return under_way or file_exists(self, filepath, trainer)
+
+    return exists
+
+
+def _plugin_of(trainer: Any, plugin: type[Any]) -> Plugin | None:
+    used: Any = getattr(getattr(trainer, "strategy", None), "checkpoint_io", None)
+    if not isinstance(used, plugin):
+        used = getattr(used, "checkpoint_io", None)  # inside Lightning's AsyncCheckpointIO
+    return used if isinstance(used, plugin) else None
