@@ -130,31 +130,48 @@ def test_a_state_that_changes_its_strides_is_followed(root: Path):
                 assert_same(fresh.loaded[key], optimizer.state[optimizer.parameter][key])
 
 
-def test_state_is_read_into_the_place_that_has_its_strides(root: Path):
-    """Where the optimizer's own tensor lies in memory as the saved one it is overwritten; else a new one takes its place."""
+def stepped(memory: torch.memory_format, **options: Any) -> tuple[torch.nn.Module, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory)
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    model(torch.randn(1, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    return model, optimizer
 
-    def stepped(memory: torch.memory_format) -> tuple[torch.nn.Module, Any]:
-        torch.manual_seed(0)
-        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory)
-        optimizer = torch.optim.AdamW(model.parameters())
-        model(torch.randn(1, 3, 8, 8)).sum().backward()
-        optimizer.step()
-        return model, optimizer
 
-    model, optimizer = stepped(torch.channels_last)
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_state_lies_in_memory_as_its_parameter_does(root: Path, memory: torch.memory_format):
+    """A model keeps the memory format that it has, whatever it was saved in, and the moments follow it: in place where the
+    optimizer has some, in new memory where it has none. A fused step needs that, and does not ask."""
+    model, optimizer = stepped(torch.channels_last, fused=True)
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
         path = checkpointer.save(1, model=model, optimizer=optimizer).result(BOUND).path
-    for memory in (torch.channels_last, torch.contiguous_format):
-        model, fresh = stepped(memory)
-        with torch.no_grad():
-            for entry in fresh.state.values():
-                entry["exp_avg"].zero_()
-        place = fresh.state[model.weight]["exp_avg"].data_ptr()
-        load(path, model=model, optimizer=fresh)
-        now = fresh.state[model.weight]["exp_avg"]
-        assert torch.equal(now, next(iter(optimizer.state.values()))["exp_avg"])
-        assert model.weight.is_contiguous(memory_format=memory)  # a model keeps the format that it has
-        assert (now.data_ptr() == place) is (memory is torch.channels_last)
+    expected = optimizer.state[model.weight]
+    model, used = stepped(memory, fused=True)
+    place = used.state[model.weight]["exp_avg"].data_ptr()
+    fresh = torch.optim.AdamW(model.parameters(), fused=True)
+    for loaded in (used, fresh):
+        load(path, model=model, optimizer=loaded)
+        entry = loaded.state[model.weight]
+        assert model.weight.is_contiguous(memory_format=memory)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(entry[key], expected[key])
+            assert entry[key].stride() == model.weight.stride()
+    assert used.state[model.weight]["exp_avg"].data_ptr() == place
+
+
+def test_state_that_lay_otherwise_than_its_parameter_does_so_again(root: Path):
+    """What an optimizer keeps in a memory format of its own (rotations, factors) comes back in that format."""
+    model, optimizer = stepped(torch.channels_last)
+    optimizer.state[model.weight]["exp_avg"] = (
+        model.weight.detach().permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    )
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        path = checkpointer.save(1, model=model, optimizer=optimizer).result(BOUND).path
+    saved = optimizer.state[model.weight]["exp_avg"]
+    model, fresh = stepped(torch.channels_last)
+    load(path, model=model, optimizer=fresh)
+    assert_same(fresh.state[model.weight]["exp_avg"], saved)
 
 
 @pytest.mark.parametrize("strides", [[1, 1], [2, 5], [7, 1], [-5, 1], [5.0, 1], [5], "51", [1, 5]])

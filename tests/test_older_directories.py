@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from vembed_async_ckpt import load, verify
+from vembed_async_ckpt import CheckpointError, load, verify
 
 WRITTEN = Path(__file__).parent / "data" / "written_by_0d9e713"
 
@@ -97,10 +97,42 @@ def test_what_save_checkpoint_wrote_comes_back():
 
 
 def test_state_of_a_channels_last_model_comes_back():
-    """The values. They were written without their strides."""
+    """The values, which were written without their strides, in the memory format of the parameters: a fused step needs it."""
     path = WRITTEN / "channels_last_fused"
     model = conv()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, fused=True)
     load(path, model=model, optimizer=optimizer)
     assert_same(dict(model.state_dict()), load_file(path / "model.safetensors"))
     assert_same(optimizer.state_dict(), torch.load(path / "optimizer.bin"))
+    for parameter, entry in optimizer.state.items():
+        assert {entry[key].stride() for key in ("exp_avg", "exp_avg_sq")} == {parameter.stride()}
+
+
+def test_state_goes_by_order_and_is_compared_with_the_parameters():
+    """These directories know parameters by number only: other shapes, groups or kinds are refused before anything is changed."""
+    path = WRITTEN / "plain"
+    model = dense()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    reverse = torch.optim.AdamW(list(model.parameters())[::-1])
+    with pytest.raises(CheckpointError, match=r"parameter 0 has shape \(2,\), its saved exp_avg has \(5, 4\)"):
+        load(path, model=model, optimizer=reverse)
+    grouped = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() == dim]} for dim in (1, 2)])
+    with pytest.raises(CheckpointError, match=r"groups of \[4, 2\] parameters, saved were \[6\]"):
+        load(path, model=model, optimizer=grouped)
+    with pytest.raises(CheckpointError, match=r"cannot go into a torch.optim.sgd.SGD \(only saved: amsgrad, betas"):
+        load(path, model=model, optimizer=torch.optim.SGD(model.parameters()))
+    scheduler = torch.optim.lr_scheduler.LinearLR(reverse)
+    with pytest.raises(CheckpointError, match=r"cannot go into a torch\.optim\.lr_scheduler\.LinearLR"):
+        load(path, model=model, scheduler=scheduler)
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_parameters_that_know_their_names_are_matched_by_them():
+    """An optimizer made from named_parameters() wrote their names then, too."""
+    path = WRITTEN / "two_models"
+    models = {"query": dense(), "document": dense()}
+    optimizer = torch.optim.Adam(list(models["document"].named_parameters())[::-1], lr=0.5, amsgrad=True)
+    load(path, model=models, optimizer={"document": optimizer})
+    saved = torch.load(path / "optimizer_1.bin")
+    for number, parameter in enumerate(models["document"].parameters()):
+        assert_same(optimizer.state[parameter], saved["state"][number])

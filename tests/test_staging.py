@@ -397,17 +397,21 @@ class WrappedStep(ReplacedStep):
 
 
 class Swapped(Scene):
-    """An optimizer that was seen makes room for one of the same layout whose step nobody will ever see."""
+    """An optimizer that was seen makes room for one of the same layout whose step nobody will ever see; another goes on."""
 
     never_late = "optimizer.bin"
 
     def __init__(self) -> None:
-        self.model = Net()
-        self.former = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        train(self.model, self.former)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        self.optimizer.load_state_dict(copy.deepcopy(self.former.state_dict()))
-        self.optimizer.step = functools.partial(torch.optim.SGD.step.__wrapped__, self.optimizer)
+        self.model = {"swapped": Net(), "other": Net()}
+        self.former = {
+            name: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for name, model in self.model.items()
+        }
+        for name, model in self.model.items():
+            train(model, self.former[name])
+        unseen = torch.optim.SGD(self.model["swapped"].parameters(), lr=0.1, momentum=0.9)
+        unseen.load_state_dict(copy.deepcopy(self.former["swapped"].state_dict()))
+        unseen.step = functools.partial(torch.optim.SGD.step.__wrapped__, unseen)
+        self.optimizer = {"swapped": unseen, "other": self.former["other"]}
 
     def before(self, checkpointer: AsyncCheckpointer, late: LateCopies) -> None:
         late.go.set()
@@ -417,12 +421,73 @@ class Swapped(Scene):
         late.labels.clear()
 
     def change(self) -> None:
-        for entry in self.optimizer.state.values():
+        for entry in self.optimizer["swapped"].state.values():
             entry["momentum_buffer"].data.add_(1)
+
+
+class SwappedParameters(Swapped):
+    """As before; its step changes the parameters."""
+
+    never_late = "swapped/"
+
+    def change(self) -> None:
+        for parameter in self.model["swapped"].parameters():
+            parameter.data.add_(1)
+
+
+class Lookahead:
+    """Wraps an optimizer that is seen: after its step the weights go half of the way back, and nobody sees that."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure: Any = None) -> None:
+        self.look()
+        self.optimizer.step(closure)
+
+    def look(self) -> None:
+        for slow, p in zip(self.slow, (p for group in self.param_groups for p in group["params"]), strict=True):
+            slow.add_(p.data - slow, alpha=0.5)
+            p.data.copy_(slow)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fast": self.optimizer.state_dict(), "slow": self.slow}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["fast"])
+        self.slow = state["slow"]
+
+
+class Wrapped(Scene):
+    """A wrapper with tensors of its own, whose steps the barrier sees only in the middle; another optimizer beside it."""
+
+    never_late = "wrapped/"
+
+    def __init__(self) -> None:
+        self.model = {"wrapped": Net(), "other": Net()}
+        sgd = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in self.model.values()]
+        self.optimizer = {"wrapped": Lookahead(sgd[0]), "other": sgd[1]}
+        for name, model in self.model.items():
+            train(model, self.optimizer[name])
+
+    def change(self) -> None:
+        self.optimizer["wrapped"].look()
+
+
+class WrappedState(Wrapped):
+    """As before; the state of the optimizer inside is part of what the wrapper gives."""
+
+    never_late = "optimizer.bin"
 
 
 SCENES = [
     BatchNorm, AveragedModel, MaxNorm, Frozen, MomentumEncoder, NotTorchs, ReplacedStep, WrappedStep, Swapped,
+    SwappedParameters, Wrapped, WrappedState,
 ]  # fmt: skip
 
 

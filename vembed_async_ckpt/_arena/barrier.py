@@ -13,7 +13,8 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import partial
+from operator import attrgetter, is_
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -32,6 +33,16 @@ class Pending(Protocol):
 
     def barrier(self) -> None:
         """Return when the optimizer may change tensors."""
+
+
+class SavedOptimizer(Protocol):
+    """An optimizer, or what stands for one, among what is saved."""
+
+    @property
+    def optimizer(self) -> Any: ...
+
+    def parameter_ids(self) -> set[int] | None:
+        """Of the parameters that it steps; None if nobody knows which these are."""
 
 
 class _Gate:
@@ -121,18 +132,24 @@ class Earned:
         names: Callable[[], Sequence[str]],
         owners: Callable[[], Sequence[Any]],
         volatile: frozenset[int],
+        saved: Sequence[SavedOptimizer] = (),
     ) -> Division:
         """Divide the tensors of a save. `key` is equal as long as names, owners, dtypes, shapes and their order are the same.
+        `saved`: the optimizers among what is saved.
 
         Copied at once: what is small, buffers, frozen parameters, copies that nobody steps, computed values, parameters in
         `volatile`, what is not contiguous, and everything of optimizers that have not been seen or whose step a CUDA graph repeats.
+        So are the parameters of a wrapper that has not been seen itself: it may change them before or after the step that it wraps.
         """
         seen = GATE.optimizers()
         groups = [group["params"] for optimizer in seen for group in optimizer.param_groups]
-        now = (key, GATE.generation, [list(map(id, parameters)) for parameters in groups])
+        unseen = [each.parameter_ids() for each in saved if not any(map(partial(is_, each.optimizer), seen))]
+        now = (key, GATE.generation, [list(map(id, parameters)) for parameters in groups], unseen)
         if now != self._key or not self._still_divides(tensors):
             small = {n for n, tensor in enumerate(tensors) if is_small(tensor) and not is_on_device(tensor)}
             allowed = {id(parameter) for parameters in groups for parameter in parameters} - volatile
+            for parameters in unseen:
+                allowed = set() if parameters is None else allowed - parameters
             allowed |= {id(optimizer) for optimizer in seen}
             late = [
                 n

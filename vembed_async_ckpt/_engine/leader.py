@@ -176,7 +176,8 @@ class Leader:
         if not self._overlap:
             return all_now(len(request.tensors))
         key = tuple(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
-        return self._earned.divide(key, request.tensors, request.labels, request.owners, request.volatile)
+        stepped = [state for state in request.optimizers if state.optimizer is not None]
+        return self._earned.divide(key, request.tensors, request.labels, request.owners, request.volatile, stepped)
 
     def _plan_for(self, request: Request) -> SavePlan:
         known = self._planned

@@ -24,7 +24,9 @@ from . import training_state
 from .dialect import Accelerate, Dialect
 from .mapping import MappingReader, StateDict
 from .model import ModelReader, ModelState
+from .model import unwrap as unwrap_model
 from .optimizer import OptimizerReader, OptimizerState, RegisteredReader
+from .parameters import Names
 from .processor import ProcessorFiles
 from .sharding import refuse_shares
 from .training_state import TrainingState, torch_save
@@ -128,6 +130,7 @@ class RequestReader:
         self._mappings: dict[int, MappingReader] = {}
         self._optimizers: dict[tuple[str, str], OptimizerReader] = {}
         self._registered: dict[str, RegisteredReader] = {}
+        self._names = Names()
         self._processor = ProcessorFiles()
 
     def read(self, directory: str, step: int | None, objects: Objects) -> Request:
@@ -137,16 +140,18 @@ class RequestReader:
             raise PlanError(f"step is {step!r}; use a whole number of at least 0")
         files = objects.further_files()
         models = {name: self._read_model(name, value) for name, value in named("model", objects.model).items()}
-        plain = {
-            name: self._read_state_dict(index, value)
-            for index, (name, value) in enumerate(named("model", objects.whole_models()).items())
-        }
+        whole = named("model", objects.whole_models())
+        plain = {name: self._read_state_dict(index, value) for index, (name, value) in enumerate(whole.items())}
         if objects.tensors is not None:
             plain[""] = self._read_state_dict(0, StateDict(objects.tensors))
+        given = named("model", objects.model) or whole
+        modules = [(name, unwrap_model(value)) for name, value in given.items() if isinstance(value, torch.nn.Module)]
+        self._names.update(modules, [(models or plain)[name].names for name, _ in modules])
         optimizers = {
             name: self._read_optimizer(name, objects.dialect.optimizer(index), value)
             for index, (name, value) in enumerate(named("optimizer", objects.optimizer).items())
         }
+        self._names.forget_models()
         registered = {}
         for index, value in enumerate(getattr(objects.accelerator, "_custom_objects", ())):
             registered[names.custom_checkpoint(index)] = self._read_registered(index, value, files)
@@ -217,7 +222,7 @@ class RequestReader:
         reader = self._optimizers.get((name, file))
         if reader is None:
             reader = self._optimizers[name, file] = OptimizerReader(file)
-        return reader.read(optimizer)
+        return reader.read(optimizer, self._names)
 
     def _read_registered(self, index: int, value: Any, files: list[tuple[str, bytes]]) -> OptimizerState | None:
         """None, and a pickle among the `files`, if it is more than data."""

@@ -11,6 +11,7 @@ import base64
 import functools
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +25,15 @@ from ..errors import CorruptCheckpoint, PlanError
 from . import random_state, tree
 from .dialect import Dialect
 from .dtypes import TO_TORCH, spec
-from .optimizer import OptimizerState
+from .optimizer import OptimizerState, call_state_dict, kind_of
 
 
 @dataclass(frozen=True)
 class TrainingState:
     """Captured values. `registered`: by name of its file, what was registered with an accelerator, None where only a pickle of it
-    was possible. `accelerator`: what else an accelerator knows (see `accelerator.state`). `tensors` are those found in the values,
-    by name: they are copied before `save()` returns, and then let go. `copies` are copies of those that pickles for other programs
-    need later. `layout` is the file that holds the tensors."""
+    was possible. `accelerator`: what else an accelerator knows (see `accelerator.state`). `classes`: names of those of the
+    schedulers and the scaler. `tensors` are those found in the values, by name: they are copied before `save()` returns, and then
+    let go. `copies` are copies of those that pickles for other programs need later. `layout` is the file that holds the tensors."""
 
     dialect: Dialect
     world_size: int
@@ -45,6 +46,7 @@ class TrainingState:
     registered: Mapping[str, OptimizerState | None]
     accelerator: Any
     rng: dict[str, Any]
+    classes: Mapping[str, Any]
     tensors: dict[str, torch.Tensor]
     copies: Mapping[str, torch.Tensor]
     layout: Layout
@@ -72,10 +74,7 @@ class TrainingState:
     def _json(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "optimizers": {
-                name: {"file": optimizer.content.name, "rest": optimizer.rest()}
-                for name, optimizer in self.optimizers.items()
-            },
+            "optimizers": {name: optimizer.described() for name, optimizer in self.optimizers.items()},
             "schedulers": {name: tree.encode(state) for name, state in self.schedulers.items()},
             "scaler": tree.encode(self.scaler),
             "dataloader": tree.encode(self.dataloader),
@@ -86,6 +85,7 @@ class TrainingState:
             ],
             "accelerator": tree.encode(self.accelerator),
             "rng": tree.encode(self.rng),
+            "classes": self.classes,
         }
 
 
@@ -139,10 +139,22 @@ def capture(
         registered=registered,
         accelerator=captured_accelerator,
         rng=rng,
+        classes={
+            "schedulers": {name: kind_of(unwrap_scheduler(scheduler)) for name, scheduler in schedulers.items()},
+            "scaler": None if scaler is None else kind_of(scaler),
+        },
         tensors=tensors,
         copies=copies,
         layout=_layout(specs),
     )
+
+
+def unwrap_scheduler(scheduler: Any) -> Any:
+    """The scheduler inside accelerate's own wrapper, whose state_dict is that of the scheduler; any other object itself."""
+    accelerate = sys.modules.get("accelerate.scheduler")
+    while accelerate is not None and isinstance(scheduler, accelerate.AcceleratedScheduler):
+        scheduler = scheduler.scheduler
+    return scheduler
 
 
 @functools.lru_cache(maxsize=8)
@@ -156,7 +168,7 @@ def _state_dict(what: str, owner: Any) -> Any:
             f"{what}: a {type(owner).__module__}.{type(owner).__qualname__} has no state_dict(); "
             "put what must be restored into extra="
         )
-    return owner.state_dict()
+    return call_state_dict(what, owner)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from .._request import accelerator as accelerators
 from .._request import random_state, tree
 from .._request.model import unwrap as unwrap_model
 from .._request.optimizer import unwrap as unwrap_optimizer
+from .._request.parameters import names_of
 from .._request.request import named
 from .._request.training_state import parse_rank
 from .._store import manifest as manifests
@@ -32,6 +33,7 @@ from ..errors import CheckpointError
 from .accelerated import by_name, load_hooks, models_to_load
 from .models import plan_model
 from .optimizers import plan_optimizer, rewritable_state
+from .schedulers import plan_scaler, plan_scheduler
 from .tensors import Move, Tensors
 
 _T = TypeVar("_T")
@@ -78,6 +80,11 @@ def load(
     first, and may take models out of the list that they are given, as with `accelerator.load_state`. `verify`: compare "size"s,
     "full" hashes, or "none", before anything is changed. The checkpoint is safe from retention while it is read; where another
     process saves the same step meanwhile, what is restored is one of the two, never a mixture.
+
+    Optimizer state goes to the parameter of the same name where names are known on both sides: where the models are passed to
+    `save()` and `load` with the optimizer, or the optimizer was made from `named_parameters()`. Order and parameter groups may then
+    differ from those saved; every parameter keeps the hyper-parameters that it was saved with, and a group whose parameters were
+    saved with different ones is refused. Without names order decides, and the groups must be of the same sizes.
 
     Tensors that the model has, and those of torch's optimizers that have stepped before, are overwritten where they are
     (but not optimizer state that a state_dict taken before holds too).
@@ -198,14 +205,18 @@ def _plan(
         moves += more
         steps += [] if step is None else [step]
     rewritable = rewritable_state(models.values(), optimizers.values())
+    regrouped = {}
+    known = _names(models, accelerator, source.manifest.names)
     for name, value in optimizers.items():
         entry = _saved(saved["optimizers"], name, "optimizer")
-        more, step = plan_optimizer(source, entry, name, value, rewritable)
-        moves += more
-        steps.append(step)
+        planned = plan_optimizer(source, entry, name, value, rewritable, known)
+        moves += planned.moves
+        steps.append(planned.step)
+        if planned.sources is not None:
+            regrouped[id(value)] = planned.sources
     for name, value in named("scheduler", scheduler).items():
-        state = tree.decode(_saved(saved["schedulers"], name, "scheduler"), source.training_tensor)
-        steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
+        entry = _saved(saved["schedulers"], name, "scheduler")
+        steps.append(plan_scheduler(source, saved, name, entry, value, regrouped))
     resumes = any(part is not None for part in (optimizer, scheduler, dataloader, scaler, accelerator))
     rng, position = _of_this_rank(source, saved) if resumes else (None, None)
     scaling = tree.decode(saved["scaler"], source.training_tensor)
@@ -214,14 +225,29 @@ def _plan(
     if position is None and saved["dataloader"] is not None:
         dataloader = None  # more ranks than saved: this one has no place of its own, and was warned
     for what, value, state in (("dataloader", dataloader, position), ("scaler", scaler, scaling)):
-        if value is not None:
-            if state is None:
-                raise CheckpointError(f"{source.directory}: was saved without a {what}; load it without {what}=")
-            steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
+        if value is not None and state is None:
+            raise CheckpointError(f"{source.directory}: was saved without a {what}; load it without {what}=")
+    if dataloader is not None:
+        steps.append(lambda: dataloader.load_state_dict(position))
+    if scaler is not None:
+        steps.append(plan_scaler(source, scaling, scaler))
     if accelerator is not None:
         steps += _plan_accelerator(source, saved, accelerator)
     extra = tree.decode(saved["extra"], source.training_tensor)
     return _Planned(moves, steps, rng, source.config(), extra)
+
+
+def _names(
+    models: Mapping[str, torch.nn.Module], accelerator: Any, saved: Mapping[str, Any]
+) -> Mapping[int, Sequence[str]]:
+    """By id of a parameter its names, in the models given or, where none is, in those of the accelerator."""
+    known: list[tuple[str, torch.nn.Module]] = list(models.items())
+    if not known and accelerator is not None and len(accelerator._models) == len(saved):
+        known = [(name, unwrap_model(model)) for name, model in zip(saved, accelerator._models, strict=True)]
+    result: dict[int, list[str]] = {}
+    for name, parameter in names_of(known).items():
+        result.setdefault(id(parameter), []).append(name)
+    return result
 
 
 def wait_for_copies() -> None:

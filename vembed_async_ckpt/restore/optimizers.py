@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .._request import memory_format, tree
+from .._request.optimizer import kind_of
+from .._request.optimizer_layout import has_torchs_layout
+from .._request.parameters import groups_of
 from .._request.places import has_no_storage
-from ..errors import CheckpointError
+from ..errors import CheckpointError, CorruptCheckpoint
+from .kinds import check_optimizer
+from .matching import Matched, SavedParameter, match, saved_parameters
 from .models import live_tensors
 from .tensors import Move, Saved, Tensors
 
 
-def plan_optimizer(
-    source: Tensors, saved: Mapping[str, Any], name: str, optimizer: Any, rewritable: Container[int]
-) -> tuple[list[Move], Callable[[], None]]:
-    """What will restore `optimizer`: where its tensors come, and the step after that. Raises before anything is changed.
+@dataclass(frozen=True)
+class PlannedOptimizer:
+    """What will restore an optimizer: where its tensors come, and the `step` after that. `sources`: for each of its parameter
+    groups the saved one that it is; None if the groups are as they were."""
 
-    They come where it has them, if those tensors are `rewritable`, and else into new memory.
-    """
-    file = saved["file"]
+    moves: list[Move]
+    step: Callable[[], None]
+    sources: list[int | None] | None
+
+
+def plan_optimizer(
+    source: Tensors,
+    saved: Mapping[str, Any],
+    name: str,
+    optimizer: Any,
+    rewritable: Container[int],
+    names: Mapping[int, Sequence[str]],
+) -> PlannedOptimizer:
+    """Plan it. Tensors come where the optimizer has them, if those are `rewritable`, and else into new memory. `names`: those that
+    the models give to parameters, by id. Raises before anything is changed."""
+    file, what = saved["file"], f"optimizer {name}".rstrip()
     used: set[str] = set()
 
     def get(key: str) -> torch.Tensor:
@@ -31,28 +51,114 @@ def plan_optimizer(
         return source.listed_copy(file, key)
 
     state = tree.decode(saved["rest"], get)
-    live: Mapping[int, Any] = {}
-    if isinstance(optimizer, torch.optim.Optimizer):
-        had = [len(group["params"]) for group in state["param_groups"]]
-        has = [len(group["params"]) for group in optimizer.param_groups]
-        if had != has:
-            raise CheckpointError(
-                f"{source.directory}: the optimizer{' ' + name if name else ''} has parameter groups of {has} parameters, "
-                f"saved were {had}"
-            )
-        entries = ((index, optimizer.state.get(parameter)) for index, parameter in _numbered(optimizer, state))
-        live = {index: entry for index, entry in entries if isinstance(entry, dict)}
+    check_optimizer(source.directory, what, saved.get("class"), state, optimizer)
+    described = saved.get("parameters")
+    direct = [key for key in source.manifest.tensors.get(file, {}) if key not in used]
+    if not has_torchs_layout(state):
+        if direct:
+            raise CorruptCheckpoint(f"{source.directory}: {file}: the state says nowhere what {direct[0]} belongs to")
+        if described is not None and groups_of(optimizer) is not None:
+            _refuse_other_order(source.directory, what, described, optimizer, names)
+        return PlannedOptimizer([], lambda: optimizer.load_state_dict(state), None)
+    groups = state["param_groups"]
+    if groups_of(optimizer) is None:
+        matched = Matched([], list(range(len(groups))), as_saved=True)
+    else:
+        parameters = saved_parameters(groups, described)
+        matched = match(source.directory, what, groups, parameters, optimizer, names)
+    of_saved = {each.number: (parameter, each) for parameter, each in matched.pairs}
     moves: list[Move] = []
-    for key in source.manifest.tensors.get(file, {}):
-        if key not in used:
-            index, _, field = key.partition(".")
-            tensor = source.listed(file, key)
-            place = live.get(int(index), {}).get(field)
-            if id(place) not in rewritable or not _is_as(place, tensor):
-                place = tensor.empty()
-            state["state"][int(index)][field] = place
-            moves.append((place, tensor))
-    return moves, lambda: _restore_optimizer(optimizer, state)
+    for key in direct:
+        index, _, field = key.partition(".")
+        tensor = wanted = source.listed(file, key)
+        place = None
+        if int(index) in of_saved:
+            parameter, each = of_saved[int(index)]
+            _refuse_misfit(source.directory, what, field, tensor, parameter, each, optimizer)
+            place = _entry(optimizer, parameter).get(field)
+            wanted = replace(tensor, strides=_strides(tensor, parameter, each))
+        if place is None or id(place) not in rewritable or not _is_as(place, wanted):
+            place = wanted.empty()
+        state["state"][int(index)][field] = place
+        moves.append((place, tensor))
+    if not matched.as_saved:
+        state = _rearranged(source.directory, what, state, matched, optimizer)
+    sources = None if matched.sources == list(range(len(groups))) else matched.sources
+    return PlannedOptimizer(moves, lambda: _restore_optimizer(optimizer, state), sources)
+
+
+def _refuse_other_order(
+    directory: str, what: str, described: Any, optimizer: Any, names: Mapping[int, Sequence[str]]
+) -> None:
+    """Raise `CheckpointError` unless the parameters are those that were saved, in their order: a state of a layout of its own
+    cannot be rearranged."""
+    counter = itertools.count()
+    groups = [{"params": [next(counter) for _ in group]} for group in described]
+    if not match(directory, what, groups, saved_parameters(groups, described), optimizer, names).as_saved:
+        raise CheckpointError(
+            f"{directory}: the {what} has its parameters in another order than they were saved in, and the state_dict of a "
+            f"{kind_of(optimizer)} cannot be rearranged; give it the parameters in the order in which they were"
+        )
+
+
+def _rearranged(directory: str, what: str, state: dict[str, Any], matched: Matched, optimizer: Any) -> dict[str, Any]:
+    """The state of the same parameters in the order and in the groups that the optimizer has here."""
+    if len(state) > 2 or any(kind.__name__ == "LBFGS" for kind in type(optimizer).__mro__):
+        raise CheckpointError(
+            f"{directory}: the {what} has its parameters in another order than they were saved in, and what a "
+            f"{kind_of(optimizer)} keeps of all of them together cannot be rearranged; give it the parameters in the order in "
+            "which they were"
+        )
+    numbers = {saved.number: number for number, (_, saved) in enumerate(matched.pairs)}
+    entries = {numbers.get(key, key): entry for key, entry in state["state"].items()}
+    groups, start = [], 0
+    for group, origin in zip(groups_of(optimizer) or (), matched.sources, strict=True):
+        options = dict(group if origin is None else state["param_groups"][origin])
+        options["params"] = list(range(start, start + len(group["params"])))
+        options.pop("param_names", None)
+        if "param_names" in group:
+            options["param_names"] = group["param_names"]
+        start += len(group["params"])
+        groups.append(options)
+    order = dict(sorted(entries.items(), key=lambda item: item[0] if type(item[0]) is int else start))
+    return {"state": order, "param_groups": groups}
+
+
+def _refuse_misfit(
+    directory: str,
+    what: str,
+    field: str,
+    tensor: Saved,
+    parameter: torch.Tensor,
+    saved: SavedParameter,
+    optimizer: Any,
+) -> None:
+    """Raise `CheckpointError` for state that cannot be the parameter's, where nothing says what shape that had: with torch's own
+    optimizers it has the parameter's, or is a number."""
+    if saved.shape is not None or not tensor.shape or field in ("row_var", "col_var"):
+        return
+    kind = type(optimizer)
+    if kind.__module__.startswith("torch.optim.") and kind is not torch.optim.LBFGS and tensor.shape != parameter.shape:
+        raise CheckpointError(
+            f"{directory}: does not fit the {what}: parameter {saved.number} has shape {tuple(parameter.shape)}, its saved "
+            f"{field} has {tensor.shape}"
+        )
+
+
+def _strides(tensor: Saved, parameter: torch.Tensor, saved: SavedParameter) -> tuple[int, ...] | None:
+    """The strides that state is to have. Where it lay in memory as its parameter did, it does so again: fused steps need that. In
+    directories that do not say how it lay, it did."""
+    had = memory_format.contiguous(tensor.shape) if tensor.strides is None else tensor.strides
+    if tensor.shape != tuple(parameter.shape) or parameter.layout is not torch.strided:
+        return tensor.strides
+    return memory_format.kept(parameter) if saved.strides is None or saved.strides == had else tensor.strides
+
+
+def _entry(optimizer: Any, parameter: torch.Tensor) -> Mapping[str, Any]:
+    """What the optimizer keeps of the parameter now."""
+    state = getattr(optimizer, "state", None)
+    entry = state.get(parameter) if isinstance(state, Mapping) else None
+    return entry if isinstance(entry, Mapping) else {}
 
 
 def _is_as(place: torch.Tensor, tensor: Saved) -> bool:
@@ -65,17 +171,12 @@ def _restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         return
     # torch casts floating point state to its parameter's dtype; what was saved in another one comes back as it was.
-    for index, parameter in _numbered(optimizer, state):
+    numbers = (number for group in state["param_groups"] for number in group["params"])
+    for index, parameter in zip(numbers, _parameters(optimizer), strict=True):
         for key, value in state["state"].get(index, {}).items():
-            held = optimizer.state[parameter].get(key)
+            held = _entry(optimizer, parameter).get(key)
             if isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor) and held.dtype is not value.dtype:
                 optimizer.state[parameter][key] = value.to(held.device)
-
-
-def _numbered(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
-    """The numbers that `state` gives the optimizer's parameters."""
-    numbers = (number for group in state["param_groups"] for number in group["params"])
-    return zip(numbers, _parameters(optimizer), strict=True)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
@@ -102,9 +203,8 @@ def rewritable_state(models: Iterable[torch.nn.Module], optimizers: Iterable[Any
             users.update(
                 _storage(tensor) for p in _parameters(optimizer) for tensor in (p, p.grad) if tensor is not None
             )
-            if (
-                type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
-                and not optimizer._optimizer_load_state_dict_pre_hooks
+            if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict and not vars(optimizer).get(
+                "_optimizer_load_state_dict_pre_hooks", True
             ):
                 kept += state
     return {

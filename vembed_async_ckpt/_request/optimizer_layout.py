@@ -1,0 +1,118 @@
+"""How torch's own optimizers lay out their state: parameters by number, each with a dict of tensors. What says only names is made
+once and used for every save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+
+from .tree import Ref
+
+
+def direct_key(index: Any, key: Any) -> str:
+    """Name in the table of the tensor `state[index][key]`."""
+    return f"{index}.{key}"
+
+
+def is_direct(index: Any, key: Any, value: Any) -> bool:
+    """Whether `value` in a captured `state[index][key]` stands for the tensor of that name."""
+    return isinstance(value, Ref) and type(key) is str and type(index) is int and value.name == direct_key(index, key)
+
+
+def has_groups(state: Any) -> bool:
+    """Whether a state_dict has parameter groups as torch's have."""
+    groups = state.get("param_groups")
+    return type(groups) is list and all(type(group) is dict and type(group.get("params")) is list for group in groups)
+
+
+def has_torchs_layout(state: Any) -> bool:
+    """Whether a state_dict is `{"state": {number: ...}, "param_groups": [...]}`, with whatever else."""
+    return isinstance(state, dict) and isinstance(state.get("state"), dict) and has_groups(state)
+
+
+class Numbers:
+    """The numbers of an optimizer's parameters in its state_dict, which stay as long as the same ones stand in the same places."""
+
+    def __init__(self) -> None:
+        self._grouped: list[list[int]] = []  # ids
+        self._keys: list[int] = []
+        self._of_groups: list[list[int]] = []  # numbers
+        self._of_keys: list[Any] = []
+
+    def state_dict(self, inner: Any) -> Any:
+        """`inner.state_dict()`, which looks at every parameter, or the same made of the numbers known."""
+        if not _packs_as_torch(inner):
+            return inner.state_dict()
+        grouped = [list(map(id, group["params"])) for group in inner.param_groups]
+        keys = list(map(id, inner.state))
+        if (grouped, keys) != (self._grouped, self._keys):
+            state = inner.state_dict()
+            self._grouped = []  # an interruption leaves nothing that is half known
+            self._of_groups = [group["params"] for group in state["param_groups"]]
+            self._of_keys = list(state["state"])
+            self._keys = keys
+            if len(self._of_keys) == len(keys):  # no key stands for two
+                self._grouped = grouped
+            return state
+        return {
+            "state": dict(zip(self._of_keys, inner.state.values(), strict=True)),
+            "param_groups": [
+                {key: value for key, value in group.items() if key != "params"} | {"params": numbers}
+                for group, numbers in zip(inner.param_groups, self._of_groups, strict=True)
+            ],
+        }
+
+
+_TORCHS = torch.optim.Optimizer.state_dict
+
+
+def _packs_as_torch(optimizer: Any) -> bool:
+    return (
+        isinstance(optimizer, torch.optim.Optimizer)
+        and type(optimizer).state_dict is _TORCHS
+        and "state_dict" not in vars(optimizer)
+        and not vars(optimizer).get(
+            "_optimizer_state_dict_pre_hooks", True
+        )  # absent where super().__init__ was not called
+        and not vars(optimizer).get("_optimizer_state_dict_post_hooks", True)
+    )
+
+
+@dataclass
+class PlainState:
+    """The state of torch's own optimizers: parameters by number, each with a dict of tensors and nothing else.
+
+    Its captured form and its pickle say only names and shapes, so they are made once and used for every save.
+    """
+
+    indices: list[int]
+    counts: list[int]  # of the tensors of each parameter
+    names: list[str]  # of these tensors, one parameter's after the other's
+    keys: list[str]
+    refs: dict[int, dict[str, Ref]]
+    pickled: bytes | None = None
+
+    @classmethod
+    def of(cls, state: Any, known: PlainState | None, tensors: list[torch.Tensor]) -> PlainState | None:
+        """`known` if it still describes `state`, else a new one, and the tensors of `state` in the order of `keys`. None and no
+        tensors if this state is not of that kind."""
+        if not has_torchs_layout(state) or len(state) != 2:
+            return None
+        entries = state["state"]
+        if type(entries) is not dict or not set(map(type, entries.values())) <= {dict}:
+            return None
+        values = list(chain.from_iterable(map(dict.values, entries.values())))
+        if not all(issubclass(kind, torch.Tensor) for kind in set(map(type, values))):
+            return None
+        indices, counts = list(entries), list(map(len, entries.values()))
+        names = list(chain.from_iterable(entries.values()))
+        if known is None or (known.indices, known.counts, known.names) != (indices, counts, names):
+            if not set(map(type, indices)) <= {int} or not set(map(type, names)) <= {str}:
+                return None
+            refs = {index: {key: Ref(direct_key(index, key)) for key in entry} for index, entry in entries.items()}
+            known = cls(indices, counts, names, [ref.name for entry in refs.values() for ref in entry.values()], refs)
+        tensors += values
+        return known
