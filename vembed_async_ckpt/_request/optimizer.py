@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .optimizer_layout import Numbers, PlainState, direct_key, has_torchs_layout
 from .optimizer_pickle import Kind
 from .parameters import Described, Names, Parameter, groups_of
 from .tree import Ref
+from .values import Node
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,14 @@ class OptimizerState:
             return tree.encode(self.tree)
         captured = dict(self.tree)
         if all(isinstance(entry, dict) for entry in captured["state"].values()):
-            captured["state"] = {
-                index: {key: value for key, value in entry.items() if not is_direct(index, key, value)}
-                for index, entry in captured["state"].items()
-            }
+            captured["state"] = {index: _without_tensors(index, entry) for index, entry in captured["state"].items()}
         return tree.encode(captured)
+
+
+def _without_tensors(index: Any, entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What of a parameter's state does not stand in the table. Beside other values a None keeps the place of a tensor."""
+    rest = {key: None if is_direct(index, key, value) else value for key, value in entry.items()}
+    return rest if any(not is_direct(index, key, value) for key, value in entry.items()) else {}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -242,7 +247,10 @@ class OptimizerReader:
         if self._plain is not None:
             self._plain.pickled = None  # the order of the records has changed
         refs = dict(zip(keys, enumerate(self._kinds), strict=True))
-        size = len(optimizer_pickle.dumps(captured, refs, arrays))
+        try:
+            size = len(optimizer_pickle.dumps(captured, refs, arrays))
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise PlanError(f"{self._file}: holds a value that torch.save cannot write either: {error}") from error
         self._content = ZipContent(self._file, tuple(kind.nbytes for kind in self._kinds), size)
 
 
@@ -272,6 +280,8 @@ def _arrays(captured: Any) -> Iterator[str]:
     elif isinstance(captured, list | tuple):
         for value in captured:
             yield from _arrays(value)
+    elif isinstance(captured, Node):
+        yield from _arrays(captured.holds)
 
 
 def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import time
@@ -305,6 +304,4 @@ def _metrics(metrics: Any) -> dict[str, float]:
             result[str(name)] = float(value)
         except (TypeError, ValueError) as error:
             raise PlanError(f"metrics: {name!r} is {value!r}, not a number") from error
-        if not math.isfinite(result[str(name)]):
-            del result[str(name)]  # JSON has no NaN; a metric that is none ranks nowhere
     return result

@@ -3,15 +3,16 @@
 `capture` copies the containers at the call and refuses what cannot be saved; `encode` makes JSON of the copy later, off the
 training thread. JSON has no tuples, bytes, NaN, and no keys but strings; what it lacks is written as an object with one key that
 starts with `$`: {"$tuple": [...]}, {"$dict": [[key, value], ...]}, {"$counter": [[key, count], ...]}, {"$bytes": base64},
-{"$float": "nan"}, {"$tensor": name}, {"$numpy": name}; of a tensor or array that is not contiguous {"$strided": [that, strides]}.
-Tensors are handed to the caller, who stores them under that name.
+{"$float": "nan"}, {"$tensor": name}, {"$numpy": name}; of a tensor or array that is not contiguous {"$strided": [that, strides]};
+of a type that `values` knows {its tag: [what says which value it is, the values in it]}. Tensors are handed to the caller, who
+stores them under that name.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 
 from ..errors import CorruptCheckpoint, PlanError
-from . import memory_format
+from . import memory_format, values
+from .values import Node, NotData
 
 Put = Callable[[str, torch.Tensor], None]
 Get = Callable[[str], torch.Tensor]
@@ -44,7 +46,7 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
     containers do not show in it. `where` names it in errors and tensors.
 
     Raises `PlanError` naming the key for anything that is not a nested dict, list or tuple of JSON scalars, tensors, numpy
-    arrays and bytes.
+    arrays, bytes and what `values` knows.
     """
     kind = type(value)
     if kind in SCALARS:
@@ -52,29 +54,51 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
         raise PlanError(f"{where}: nested deeper than {_MAX_DEPTH} levels, or contains itself")
     if kind is tuple or kind is list:
-        return kind(capture(item, f"{where}.{n}", put, depth + 1) for n, item in enumerate(value))
-    if kind in (dict, OrderedDict, defaultdict, Counter):
+        return kind([capture(item, f"{where}.{n}", put, depth + 1) for n, item in enumerate(value)])
+    if kind is dict or kind is Counter:
         items = {_key(key, where): capture(item, f"{where}.{key}", put, depth + 1) for key, item in value.items()}
         return Counter(items) if kind is Counter else items  # MultiStepLR asks a Counter for its elements
     if isinstance(value, torch.Tensor):
         put(where, value)
-        return Ref(where, strides=_strides(value))
-    if isinstance(value, np.ndarray | np.generic):
+        return _with_grad(value, Ref(where, strides=_strides(value)))
+    if isinstance(value, np.generic) or kind is np.ndarray or kind is np.memmap:
         tensor = _from_numpy(value, where)
         put(where, tensor)
-        return Ref(where, numpy=True, strides=_strides(tensor))
-    if kind is bytearray:
-        return bytes(value)
-    raise PlanError(
-        f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be saved; use dicts, lists, tuples, "
-        "JSON scalars, tensors, numpy arrays or bytes"
-    )
+        ref = Ref(where, numpy=True, strides=_strides(tensor))
+        return Node("$array", (), ref) if tensor.ndim == 0 and isinstance(value, np.ndarray) else ref
+    node = _taken_apart(value, where)
+    return Node(node.tag, node.says, capture(node.holds, where, put, depth + 1))
+
+
+def _taken_apart(value: Any, where: str) -> Node:
+    kind = type(value)
+    try:
+        node = values.taken_apart(value)
+    except NotData as error:
+        raise PlanError(f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be saved: {error}") from error
+    if node is None:
+        raise PlanError(
+            f"{where}: a {kind.__module__}.{kind.__qualname__} cannot be saved; use dicts, lists, tuples, numbers, strings, "
+            "tensors, numpy arrays, bytes, enums or dataclasses"
+        )
+    return node
+
+
+def _with_grad(tensor: torch.Tensor, ref: Ref) -> Any:
+    if isinstance(tensor, torch.nn.Parameter):
+        return Node("$parameter", (tensor.requires_grad,), ref)
+    return Node("$requires_grad", (), ref) if tensor.requires_grad and tensor.is_leaf else ref
 
 
 def _key(key: Any, where: str) -> Any:
-    if type(key) not in SCALARS and not (type(key) is tuple and all(type(part) in SCALARS for part in key)):
+    if type(key) in SCALARS:
+        return key
+    if type(key) is tuple:
+        return tuple(_key(part, where) for part in key)
+    node = _taken_apart(key, f"{where}, a key")
+    if node.holds is not None:
         raise PlanError(f"{where}: the key {key!r} cannot be saved; use strings or numbers")
-    return key
+    return node
 
 
 def _strides(tensor: torch.Tensor) -> memory_format.Strides | None:
@@ -84,7 +108,7 @@ def _strides(tensor: torch.Tensor) -> memory_format.Strides | None:
 def _from_numpy(value: Any, where: str) -> torch.Tensor:
     try:
         return torch.from_numpy(np.array(value, order="K"))  # a copy: the array may change before it is staged
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise PlanError(f"{where}: a numpy array of {value.dtype} cannot be saved; convert it to numbers") from error
 
 
@@ -93,6 +117,8 @@ def encode(captured: Any) -> Any:
     if isinstance(captured, Ref):
         named = {"$numpy" if captured.numpy else "$tensor": captured.name}
         return named if captured.strides is None else {"$strided": [named, list(captured.strides)]}
+    if isinstance(captured, Node):
+        return {captured.tag: [list(map(encode, captured.says)), encode(captured.holds)]}
     if isinstance(captured, float):
         return captured if math.isfinite(captured) else {"$float": repr(captured)}
     if isinstance(captured, bytes):
@@ -123,8 +149,13 @@ def decode(value: Any, get: Get) -> Any:
         return {key: decode(item, get) for key, item in value.items()}
     ((tag, content),) = value.items()
     try:
+        if values.is_tag(tag):
+            says, holds = content
+            return values.put_together(tag, [decode(part, get) for part in says], decode(holds, get))
         return _DECODERS[tag](content, get)
-    except (KeyError, ValueError, TypeError) as error:
+    except RecursionError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CorruptCheckpoint(f"the saved value {tag} {str(content)[:60]!r} cannot be read: {error}") from error
 
 
@@ -144,11 +175,11 @@ def _restrided(named: dict[str, str], strides: list[int], get: Get) -> Any:
     ((tag, name),) = named.items()
     tensor = get(name)
     tensor = memory_format.restored(tensor, memory_format.checked(tensor.shape, strides))
-    return tensor if tag == "$tensor" else tensor.numpy()
+    return tensor if tag == "$tensor" else _to_numpy(tensor)
 
 
 def _to_numpy(tensor: torch.Tensor) -> Any:
-    array = tensor.numpy()
+    array = tensor.cpu().numpy()
     return array[()] if array.ndim == 0 else array
 
 
@@ -156,12 +187,21 @@ def refill(captured: Any, get: Callable[[str], Any]) -> Any:
     """A captured tree with its tensors put back, for a file that other programs unpickle."""
     if isinstance(captured, Ref):
         return _to_numpy(get(captured.name)) if captured.numpy else get(captured.name)
+    if isinstance(captured, Node):
+        return values.put_together(captured.tag, captured.says, refill(captured.holds, get))
     if isinstance(captured, tuple | list):
         return type(captured)(refill(item, get) for item in captured)
     if isinstance(captured, dict):
-        items = {key: refill(item, get) for key, item in captured.items()}
+        items = {refill(key, get): refill(item, get) for key, item in captured.items()}
         return Counter(items) if isinstance(captured, Counter) else items
     return captured
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A value as `decode` gives it, with its tensors on this device."""
+    tensors: dict[str, torch.Tensor] = {}
+    captured = capture(value, "", tensors.__setitem__)
+    return refill(captured, lambda name: tensors[name].to(device))
 
 
 def rough_size(captured: Any) -> int:
@@ -175,6 +215,8 @@ def rough_size(captured: Any) -> int:
         )
     if kind is list or kind is tuple:
         return 32 + sum(map(rough_size, captured))
+    if kind is Node:
+        return 64 + rough_size(captured.says) + rough_size(captured.holds)
     if kind is str or kind is bytes:
         return 32 + 6 * len(captured)  # six: a character escaped as \\uXXXX
     if kind is int:

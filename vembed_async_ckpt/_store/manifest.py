@@ -7,6 +7,7 @@ that key, so that a manifest that was cut short or altered is known as such.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Manifest:
     """One checkpoint. `sequence` orders the checkpoints of a root; `files` names everything in it but the manifest.
 
     `ranks`: those whose random states and data positions are in it, where that is not all `world_size` of them.
+    `metrics` that are NaN or infinite are in the file as {"$float": "nan"}, "inf" or "-inf".
     `tensors`: for a file that is not safetensors (optimizer.bin), its tensors as {key: [dtype, shape, offset]}, and as a
     fourth entry the strides of those that are not contiguous: their bytes lie in the order of their strides.
     `names`: for a weights file, where its tensors live in the model: {file name: {tensor: where}}.
@@ -74,7 +76,7 @@ class Manifest:
             "world_size": self.world_size,
             "time": self.time,
             "versions": self.versions,
-            "metrics": self.metrics,
+            "metrics": {name: _to_json(value) for name, value in self.metrics.items()},
             "files": {name: {"size": file.size, "xxh3_128": file.xxh3_128} for name, file in self.files.items()},
             "names": self.names,
             "tensors": self.tensors,
@@ -113,10 +115,7 @@ def parse(content: bytes, *, file: str) -> Manifest:
         for key in ("versions", "metrics", "names", "tensors"):
             if not isinstance(body[key], dict):
                 raise TypeError(f"{key} is {str(body[key])[:60]!r}")
-        if not all(isinstance(value, int | float) for value in body["metrics"].values()):
-            raise TypeError(f"metrics is {str(body['metrics'])[:60]!r}")
-        for value in body["metrics"].values():
-            float(value)  # OverflowError for a number that is none
+        metrics = {name: _from_json(value) for name, value in body["metrics"].items()}
         return Manifest(
             save_id=body["save_id"],
             step=None if body["step"] is None else int(body["step"]),
@@ -125,7 +124,7 @@ def parse(content: bytes, *, file: str) -> Manifest:
             ranks=None if body.get("ranks") is None else tuple(map(int, body["ranks"])),
             time=float(body["time"]),
             versions=body["versions"],
-            metrics=body["metrics"],
+            metrics=metrics,
             names=body["names"],
             tensors=body["tensors"],
             files={_safe(name): _record(value) for name, value in body["files"].items()},
@@ -133,6 +132,20 @@ def parse(content: bytes, *, file: str) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise CorruptCheckpoint(f"{file}: unusable manifest: {reason}") from error
+
+
+def _to_json(metric: float) -> Any:
+    """A metric as the trees of the training state have it: JSON has no NaN and no infinity."""
+    return metric if math.isfinite(metric) else {"$float": repr(float(metric))}
+
+
+def _from_json(value: Any) -> float:
+    if isinstance(value, dict) and list(value) == ["$float"] and value["$float"] in ("nan", "inf", "-inf"):
+        return float(value["$float"])
+    if not isinstance(value, int | float):
+        raise TypeError(f"a metric is {str(value)[:60]!r}")
+    float(value)  # OverflowError for a number that is none
+    return value
 
 
 def _safe(name: str) -> str:

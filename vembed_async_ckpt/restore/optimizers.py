@@ -167,16 +167,39 @@ def _is_as(place: torch.Tensor, tensor: Saved) -> bool:
 
 
 def _restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    optimizer.load_state_dict(state)
     if not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer.load_state_dict(state)
         return
-    # torch casts floating point state to its parameter's dtype; what was saved in another one comes back as it was.
-    numbers = (number for group in state["param_groups"] for number in group["params"])
-    for index, parameter in zip(numbers, _parameters(optimizer), strict=True):
-        for key, value in state["state"].get(index, {}).items():
-            held = _entry(optimizer, parameter).get(key)
-            if isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor) and held.dtype is not value.dtype:
-                optimizer.state[parameter][key] = value.to(held.device)
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    aside: dict[Any, dict[Any, Any]] = {}
+    entries = state["state"]
+    if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
+        # torch makes other values of texts, deques and nested tensors of another dtype.
+        aside = {number: entries[number] for number in numbers if _is_more_than_tensors(entries.get(number))}
+        entries = {
+            key: {name: value for name, value in entry.items() if isinstance(value, _PLAIN)} if key in aside else entry
+            for key, entry in entries.items()
+        }
+    optimizer.load_state_dict({**state, "state": entries})
+    for number, parameter in zip(numbers, _parameters(optimizer), strict=True):
+        held = optimizer.state[parameter] if number in entries else {}
+        # torch casts floating point state to its parameter's dtype; what was saved in another one comes back as it was.
+        for key, value in entries.get(number, {}).items():
+            now = held.get(key)
+            if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype is not value.dtype:
+                held[key] = value.to(now.device)
+        if number in aside:
+            optimizer.state[parameter] = {
+                key: held[key] if key in held else tree.moved(value, parameter.device)
+                for key, value in aside[number].items()
+            } | {key: value for key, value in held.items() if key not in aside[number]}
+
+
+_PLAIN = (torch.Tensor, bool, int, float, complex, type(None))
+
+
+def _is_more_than_tensors(entry: Any) -> bool:
+    return type(entry) is dict and not all(isinstance(value, _PLAIN) for value in entry.values())
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
