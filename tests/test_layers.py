@@ -18,7 +18,7 @@ LAYERS = [
     {"integrations", "demo", "bench", "cli", "testing"},
     {"listing"},
     {"_engine", "restore"},
-    {"_request", "_arena", "_writer", "_store"},
+    {"policies", "_request", "_arena", "_writer", "_store"},
     {"_plan"},
     {"errors", "events", "stall", "sinks"},
 ]

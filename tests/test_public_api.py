@@ -88,11 +88,12 @@ def test_errors_have_one_root():
 SAVE = ["step", "model", "optimizer", "scheduler", "dataloader", "scaler", "processor", "config", "extra", "metrics"]
 OPTIONS = [
     *("root", "retention", "when_busy", "on_error", "staging", "writer", "max_in_flight", "max_host_bytes"),
-    *("max_shard_size", "save_original_format", "sinks"),
+    *("max_shard_size", "save_original_format", "sinks", "policy"),
 ]
 SIGNATURES = {
     "AsyncCheckpointer": OPTIONS,
     "AsyncCheckpointer.save": ["self", *SAVE],
+    "AsyncCheckpointer.should_save": ["self", "step"],
     "AsyncCheckpointer.prewarm": ["self", "model", "optimizer"],
     "AsyncCheckpointer.wait": ["self", "timeout"],
     "AsyncCheckpointer.close": ["self", "timeout"],
@@ -121,7 +122,7 @@ def test_signatures_are_those_of_the_contract(name: str):
 
 
 @pytest.mark.parametrize(
-    "option", ["when_busy", "on_error", "staging", "writer", "retention", "max_in_flight", "max_host_bytes"]
+    "option", ["when_busy", "on_error", "staging", "writer", "retention", "max_in_flight", "max_host_bytes", "policy"]
 )
 def test_an_option_that_makes_no_sense_is_refused_by_name(tmp_path: Path, option: str):
     """Before the root is made or locked."""

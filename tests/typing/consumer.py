@@ -29,6 +29,7 @@ from vembed_async_ckpt import (
     load,
     save_checkpoint,
 )
+from vembed_async_ckpt.policies import SavePolicy, before_time_limit, budget, every, on_best, on_request
 from vembed_async_ckpt.sinks import ChromeTrace, JsonLines, Prometheus, TrackerSink
 
 
@@ -62,6 +63,14 @@ def watch(accelerator: Any) -> None:
         sinks=[TrackerSink(accelerator), Prometheus("a.prom"), JsonLines("a.jsonl"), ChromeTrace(Path("a.json"))],
     ).close()
     assert_type(list(JsonLines.read("a.jsonl")), list[Event])
+
+
+def plan(model: torch.nn.Module) -> None:
+    policy = every(steps=5) | every(minutes=1.5) | budget(percent=2) | on_request() | on_best("loss", mode="max")
+    assert_type(policy, SavePolicy)
+    with AsyncCheckpointer("runs/one", policy=policy | before_time_limit(minutes=5, end=2e9)) as checkpointer:
+        assert_type(checkpointer.should_save(1), bool)
+        assert_type(checkpointer.should_save(2, metrics={"loss": 0.5}), bool)
 
 
 async def look(handle: SaveHandle) -> None:

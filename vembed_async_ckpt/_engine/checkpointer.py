@@ -24,13 +24,15 @@ from .._store import names
 from .._store.retention import Policy
 from ..errors import CheckpointerClosed, CheckpointError, PlanError
 from ..events import Event, Reporter, Sink
+from ..policies import SavePolicy
 from .follower import Follower
-from .handle import SaveHandle
+from .handle import SaveHandle, SaveState
 from .leader import Leader
 from .ledger import Ledger
 from .options import OnError, Options, Staging, WhenBusy, WriterKind, root_path
 from .ranks import Ranks
 from .steps import StepClock
+from .when import Decider, refuse_for_ranks
 
 logger = logging.getLogger("vembed_async_ckpt")
 EXIT_DEADLINE = 600.0  # seconds for pending saves at interpreter exit
@@ -45,7 +47,8 @@ class AsyncCheckpointer:
     KeepBest("loss")`), None for all. `when_busy`: what `save()` does when earlier saves hold every arena: "wait", "skip"
     (the handle says so) or "error". `on_error`: "raise" a background failure once more at the next `save()` or at `close()`
     unless it was read from its handle, or "warn": log it at once and show it in `statistics()`. `save_original_format`,
-    `max_shard_size`: as `save_pretrained` has them. `sinks`: called with every `Event`, on a thread of their own.
+    `max_shard_size`: as `save_pretrained` has them. `sinks`: called with every `Event`, on a thread of their own. `policy`: when
+    `should_save()` says so (`every(steps=500) | on_request()`, see `vembed_async_ckpt.policies`).
 
     Performance. `staging`: "overlap" copies what only an optimizer changes while forward and backward run, and lets
     `optimizer.step()` wait for it; "blocking" copies all of it in `save()`. `writer`: a "process" of its own, which survives the
@@ -71,6 +74,7 @@ class AsyncCheckpointer:
         max_shard_size: str | int = "50GB",
         save_original_format: bool = True,
         sinks: Sequence[Sink] = (),
+        policy: SavePolicy | None = None,
     ) -> None:
         if not sys.platform.startswith("linux"):
             raise CheckpointError("saving needs Linux (memfd, pidfd, renameat2); checkpoints can be loaded everywhere")
@@ -86,6 +90,7 @@ class AsyncCheckpointer:
             max_shard_size=max_shard_size,
             save_original_format=save_original_format,
             sinks=tuple(sinks),
+            policy=policy,
         )
         self._closed = ""  # why no more saves are taken
         self._reporter = Reporter(self._options.sinks)
@@ -93,7 +98,10 @@ class AsyncCheckpointer:
         ranks = Ranks.of_this_process(self._options.root)
         parts = (self._ledger, self._reporter, self._refuse_if_closed)
         self._engine: Leader | Follower
+        self._decider: Decider | None = None
+        self._clock: StepClock | None = None
         try:
+            refuse_for_ranks(policy, 1 if ranks is None else ranks.world_size)
             if ranks is None or ranks.rank == 0:
                 self._engine = Leader(self._options, ranks, *parts)
             else:
@@ -103,7 +111,16 @@ class AsyncCheckpointer:
             if ranks is not None:
                 ranks.close(1.0)
             raise
-        self._clock = StepClock(self._reporter) if self._reporter.wants_steps else None
+        try:
+            if policy is not None:
+                self._decider = Decider(policy, self._options.root, self._reporter)
+        except BaseException:
+            self._end(time.monotonic() + 10.0)
+            raise
+        if self._reporter.wants_steps:
+            self._clock = StepClock(self._reporter)
+            if self._decider is not None:
+                self._decider.time_steps_with(self._clock)
         _LIVING.add(self)
 
     def __repr__(self) -> str:
@@ -161,7 +178,21 @@ class AsyncCheckpointer:
         begun = time.perf_counter()
         self._refuse_if_closed()
         with recorded("save"):
-            return self._engine.save(directory, step, objects, begun)
+            handle = self._engine.save(directory, step, objects, begun)
+        if self._decider is not None and handle.state is not SaveState.SKIPPED:
+            self._decider.saved(step, objects.metrics, begun)
+        return handle
+
+    def should_save(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:
+        """Whether to save now, at the end of `step`, by the policy. Ask at every step. On every rank the answer is the same.
+
+        `metrics` are for `on_best`. Raises ValueError if the checkpointer was made without a policy, and `CheckpointerClosed`.
+        """
+        decider = self._decider
+        if decider is None or self._closed:
+            self._refuse_if_closed()
+            raise ValueError("should_save() needs a policy: AsyncCheckpointer(root, policy=every(steps=500))")
+        return decider.ask(step, metrics)
 
     def prewarm(self, *, model: Any = None, optimizer: Any = None) -> None:
         """Plan, allocate, and fault the pages in behind your back, so that the first save costs what every save costs.
@@ -244,6 +275,8 @@ class AsyncCheckpointer:
         self._ledger.raise_unread()
 
     def _end(self, deadline: float) -> bool:
+        if self._decider is not None:
+            self._decider.close()
         ended = self._engine.close(deadline)
         if self._clock is not None:
             self._clock.close()

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from .._store.fs import INSTEAD
 from .._store.retention import Policy
 from ..events import Sink
+from ..policies import SavePolicy
 
 WhenBusy = Literal["wait", "skip", "error"]
 OnError = Literal["raise", "warn"]
@@ -32,6 +33,7 @@ class Options:
     max_shard_size: str | int
     save_original_format: bool
     sinks: Sequence[Sink]
+    policy: SavePolicy | None = None
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError naming the option, its value and what it may be."""
@@ -50,6 +52,10 @@ class Options:
         if self.retention is not None and not isinstance(self.retention, Policy):
             raise TypeError(
                 f"retention is {self.retention!r}; use KeepLast, KeepEvery, KeepBest, combined with |, or None"
+            )
+        if self.policy is not None and not isinstance(self.policy, SavePolicy):
+            raise TypeError(
+                f"policy is {self.policy!r}; use those of vembed_async_ckpt.policies, combined with |, or None"
             )
         if type(self.max_in_flight) is not int or not 1 <= self.max_in_flight <= 16:
             raise ValueError(f"max_in_flight is {self.max_in_flight!r}; use a whole number from 1 to 16")

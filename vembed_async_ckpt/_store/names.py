@@ -15,6 +15,7 @@ WORK = "_vembed_async_ckpt"
 LOCK = "lock"
 REPLACED = "replaced"
 ORPHAN_LOG = "orphan.log"
+SAVE_NOW = "save-now"  # a file in the root: somebody asks for a save
 
 MANIFEST = "vembed_manifest.json"
 CONFIG = "vembed_config.json"

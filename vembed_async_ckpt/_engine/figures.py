@@ -1,0 +1,107 @@
+"""What this run's saves have cost and taken, for the policies that go by it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from ..events import Event
+
+NEIGHBOURS = 16  # steps on either side of a save that it is compared with
+_ENOUGH = 8  # of them in all
+
+
+@dataclass
+class _Window:
+    """A save from its call until its end, in seconds since the epoch."""
+
+    begin: float
+    blocked: float = 0.0
+    end: float | None = None
+
+
+class Figures:
+    """A sink. What it says is read from the training thread.
+
+    `steps`: timed so far. `step_seconds`: of a usual step lately. `measured`: saves whose cost is known. `cost`: seconds that the
+    next save will cost, None before one is known. `durable`: seconds until a save is durable, the 95th percentile.
+    """
+
+    wants_steps = True
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.step_seconds = 0.0
+        self.measured = 0
+        self.cost: float | None = None
+        self.durable = 0.0
+        self._laps: deque[tuple[float, float]] = deque(maxlen=4096)  # (begin, end) of steps
+        self._recent: deque[float] = deque(maxlen=NEIGHBOURS)  # seconds of steps
+        self._windows: dict[str, _Window] = {}
+        self._costs: deque[float] = deque(maxlen=5)
+        self._durables: deque[float] = deque(maxlen=200)
+
+    def __call__(self, event: Event) -> None:
+        if event.stage == "step":
+            self._add_steps(event)
+        elif event.stage in ("call", "barrier") and event.phase == "complete":
+            window = self._window(event)
+            window.blocked += event.seconds
+        elif event.stage == "save" and event.phase != "started":
+            window = self._window(event)
+            window.end = event.time
+            if event.phase == "complete":
+                self._durables.append(event.seconds)
+                ordered = sorted(self._durables)
+                self.durable = ordered[int(0.95 * (len(ordered) - 1) + 0.5)]
+        self._settle()
+
+    def _add_steps(self, event: Event) -> None:
+        begin = event.time - event.seconds
+        for seconds in event.parts:
+            self._laps.append((begin, begin + seconds))
+            self._recent.append(seconds)
+            begin += seconds
+        self.steps += len(event.parts)
+        self.step_seconds = median(self._recent)
+
+    def _window(self, event: Event) -> _Window:
+        return self._windows.setdefault(event.save_id, _Window(event.time - event.seconds))
+
+    def _settle(self) -> None:
+        """Note the costs of saves that are over and have enough steps behind them to be compared with."""
+        for save_id, window in list(self._windows.items()):
+            if window.end is None:
+                return
+            cost = self._cost(window, list(self._windows.values()))
+            if cost is None:
+                return
+            del self._windows[save_id]
+            if self.measured:  # the first is cold, and tells nothing of the next
+                self._costs.append(cost)
+            self.cost = max(cost, median(self._costs or [cost]))
+            self.measured += 1
+
+    def _cost(self, window: _Window, windows: Sequence[_Window]) -> float | None:
+        assert window.end is not None
+        busy, before, after = [], [], []
+        for begin, end in self._laps:
+            if begin < window.end and end > window.begin:
+                busy.append((begin, end))
+            elif not any(begin < (other.end or end) and end > other.begin for other in windows):
+                (before if end <= window.begin else after).append((begin, end))
+        before, after = before[-NEIGHBOURS:], after[:NEIGHBOURS]
+        followed = any(other.begin > window.begin for other in windows)
+        if not followed and (len(after) < 2 or len(before) + len(after) < _ENOUGH):
+            return None
+        sides = [side for side in (before, after) if side]
+        if not sides:
+            return window.blocked
+        expected = len(busy) * sum(map(_median_of, sides)) / len(sides)
+        return max(window.blocked, sum(end - begin for begin, end in busy) - expected)
+
+
+def _median_of(laps: Sequence[tuple[float, float]]) -> float:
+    return median(end - begin for begin, end in laps)
