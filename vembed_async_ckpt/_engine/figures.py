@@ -86,13 +86,15 @@ class Figures:
 
     def _cost(self, window: _Window, windows: Sequence[_Window]) -> float | None:
         assert window.end is not None
-        busy, before, after = [], [], []
-        for begin, end in self._laps:
+        busy, before, after = [], [], []  # newest first
+        for begin, end in reversed(self._laps):
+            if len(before) == NEIGHBOURS:
+                break
             if begin < window.end and end > window.begin:
                 busy.append((begin, end))
             elif not any(begin < (other.end or end) and end > other.begin for other in windows):
                 (before if end <= window.begin else after).append((begin, end))
-        before, after = before[-NEIGHBOURS:], after[:NEIGHBOURS]
+        after = after[-NEIGHBOURS:]  # the first of them
         followed = any(other.begin > window.begin for other in windows)
         if not followed and (len(after) < 2 or len(before) + len(after) < _ENOUGH):
             return None
