@@ -86,7 +86,9 @@ class Figures:
 
     def _cost(self, window: _Window, windows: Sequence[_Window]) -> float | None:
         assert window.end is not None
-        busy, before, after = [], [], []  # newest first
+        busy: list[tuple[float, float]] = []
+        before: list[tuple[float, float]] = []
+        after: list[tuple[float, float]] = []  # newest first, as all of them
         for begin, end in reversed(self._laps):
             if len(before) == NEIGHBOURS:
                 break
