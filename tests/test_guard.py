@@ -673,7 +673,7 @@ def foreign_optimizer(scene: Scene) -> Change:
     return second(scene, Foreign).step
 
 
-@row(CAUGHT)
+@row(COPIED)
 def foreign_optimizer_beside_torch_s_on_the_same_weights(scene: Scene) -> Change:
     foreign = Foreign(scene.net)
     scene.optimizers["foreign"] = foreign
