@@ -29,6 +29,7 @@ from .places import Book, Live, Part, changed_by_forward, has_no_storage, live_t
 from .processor import read_files
 from .sharding import refuse_share
 from .truth import Truth
+from .wrappers import innermost, unwrapped_inside
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,8 @@ class ModelState:
 
 def unwrap(model: Any) -> torch.nn.Module:
     """The module inside DistributedDataParallel, torch.compile and the like. Raises `PlanError` for what is no module."""
-    while isinstance(model, torch.nn.Module):
-        inner = model._modules.get("_orig_mod")  # not getattr: PEFT's models answer for their base
-        if inner is None and isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+    if isinstance(model, torch.nn.Module):
+        return innermost(model)
     raise PlanError(f"model: a {type(model).__module__}.{type(model).__qualname__} is not a torch.nn.Module")
 
 
@@ -99,20 +95,30 @@ class ModelReader:
     """Reads one model again and again. Holds on to nothing of a model that is gone."""
 
     def __init__(
-        self, prefix: str, max_shard_size: str | int, save_original_format: bool, state_dict_file: str | None = None
+        self,
+        prefix: str,
+        max_shard_size: str | int,
+        save_original_format: bool,
+        state_dict_file: str | None = None,
+        *,
+        as_it_is: bool = True,
     ) -> None:
-        """`prefix`: directory of its files inside the checkpoint, "" for the top. `state_dict_file`: not as `save_pretrained`
-        would, but the state_dict as it is, wrappers' prefixes included, in this one file."""
+        """`prefix`: directory of its files inside the checkpoint, "" for the top. `state_dict_file`: not what `save_pretrained`
+        would write, but the state_dict, in this one file; `as_it_is`: with the names that wrappers give."""
         self._prefix = prefix
         self._state_dict_file = state_dict_file
+        self._as_it_is = as_it_is
         self._options = {"max_shard_size": max_shard_size, "save_original_format": save_original_format}
         self._model: weakref.ref[torch.nn.Module] | None = None
+        self._wrapped: weakref.ref[torch.nn.Module] | None = None
         self._learned: _Learned | None = None
 
     def read(self, model: Any) -> ModelState:
         """The model as it is now. Raises `PlanError` naming the tensor that cannot be saved."""
         module = unwrap(model)
         learned = self._learned if self._model is not None and self._model() is module else None
+        if self._state_dict_file is not None and (self._wrapped is None or self._wrapped() is not model):
+            learned = None  # its wrappers may give other names
         if learned is not None and learned.truth is not None and learned.truth.holds():
             files = [(name, replay.bytes()) for name, replay in learned.replays]
         else:
@@ -132,7 +138,9 @@ class ModelReader:
 
     def _learn(self, module: torch.nn.Module, model: torch.nn.Module, before: _Learned | None) -> _Learned:
         refuse_share(model)
-        files = None if self._state_dict_file is None else {self._state_dict_file: _plain_file(module, model)}
+        files = None
+        if self._state_dict_file is not None:
+            files = {self._state_dict_file: _plain_file(module, model, as_it_is=self._as_it_is)}
         learned = _learn(module, self._prefix, self._options, files)
         if before is not None and before.says_the_same(learned):
             learned.contents = before.contents
@@ -142,6 +150,7 @@ class ModelReader:
                 self._learned = None
 
         self._model = weakref.ref(module, forget)
+        self._wrapped = weakref.ref(model)
         self._learned = learned
         return learned
 
@@ -152,7 +161,8 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
     for item in live:
         if is_lazy(item.tensor):
             raise PlanError(f"model: {item.name} is not initialized yet; run a forward pass first")
-    captured, side_files = _files_of(module, options) if plain is None else (Captured(plain), ())
+    with unwrapped_inside(module):
+        captured, side_files = _files_of(module, options) if plain is None else (Captured(plain), ())
     book = Book(live, prefix + "/" if prefix else "")
     for file, (tensors, metadata) in captured.files.items():
         book.enter(file, tensors, metadata)
@@ -162,7 +172,8 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
     own = saves_itself and _is_transformers_own(module)
     foreign = saves_itself and not own
     if foreign:
-        missing, left_out = uncovered(module, live, book.covered, captured.serialized)
+        with unwrapped_inside(module):
+            missing, left_out = uncovered(module, live, book.covered, captured.serialized)
         if missing:
             book.enter(names.UNCOVERED, {item.name: item.tensor for item in missing}, {"format": "pt"})
     fixed: list[BytesContent] = []
@@ -285,8 +296,13 @@ def _holds_values(content: BytesContent) -> bool:
     return content.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle", ".npz", ".npy", ".h5", ".msgpack"))
 
 
-def _plain_file(module: torch.nn.Module, model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _plain_file(
+    module: torch.nn.Module, model: torch.nn.Module, *, as_it_is: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The state_dict of `model`, whose wrappers (if any) are around `module`, as (tensors, metadata)."""
+    if not as_it_is:
+        with unwrapped_inside(module):
+            return _plain_state(module), {"format": "pt"}
     where = next(path for path, part in model.named_modules() if part is module)
     prefix = where + "." if where else ""
     return {prefix + name: tensor for name, tensor in _plain_state(module).items()}, {"format": "pt"}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import memory_format
+from .wrappers import named_parts
 
 Parameter = list[Any]  # [name or None, shape], and the strides if it is not contiguous; as it stands in JSON
 
@@ -50,18 +51,12 @@ def names_of(models: Sequence[tuple[str, torch.nn.Module]]) -> dict[str, torch.n
     """Every parameter of these models by its name, one with several names by each. A model that has a name itself puts it before
     those of its parameters."""
     return {
-        f"{model}/{clean(name)}" if model else clean(name): parameter
+        (f"{model}/" if model else "") + (f"{path}." if path else "") + key: parameter
         for model, module in models
-        for name, parameter in module.named_parameters(remove_duplicate=False)
+        for path, part in named_parts(module)
+        for key, parameter in part._parameters.items()
+        if parameter is not None
     }
-
-
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-
-
-def clean(name: str) -> str:
-    """The name of a parameter without the parts that torch.compile and activation checkpointing put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def groups_of(optimizer: Any) -> list[Mapping[str, Any]] | None:

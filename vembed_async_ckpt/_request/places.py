@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,15 @@ from .._plan.plan import BytesContent, Content, TensorContent
 from .capture import Pickle
 from .dtypes import spec
 from .pickles import Replay
+from .wrappers import named_parts
 
 Part = tuple[torch.Size, tuple[int, ...], int]  # size, stride, offset in elements from the owner's first
 
 
 @dataclass(frozen=True)
 class Live:
-    """A parameter or buffer, its name in the whole module, and the module that it belongs to directly."""
+    """A parameter or buffer, its name in the whole module without what wrappers add to it, and the module that it belongs to
+    directly."""
 
     name: str
     tensor: torch.Tensor
@@ -27,7 +29,7 @@ class Live:
 
 
 def live_tensors(module: torch.nn.Module) -> Iterator[Live]:
-    for path, part in module.named_modules(remove_duplicate=False):
+    for path, part in named_parts(module):
         for holder in (part._parameters, part._buffers):
             for key, tensor in holder.items():
                 if tensor is not None:
@@ -41,7 +43,16 @@ def has_no_storage(tensor: torch.Tensor) -> bool:
         return True
 
 
-def _resolve(name: str, tensor: torch.Tensor, by_storage: Mapping[int, list[Live]]) -> tuple[Live, Part | None] | None:
+def by_storage(live: Iterable[Live]) -> dict[int, list[Live]]:
+    """Those that have memory, by the address of their storage."""
+    found: dict[int, list[Live]] = {}
+    for item in live:
+        if item.tensor.layout is torch.strided and not item.tensor.is_meta and not has_no_storage(item.tensor):
+            found.setdefault(item.tensor.untyped_storage().data_ptr(), []).append(item)
+    return found
+
+
+def resolve(name: str, tensor: torch.Tensor, by_storage: Mapping[int, list[Live]]) -> tuple[Live, Part | None] | None:
     """The live tensor that `tensor` is all of (None) or a strided part of; None if it lives in none of them."""
     if has_no_storage(tensor) or tensor.is_conj() or tensor.is_neg():
         return None
@@ -103,12 +114,9 @@ class Book:
         self.renamed: dict[str, dict[str, Any]] = {}
         self.covered: set[str] = set()
         self._numbers: dict[int, int] = {}  # id of a tensor: its place in `divided`
-        self._by_storage: dict[int, list[Live]] = {}
+        self._by_storage = by_storage(live)
         self._filled: dict[str, dict[Part, int]] = {}  # elements of a live tensor that its parts in the files cover
         self._empty = {item.name for item in live if not item.tensor.numel()}
-        for item in live:
-            if item.tensor.layout is torch.strided and not item.tensor.is_meta and not has_no_storage(item.tensor):
-                self._by_storage.setdefault(item.tensor.untyped_storage().data_ptr(), []).append(item)
 
     def enter(self, file: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         """Enter a file with its tensors by name. Raises `PlanError` for a tensor that cannot be saved."""
@@ -127,7 +135,7 @@ class Book:
             self.tensors.append(torch.empty_like(tensor))
             self.covered |= {name} & self._empty
             return
-        found = _resolve(name, tensor, self._by_storage)
+        found = resolve(name, tensor, self._by_storage)
         if found is None:
             self.owners.append(None)
             self.tensors.append(tensor)
@@ -151,7 +159,7 @@ class Book:
             return None
 
         def find(tensor: torch.Tensor) -> torch.Tensor | None:
-            found = _resolve("", tensor, self._by_storage)
+            found = resolve("", tensor, self._by_storage)
             return None if found is None or found[1] is not None else found[0].tensor
 
         try:
@@ -180,10 +188,11 @@ def uncovered(
     Left out on purpose is what is frozen and appears in no other file either, and the buffers of a model that PEFT freezes
     (they may be quantized weights) unless they are running statistics.
     """
-    state = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    everything = type(module).state_dict(module)  # not one that shows a part of it, put in its place on the instance
+    state = {name: value for name, value in everything.items() if isinstance(value, torch.Tensor)}
     storages = {value.untyped_storage().data_ptr() for value in state.values() if not has_no_storage(value)}
     ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
-    adapted = [path for path, part in module.named_modules() if getattr(part, "peft_config", None)]
+    adapted = [path for path, part in named_parts(module) if getattr(part, "peft_config", None)]
     held = {_memory(item) for item in live if item.name in covered}
     missing: list[Live] = []
     left_out: list[Live] = []

@@ -77,9 +77,9 @@ class Objects:
     just one. `older_readers`: also write the processor files that transformers 4 wrote and older readers open.
 
     `state_dicts`: models (one, or a mapping) whose whole state_dict is to be saved as `accelerator.save_state` does, under the
-    names of the state_dict, at the top, or a `StateDict` in the place of a model; or what gives them, asked after `files`.
-    `tensors`: a state_dict without its module, to be saved under its names as the weights file at the top; all of it is copied
-    before the call returns.
+    names of the state_dict, at the top, or a `StateDict` in the place of a model; or what gives them, asked after `files`. With
+    `clean_names` what wrappers add to the names is left out. `tensors`: a state_dict without its module, to be saved under its
+    names as the weights file at the top; all of it is copied before the call returns.
 
     `accelerator`: whose registered objects, places in dataloaders and count of micro-batches are saved too. `dialect`: which
     program, beside our `load`, the training state is written for. `of_every_rank`: whether the state of every rank of a
@@ -99,6 +99,7 @@ class Objects:
     weights_name: str | None = None
     older_readers: bool = False
     state_dicts: Any = None
+    clean_names: bool = False
     tensors: Mapping[str, torch.Tensor] | None = None
     accelerator: Any = None
     dialect: Dialect = field(default_factory=Accelerate)
@@ -125,7 +126,7 @@ class RequestReader:
         self._save_original_format = save_original_format
         self._world_size = world_size
         self._models: dict[str, ModelReader] = {}
-        self._state_dicts: dict[int, ModelReader] = {}
+        self._state_dicts: dict[tuple[int, bool], ModelReader] = {}
         self._mappings: dict[int, MappingReader] = {}
         self._optimizers: dict[tuple[str, str], OptimizerReader] = {}
         self._registered: dict[str, RegisteredReader] = {}
@@ -140,7 +141,10 @@ class RequestReader:
         files = objects.further_files()
         models = {name: self._read_model(name, value) for name, value in named("model", objects.model).items()}
         whole = named("model", objects.whole_models())
-        plain = {name: self._read_state_dict(index, value) for index, (name, value) in enumerate(whole.items())}
+        plain = {
+            name: self._read_state_dict(index, value, as_it_is=not objects.clean_names)
+            for index, (name, value) in enumerate(whole.items())
+        }
         if objects.tensors is not None:
             plain[""] = self._read_state_dict(0, StateDict(objects.tensors))
         given = named("model", objects.model) or whole
@@ -206,15 +210,14 @@ class RequestReader:
             reader = self._models[name] = ModelReader(name, self._max_shard_size, self._save_original_format)
         return reader.read(model)
 
-    def _read_state_dict(self, index: int, model: Any) -> ModelState:
+    def _read_state_dict(self, index: int, model: Any, *, as_it_is: bool = True) -> ModelState:
+        file = names.plain_weights(index)
         if isinstance(model, StateDict):
-            mapping = self._mappings.setdefault(index, MappingReader(names.plain_weights(index)))
-            return mapping.read(model.tensors)
-        reader = self._state_dicts.get(index)
+            return self._mappings.setdefault(index, MappingReader(file)).read(model.tensors)
+        reader = self._state_dicts.get((index, as_it_is))
         if reader is None:
-            file = names.plain_weights(index)
-            reader = ModelReader("", self._max_shard_size, self._save_original_format, file)
-            self._state_dicts[index] = reader
+            options = (self._max_shard_size, self._save_original_format)
+            reader = self._state_dicts[index, as_it_is] = ModelReader("", *options, file, as_it_is=as_it_is)
         return reader.read(model)
 
     def _read_optimizer(self, name: str, file: str, optimizer: Any) -> OptimizerState:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -176,9 +176,14 @@ def read(directory: str) -> Manifest:
 
 
 def check(
-    directory: str, manifest: Manifest, verify: Verify, hashed: Callable[[int], object] = lambda count: None
+    directory: str,
+    manifest: Manifest,
+    verify: Verify,
+    hashed: Callable[[int], object] = lambda count: None,
+    files: Iterable[str] | None = None,
 ) -> None:
     """Compare the files with the manifest: sizes, or with `full` their hashes too. `hashed` is told how many bytes more were.
+    `files`: compare only these of them.
 
     Raises `CorruptCheckpoint` naming the file and what is wrong with it.
     """
@@ -186,7 +191,8 @@ def check(
         raise ValueError(f"verify is {verify!r}; use one of {', '.join(map(repr, get_args(Verify)))}")
     if verify == "none":
         return
-    for name, record in manifest.files.items():
+    for name in manifest.files if files is None else files:
+        record = manifest.files[name]
         path = os.path.join(directory, *name.split("/"))
         try:
             refuse_linked_parents(directory, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from .._plan import safetensors
@@ -13,16 +13,21 @@ from ..errors import CorruptCheckpoint
 from . import manifest as manifests
 from . import names
 from .fs import read_regular
-from .manifest import Manifest
+from .manifest import Manifest, Verify
 from .reading import OpenFile, read_into
 
 
 class Source:
-    """A checkpoint's files. One that holds tensors is opened when it is first needed and stays open until `close()`."""
+    """A checkpoint's files. One that holds tensors is opened when it is first needed and stays open until `close()`.
 
-    def __init__(self, directory: str, manifest: Manifest) -> None:
+    Each file is compared with the manifest, as `verify` says, when it is first needed: what nobody reads may be gone."""
+
+    def __init__(self, directory: str, manifest: Manifest, verify: Verify = "none") -> None:
+        manifests.check(directory, manifest, verify, files=())  # raises for a `verify` that is none
         self.directory = directory
         self.manifest = manifest
+        self._verify = verify
+        self._verified: set[str] = set()
         self._files: dict[str, OpenFile] = {}
         self._entries: dict[str, dict[str, safetensors.Entry]] = {}
 
@@ -30,7 +35,16 @@ class Source:
         if name not in self.manifest.files or not is_safe_relative(name):
             raise CorruptCheckpoint(f"{self.directory}: {name!r} is needed, but the manifest does not list it")
         manifests.refuse_linked_parents(self.directory, name)
+        if name not in self._verified:
+            self._verified.add(name)
+            manifests.check(self.directory, self.manifest, self._verify, files=(name,))
         return os.path.join(self.directory, *name.split("/"))
+
+    def verify_all(self, *, but: Container[str]) -> None:
+        """Compare the files that nobody needed so far too, except some."""
+        for name in self.manifest.files:
+            if name not in but:
+                self.path(name)
 
     def json(self, name: str) -> Any:
         path = self.path(name)

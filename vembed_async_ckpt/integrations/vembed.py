@@ -101,6 +101,7 @@ def save_checkpoint(
         scheduler=accelerates.in_order(accelerator._schedulers) if resumable else None,
         scaler=accelerator.scaler if resumable else None,
         state_dicts=accelerates.in_order(accelerator._models) if base_model else None,
+        clean_names=True,
         processor=processor or None,
         config=_complete(config) if config else None,
         files=(lambda: accelerates.further_files(accelerator, hooks) | progress) if resumable else {},

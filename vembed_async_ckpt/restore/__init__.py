@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from .accelerated import by_name, load_hooks, models_to_load
 from .models import plan_model
 from .optimizers import plan_optimizer, rewritable_state
 from .schedulers import plan_scaler, plan_scheduler
+from .selection import Selection, check_names
 from .tensors import Move, Tensors
 
 _T = TypeVar("_T")
@@ -71,6 +72,8 @@ def load(
     scaler: Any = None,
     accelerator: Any = None,
     verify: Verify = "size",
+    strict: bool = True,
+    exclude: str | Iterable[str] = (),
 ) -> Restored:
     """Put a checkpoint back into the objects given, as they were given to `save()` (one object, or a mapping of names).
 
@@ -78,8 +81,16 @@ def load(
     With `accelerator`, its prepared models, optimizers, schedulers and scaler take the place of those not given; its registered
     objects, places in dataloaders and count of micro-batches are restored too, if they were saved. Its load hooks are called
     first, and may take models out of the list that they are given, as with `accelerator.load_state`. `verify`: compare "size"s,
-    "full" hashes, or "none", before anything is changed. The checkpoint is safe from retention while it is read; where another
-    process saves the same step meanwhile, what is restored is one of the two, never a mixture.
+    "full" hashes, or "none", before anything is changed; what is not asked for need not be there. The checkpoint is safe from
+    retention while it is read; where another process saves the same step meanwhile, what is restored is one of the two, never a
+    mixture.
+
+    A model may have other wrappers than when it was saved (torch.compile, activation checkpointing, DistributedDataParallel, or
+    hooks that rename its state_dict). `strict=False` loads of each model the parameters and buffers that fit, leaves an optimizer,
+    scheduler or other object that does not fit as it is, and warns of all that was not loaded. `exclude`: what stays as it is:
+    names of parameters and buffers, of modules (all that is inside), patterns such as "*.lora_A.*", or "optimizer", "scheduler",
+    "dataloader", "scaler", "rng"; a name that nothing has is an error. Optimizer state is not divided: to leave out that of some
+    parameters, exclude "optimizer".
 
     Optimizer state goes to the parameter of the same name where names are known on both sides: where the models are passed to
     `save()` and `load` with the optimizer, or the optimizer was made from `named_parameters()`. Order and parameter groups may then
@@ -93,14 +104,19 @@ def load(
     before any object is changed. Only a disk that fails while tensors are read leaves some changed: then load another checkpoint.
     """
 
+    names_to_exclude = check_names(exclude)
+
     def plan(source: Tensors) -> _Planned:
         others = (optimizer, scheduler, dataloader, scaler, accelerator)
-        if accelerator is None or model is not None:
-            return _plan(source, model, *others)
-        if load_hooks(accelerator):
-            _plan(source, {}, *others)  # what does not fit is said before the hooks change anything
-        saved = source.manifest.names
-        return _plan(source, by_name(models_to_load(accelerator, saved, source.directory)), *others)
+        models = model
+        if accelerator is not None and model is None:
+            if load_hooks(accelerator):  # what does not fit is said before the hooks change anything
+                _plan(source, {}, *others, Selection(strict=strict, exclude=names_to_exclude))
+            models = by_name(models_to_load(accelerator, source.manifest.names, source.directory))
+        selection = Selection(strict=strict, exclude=names_to_exclude)
+        planned = _plan(source, models, *others, selection)
+        selection.tell(source.directory)
+        return planned
 
     with contextlib.ExitStack() as stack:
         source, planned = _of_one_save(os.fspath(path), verify, stack, plan)
@@ -116,7 +132,7 @@ def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict
         for described in source.manifest.names.values():
             weights |= source.weights(described["files"])
             weights |= {alias: weights[kept] for alias, kept in described["ties"].items() if kept in weights}
-        return weights, _plan(source, None, None, None, None, None, None)
+        return weights, _plan(source, None, None, None, None, None, None, Selection())
 
     with contextlib.ExitStack() as stack:
         source, (weights, planned) = _of_one_save(os.fspath(path), verify, stack, plan)
@@ -136,8 +152,7 @@ def _of_one_save(
             lock = held.enter_context(_held(directory))
             try:
                 manifest = manifests.read(directory)
-                manifests.check(directory, manifest, verify)
-                source = held.enter_context(contextlib.closing(Tensors(directory, manifest)))
+                source = held.enter_context(contextlib.closing(Tensors(directory, manifest, verify)))
                 with _making_sense(directory):
                     planned = plan(source)
             except CheckpointError:
@@ -187,37 +202,62 @@ def _making_sense(directory: str) -> Iterator[None]:
 
 
 def _plan(
-    source: Tensors, model: Any, optimizer: Any, scheduler: Any, dataloader: Any, scaler: Any, accelerator: Any
+    source: Tensors,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    dataloader: Any,
+    scaler: Any,
+    accelerator: Any,
+    selection: Selection,
 ) -> _Planned:
     """What will restore each object. Raises before anything is changed."""
     saved = source.training_state()
+    resumes = any(part is not None for part in (optimizer, scheduler, dataloader, scaler, accelerator))
     if accelerator is not None:
-        optimizer = _in_order(accelerator._optimizers, saved["optimizers"]) if optimizer is None else optimizer
-        scheduler = _in_order(accelerator._schedulers, saved["schedulers"]) if scheduler is None else scheduler
+        prepared = accelerator._optimizers, accelerator._schedulers
+        if optimizer is None and not selection.excludes("optimizer"):
+            optimizer = selection.attempt(lambda: _in_order(prepared[0], saved["optimizers"]))
+        if scheduler is None and not selection.excludes("scheduler"):
+            scheduler = selection.attempt(lambda: _in_order(prepared[1], saved["schedulers"]))
         scaler = getattr(accelerator, "scaler", None) if scaler is None else scaler
     moves: list[Move] = []
     steps: list[Callable[[], None]] = []
     models = {name: unwrap_model(value) for name, value in named("model", model).items()}
-    optimizers = {name: unwrap_optimizer(value) for name, value in named("optimizer", optimizer).items()}
+    optimizers = {
+        name: unwrap_optimizer(value)
+        for name, value in named("optimizer", optimizer).items()
+        if not selection.excludes(f"optimizer.{name}".rstrip("."))
+    }
     for name, module in models.items():
-        described = _saved(source.manifest.names, name, "model")
-        more, step = plan_model(source, described, name, module)
-        moves += more
-        steps += [] if step is None else [step]
+        described = selection.attempt(lambda name=name: _saved(source.manifest.names, name, "model"))  # type: ignore[misc]
+        if described is not None:
+            more, step = plan_model(source, described, name, module, selection)
+            moves += more
+            steps += [] if step is None else [step]
+    if resumes:
+        source.verify_all(but=_not_asked_for(source, saved, models, optimizers))
     rewritable = rewritable_state(models.values(), optimizers.values())
-    regrouped = {}
+    regrouped: dict[int, Any] = {}
     known = _names(models, accelerator, source.manifest.names)
+
+    def of_optimizer(name: str, value: Any) -> Any:
+        return plan_optimizer(source, _saved(saved["optimizers"], name, "optimizer"), name, value, rewritable, known)
+
+    def of_scheduler(name: str, value: Any) -> Callable[[], None]:
+        return plan_scheduler(source, saved, name, _saved(saved["schedulers"], name, "scheduler"), value, regrouped)
+
     for name, value in optimizers.items():
-        entry = _saved(saved["optimizers"], name, "optimizer")
-        planned = plan_optimizer(source, entry, name, value, rewritable, known)
-        moves += planned.moves
-        steps.append(planned.step)
-        if planned.sources is not None:
-            regrouped[id(value)] = planned.sources
+        planned = selection.attempt(functools.partial(of_optimizer, name, value))
+        if planned is not None:
+            moves += planned.moves
+            steps.append(planned.step)
+            if planned.sources is not None:
+                regrouped[id(value)] = planned.sources
     for name, value in named("scheduler", scheduler).items():
-        entry = _saved(saved["schedulers"], name, "scheduler")
-        steps.append(plan_scheduler(source, saved, name, entry, value, regrouped))
-    resumes = any(part is not None for part in (optimizer, scheduler, dataloader, scaler, accelerator))
+        if not selection.excludes(f"scheduler.{name}".rstrip(".")):
+            step = selection.attempt(functools.partial(of_scheduler, name, value))
+            steps += [] if step is None else [step]
     rng, position = _of_this_rank(source, saved) if resumes else (None, None)
     scaling = tree.decode(saved["scaler"], source.training_tensor)
     if accelerator is not None and scaling is None:
@@ -225,16 +265,35 @@ def _plan(
     if position is None and saved["dataloader"] is not None:
         dataloader = None  # more ranks than saved: this one has no place of its own, and was warned
     for what, value, state in (("dataloader", dataloader, position), ("scaler", scaler, scaling)):
-        if value is not None and state is None:
-            raise CheckpointError(f"{source.directory}: was saved without a {what}; load it without {what}=")
-    if dataloader is not None:
-        steps.append(lambda: dataloader.load_state_dict(position))
-    if scaler is not None:
-        steps.append(plan_scaler(source, scaling, scaler))
+        if value is not None and not selection.excludes(what):
+            state = selection.attempt(functools.partial(_not_without, source, what, state))
+            if state is not None:
+                steps.append(
+                    plan_scaler(source, state, value)
+                    if what == "scaler"
+                    else functools.partial(value.load_state_dict, state)
+                )
     if accelerator is not None:
-        steps += _plan_accelerator(source, saved, accelerator)
+        steps += selection.attempt(lambda: _plan_accelerator(source, saved, accelerator)) or []
     extra = tree.decode(saved["extra"], source.training_tensor)
-    return _Planned(moves, steps, rng, source.config(), extra)
+    return _Planned(moves, steps, None if selection.excludes("rng") else rng, source.config(), extra)
+
+
+def _not_asked_for(
+    source: Tensors, saved: Mapping[str, Any], models: Mapping[str, Any], optimizers: Mapping[str, Any]
+) -> set[str]:
+    """The files of models and optimizers that are not restored."""
+    files = {entry["file"] for name, entry in saved["optimizers"].items() if name not in optimizers}
+    for name, described in source.manifest.names.items():
+        if name not in models:
+            files.update(described["files"], described["uncovered"])
+    return files
+
+
+def _not_without(source: Tensors, what: str, state: Any) -> Any:
+    if state is None:
+        raise CheckpointError(f"{source.directory}: was saved without a {what}; load it without {what}=")
+    return state
 
 
 def _names(

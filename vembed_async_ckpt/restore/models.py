@@ -2,62 +2,83 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .._request.places import has_no_storage
+from .._request import places as live
+from .._request.places import by_storage, has_no_storage, resolve
 from .._request.sharding import share_of
+from .._request.wrappers import spellings, unwrapped_inside
 from ..errors import CheckpointError
+from .selection import Selection
 from .tensors import Move, Saved, Tensors
 
 
 def plan_model(
-    source: Tensors, described: Mapping[str, Any], name: str, module: torch.nn.Module
+    source: Tensors, described: Mapping[str, Any], name: str, module: torch.nn.Module, selection: Selection
 ) -> tuple[Sequence[Move], Callable[[], None] | None]:
     """What will restore `module`: where everything comes that was `described`, or a step. Raises before anything is changed."""
     share = share_of(module)
     if share is not None:
         raise CheckpointError(f"{source.directory}: {share}: load into the whole model, before it is sharded")
-    if not described["by_name"]:
-        return (), _plan_computed(source, described, name, module)
-    places = _Places(source, module, described["ties"])
+    excluded = functools.partial(selection.excludes, model=name)
+    with unwrapped_inside(module):
+        if not described["by_name"]:
+            return (), _plan_computed(source, described, name, module, selection)
+        places = _Places(source, module, described["ties"], excluded)
     for file in (*described["files"], *described["uncovered"]):
         renamed, computed = described["renamed"].get(file, {}), described["computed"].get(file, ())
         for key in source.entries(file):
             if key not in computed:
                 target, part = renamed.get(key, (key, None))
-                places.fill(target, part, source.tensor(file, key))
-    _refuse_misfits(source, name, places.wrong + places.missing(described["left_out"]))
+                places.fill(key, target, part, source.tensor(file, key))
+    selection.misfits(source.directory, name, places.wrong + places.missing(described["left_out"]))
     return places.moves, None
 
 
 class _Places:
     """The parameters and buffers of a module, each to get what was saved of it. `wrong`: what does not fit."""
 
-    def __init__(self, source: Tensors, module: torch.nn.Module, ties: Mapping[str, str]) -> None:
-        """`ties`: names that were not stored because they shared memory with another, and that other."""
+    def __init__(
+        self, source: Tensors, module: torch.nn.Module, ties: Mapping[str, str], excluded: Callable[[str], bool]
+    ) -> None:
+        """`ties`: names that were not stored because they shared memory with another, and that other. `excluded`: whether a
+        parameter of that name stays as it is."""
         self._source = source
         self._module = module
+        self._excluded = excluded
         self._live = dict(live_tensors(module))
+        self._shown = _shown(module)
         self._tied: dict[str, list[str]] = {}
         for alias, kept in ties.items():
-            self._tied.setdefault(kept, []).append(alias)
+            self._tied.setdefault(self._here(kept), []).append(self._here(alias))
         self._covered: set[str] = set()
         self._filled: dict[Any, tuple[str, Saved | torch.Tensor]] = {}
         self.moves: list[Move] = []
         self.wrong: list[str] = []
 
-    def fill(self, name: str, part: Any, saved: Saved) -> None:
-        """Let `name`, or the `part` of it, get `saved`; its aliases too, where they are not tied to it any more."""
+    def _here(self, name: str) -> str:
+        """The name that a parameter has in this module, which may have other wrappers."""
+        return next((spelling for spelling in spellings(name) if spelling in self._live), name)
+
+    def fill(self, key: str, name: str, part: Any, saved: Saved) -> None:
+        """Let `name`, or the `part` of it, get `saved`; its aliases too, where they are not tied to it any more. Where the module
+        has no such parameter, what its state_dict shows under the `key` of the file."""
+        name = self._here(name)
         if name not in self._live:
-            self.wrong.append(f"{name} is not in the model")
-            return
+            shown = next((spelling for spelling in spellings(key) if spelling in self._shown), None)
+            if shown is None:
+                if not self._excluded(name):
+                    self.wrong.append(f"{name} is not in the model")
+                return
+            name, part = self._shown[shown]
         for target in (name, *(alias for alias in self._tied.get(name, ()) if alias in self._live)):
             self._covered.add(target)
-            if target == name or self._memory(target) != self._memory(name):
+            if (target == name or self._memory(target) != self._memory(name)) and not self._excluded(target):
                 self._fill(target, part, saved)
 
     def _fill(self, name: str, part: Any, saved: Saved) -> None:
@@ -100,13 +121,13 @@ class _Places:
 
     def missing(self, left_out: Sequence[str]) -> list[str]:
         """What belongs to the module's state and gets nothing, though it was not left out when it was saved."""
-        ignored = set(getattr(self._module, "_keys_to_ignore_on_save", None) or ()).union(left_out)
-        expected = set(self._module.state_dict()) & self._live.keys()
+        ignored = set(getattr(self._module, "_keys_to_ignore_on_save", None) or ()).union(map(self._here, left_out))
+        expected = {name for name, _ in self._shown.values()}
         held = {self._memory(name) for name in self._covered}
         return [
             f"{name} was not saved"
             for name in sorted(expected - ignored - self._covered)
-            if not self._live[name].numel() or self._memory(name) not in held
+            if (not self._live[name].numel() or self._memory(name) not in held) and not self._excluded(name)
         ]
 
     def _memory(self, name: str) -> tuple[int, torch.Size]:
@@ -114,21 +135,28 @@ class _Places:
         return (0 if has_no_storage(tensor) else tensor.data_ptr()), tensor.shape
 
 
-def _refuse_misfits(source: Tensors, name: str, wrong: Sequence[str]) -> None:
-    if wrong:
-        shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
-        raise CheckpointError(f"{source.directory}: does not fit the model{' ' + name if name else ''}: {shown}")
-
-
 def live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, parameter in module.named_parameters(remove_duplicate=False):
-        yield key, parameter.detach()
-    for key, buffer in module.named_buffers(remove_duplicate=False):
-        yield key, buffer.detach()
+    for item in live.live_tensors(module):
+        yield item.name, item.tensor.detach()
+
+
+def _shown(module: torch.nn.Module) -> dict[str, tuple[str, Any]]:
+    """For each name in the module's state_dict the parameter or buffer that it shows, and which part of it (None: all)."""
+    tensors = list(live.live_tensors(module))
+    known, storages = {item.name for item in tensors}, by_storage(tensors)
+    shown: dict[str, tuple[str, Any]] = {}
+    for key, value in module.state_dict().items():
+        if key in known:
+            shown[key] = key, None
+        elif isinstance(value, torch.Tensor) and value.numel():
+            found = resolve(key, value, storages)
+            if found is not None:
+                shown[key] = found[0].name, found[1]
+    return shown
 
 
 def _plan_computed(
-    source: Tensors, described: Mapping[str, Any], name: str, module: torch.nn.Module
+    source: Tensors, described: Mapping[str, Any], name: str, module: torch.nn.Module, selection: Selection
 ) -> Callable[[], None]:
     """The files hold values that saving computed: the model's own way back computes them anew."""
     state: dict[str, Any]
@@ -137,21 +165,30 @@ def _plan_computed(
         state |= {alias: state[kept] for alias, kept in described["ties"].items() if kept in state}
     else:
         directory = os.path.join(source.directory, name) if name else source.directory
+        for file in source.manifest.files:  # it reads them itself
+            if file in described["files"] or (file.endswith(".json") and os.path.dirname(file) == name):
+                source.path(file)
         with torch.random.fork_rng(devices=()):
             kind: Any = type(module)
             state = kind.from_pretrained(directory, dtype=_widest_dtype(module)).state_dict()
     wanted = module.state_dict()
+    for key in wanted.keys() | state.keys():
+        if selection.excludes(key, model=name):
+            state.pop(key, None)
+            state |= {key: wanted[key]} if key in wanted else {}
     wrong = [f"{key} was not saved" for key in wanted.keys() - state.keys()]
     wrong += [f"{key} is not in the model" for key in state.keys() - wanted.keys()]
-    wrong += [
-        f"{key} has shape {tuple(wanted[key].shape)}, saved was {tuple(value.shape)}"
+    unlike = [
+        key
         for key, value in state.items()
         if isinstance(value, torch.Tensor)
         and isinstance(wanted.get(key), torch.Tensor)
         and wanted[key].shape != value.shape
     ]
-    _refuse_misfits(source, name, sorted(wrong))
-    return lambda: _load_state_dict(module, state)
+    wrong += [f"{key} has shape {tuple(wanted[key].shape)}, saved was {tuple(state[key].shape)}" for key in unlike]
+    selection.misfits(source.directory, name, sorted(wrong))
+    fitting = {key: state[key] for key in state.keys() & wanted.keys() - set(unlike)}
+    return lambda: _load_state_dict(module, fitting, strict=not wrong)
 
 
 def _widest_dtype(module: torch.nn.Module) -> torch.dtype:
@@ -162,6 +199,6 @@ def _widest_dtype(module: torch.nn.Module) -> torch.dtype:
     return torch.float64 if torch.float64 in kinds else torch.float32
 
 
-def _load_state_dict(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
-    with torch.no_grad():
-        module.load_state_dict(state)
+def _load_state_dict(module: torch.nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
+    with torch.no_grad(), unwrapped_inside(module):
+        module.load_state_dict(state, strict=strict)
