@@ -291,7 +291,7 @@ def test_sweep_shows_first_and_removes_only_what_is_ours(saved: Path) -> None:
     """A leftover work directory goes with --yes; a stranger's directory beside it stays."""
     work = saved / "_vembed_async_ckpt"
     leftover = work / f"work-{'a' * 32}.0"
-    leftover.mkdir()
+    leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
     stranger = work / "notes"
     stranger.mkdir()

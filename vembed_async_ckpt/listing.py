@@ -77,7 +77,7 @@ def delete(path: str | os.PathLike[str]) -> None:
             raise CheckpointerBusy(f"{directory}: somebody is loading this checkpoint; delete it later")
         removal.discard(LocalFilesystem(), root, name, save_id)
     finally:
-        lock.close()
+        lock.release()
 
 
 def _entry(found: catalog.Entry) -> CheckpointEntry:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vembed_async_ckpt._arena.arena import Arena
-from vembed_async_ckpt._store import names
 from vembed_async_ckpt._store.fs import Filesystem, LocalFilesystem, RenameMode
+from vembed_async_ckpt._store.lock import RootLock
 from vembed_async_ckpt._writer import removal, server
 from vembed_async_ckpt._writer.protocol import Command, Kind, ReplyReader, send_command
 
@@ -64,15 +64,21 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
 
 
+class _KeptLock(RootLock):
+    """Leaves lock file and work directory, as a process that is killed does."""
+
+    def clear(self) -> None: ...
+
+
 class Writer:
     """A writer on `root`; `ready` is the first it said, what it swept. Use as a context manager."""
 
     def __init__(self, root: str, fs: Filesystem) -> None:
-        os.makedirs(names.work_directory(root), exist_ok=True)
+        lock = _KeptLock.acquire(root)
         self._arena = Arena(1, _ARENA)
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.settimeout(PATIENCE)
-        self._thread = threading.Thread(target=server.serve, args=(theirs, root, fs, None), daemon=True)
+        self._thread = threading.Thread(target=server.serve, args=(theirs, lock, fs, None), daemon=True)
         self._thread.start()
         self._replies = ReplyReader()
         self._received: list[dict[str, Any]] = []

@@ -74,7 +74,7 @@ class Sweep:
                 assert child.wait() == 0, child
         for name, data in scenario.foreign.items():
             path = Path(self._template) / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
     def trace(self) -> tuple[list[Call], str]:

@@ -189,7 +189,8 @@ def test_a_root_that_cannot_be_listed(tally: Tally, root: Path, monkeypatch: pyt
 @pytest.mark.parametrize("what", ["root", "work", "lock", "replaced"])
 def test_without_the_right_to_look(tally: Tally, root: Path, memory: Path, what: str) -> None:
     """A root, a work directory, a lock file of somebody else: an error that says so, not "nothing" and no bare OSError."""
-    (root / names.WORK / "replaced").mkdir()
+    (root / names.WORK / "replaced").mkdir(parents=True)
+    (root / names.WORK / "lock").touch()
     path = {"root": root, "work": root / names.WORK}.get(what, root / names.WORK / what)
     memory.chmod(0o755)
     path.chmod(0)
@@ -227,6 +228,7 @@ def test_a_root_that_is_no_directory(tally: Tally, root: Path, make: Callable[[P
 def test_a_root_that_is_not_there_or_empty(tally: Tally, root: Path, memory: Path) -> None:
     """That is no error: there is nothing yet; nor is what a crash left before the first commit."""
     assert latest(memory / "nowhere") is None
+    (root / names.WORK).mkdir()
     for checkpoint in root.glob("checkpoint-*"):
         checkpoint.rename(root / names.WORK / f"work-{checkpoint.name[-1] * 32}.0")
     assert latest(root) is None

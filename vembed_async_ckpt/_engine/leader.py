@@ -254,6 +254,7 @@ class Leader:
         ended = self._supervisor.close(max(deadline - time.monotonic(), 0.1))
         if ended:
             self._pool.close()
+            self._lock.clear()
         if self._ranks is not None:
             self._ranks.close(max(deadline - time.monotonic(), 0.1))
         self._lock.close()

@@ -35,7 +35,7 @@ _EXIT_DEADLINE = 10.0  # seconds between a writer's end of file and its death
 
 # The user's folder must not reach the writer (a json.py in it): stdlib first, then what is named, nothing else.
 _BOOTSTRAP = (
-    "import sys; sys.path += sys.argv[4:]; from vembed_async_ckpt._writer.__main__ import main; main(sys.argv[1:4])"
+    "import sys; sys.path += sys.argv[5:]; from vembed_async_ckpt._writer.__main__ import main; main(sys.argv[1:5])"
 )
 
 
@@ -276,7 +276,7 @@ class Supervisor:
         if self._kind == "thread":
             threading.Thread(
                 target=server.serve,
-                args=(theirs, self._root, self._filesystem, None),
+                args=(theirs, RootLock(self._root, os.dup(self._lock.fd)), self._filesystem, None),
                 name="vembed-ckpt-server",
                 daemon=True,
             ).start()
@@ -287,7 +287,7 @@ class Supervisor:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-I", "-S", "-c", _BOOTSTRAP),
-                    *(self._root, str(os.getpid()), str(theirs.fileno())),
+                    *(self._root, str(os.getpid()), str(theirs.fileno()), str(self._lock.fd)),
                     *sorted(packages),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -331,11 +331,13 @@ class Supervisor:
     def _receive(self, writer: _Writer, replies: ReplyReader, *, last: bool = False) -> bool:
         """Read once and handle the replies; False at the end of what there is."""
         try:
-            data = writer.sock.recv(1 << 16)
+            data, fds, _, _ = socket.recv_fds(writer.sock, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return not last
         except OSError:
             return False
+        for fd in fds:
+            self._lock.replace(fd)  # the writer had to make the lock file again
         for reply in replies.feed(data):
             self._handle(reply)
         return bool(data)

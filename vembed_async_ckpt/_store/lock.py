@@ -1,27 +1,30 @@
 """One lock per root: a single flocked open file description that trainer and writer share.
 
 It is held as long as either of them lives, so a writer that finishes its jobs after the trainer's death still owns the root,
-and a respawned writer never loses it. Only its holder sweeps.
+and a respawned writer never loses it. Only its holder sweeps. Whoever ends last removes the file and the empty work directory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import stat
 import time
+import weakref
 from dataclasses import dataclass
 
-from ..errors import CheckpointerBusy, CheckpointError
+from ..errors import CheckpointerBusy, CheckpointError, CommitError
 from ..events import logger
 from . import names
-from .fs import make_directories_durable
+from .fs import LocalFilesystem, make_directories_durable, parent_of
 
 ORPHAN_PATIENCE = 60.0  # seconds to wait for a writer whose trainer is dead
 _GRACE = 2.0  # seconds a living holder gets: a reader that probes the lock has it for an instant
 _POLL = 0.05
+_REMOVALS = 100  # times that a lock file may vanish while it is being taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,48 +67,200 @@ class Holder:
 
 def _here() -> str:
     """Host and process id namespace of this process."""
-    return f"{os.uname().nodename} {os.readlink('/proc/self/ns/pid')}"
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = "unknown"  # a sandbox without /proc
+    return f"{os.uname().nodename} {namespace}"
+
+
+class Taken(CommitError):
+    """Another process has taken the root: this one may neither publish nor delete there any more."""
 
 
 class RootLock:
-    """The lock of one root, held. `fd` is what a writer process inherits."""
+    """The lock of one root, held. `fd` is what a writer process inherits.
+
+    The file may be removed: by its holder at the end (`release`), or by somebody who cleans up. Whoever takes the lock therefore
+    compares the file that it has locked with the one that has the name now, and its holder does so before whatever rests on it
+    (`secure`).
+    """
 
     def __init__(self, root: str, fd: int) -> None:
+        """`fd`: the lock file of `root`, locked by this process or by the one that handed it over."""
         self.root = root
+        self.work = names.work_directory(root)
         self.fd = fd
+        self._device = os.fstat(fd).st_dev
+        _HELD.add(self)
 
     @classmethod
-    def acquire(cls, root: str, patience: float = ORPHAN_PATIENCE) -> RootLock:
-        """Take the lock of `root`, creating the work directory if need be.
+    def acquire(cls, root: str, patience: float = ORPHAN_PATIENCE, *, create: bool = True) -> RootLock:
+        """Take the lock of `root`, creating the work directory if need be, and the root unless `create` is False.
 
         Waits up to `patience` seconds for the writer of a dead trainer to finish its jobs, and says so.
-        Raises `CheckpointerBusy` naming the holder.
+        Raises `CheckpointerBusy` naming the holder, and FileNotFoundError if the root is not there and not created.
         """
-        make_directories_durable(root)
-        make_directories_durable(names.work_directory(root))
-        fd = _open(root, os.O_RDWR | os.O_CREAT)
-        try:
-            _wait(fd, root, fcntl.LOCK_EX, patience)
-            lock = cls(root, fd)
-            lock.name(None)
-        except BaseException:
-            os.close(fd)
-            raise
+        if create:
+            make_directories_durable(root)
+        lock = cls(root, _take(root, names.work_directory(root), patience))
+        lock.name(None)
         return lock
 
     def name(self, writer_pid: int | None) -> None:
         """Write down who holds the lock: this process and its writer."""
         holders = [Process.of(pid) for pid in (os.getpid(), writer_pid) if pid is not None]
         processes = [[holder.pid, holder.start] for holder in holders if holder is not None]
-        content = json.dumps({"where": _here(), "processes": processes}).encode()
-        os.pwrite(self.fd, content, 0)
-        os.ftruncate(self.fd, len(content))
+        _write(self.fd, json.dumps({"where": _here(), "processes": processes}).encode())
+
+    def secure(self) -> str:
+        """Make sure that the lock is still the one that has the name, before something is published or deleted.
+
+        Where the lock file, the work directory or the root was removed or moved away, it is made again and locked, if nobody
+        else has done so; returns what was done then, else "". `root` is another path afterwards if it was moved and a symbolic
+        link leads to it. Raises `Taken` if another process holds the root, and `CommitError` if the root is on another file system
+        now or if a symbolic link leads to anything else.
+        """
+        if self.is_held():
+            return ""
+        root = os.path.realpath(self.root)
+        work = os.path.join(os.path.dirname(root) if self._is_beside() else root, os.path.basename(self.work))
+        if self._is_at(work):
+            done = f"was moved to {root}; goes on there"
+        elif root != self.root:
+            raise CommitError(f"{self.root}: a symbolic link leads to {root} now; links are not followed, move it away")
+        else:
+            done = self._take_again(work)
+        self.root, self.work = root, work
+        return done
+
+    def _take_again(self, work: str) -> str:
+        """Make what is missing, lock it, and say what it was."""
+        self._refuse_other_file_system()
+        if os.path.islink(work):
+            raise CommitError(f"{work}: is a symbolic link now; links are not followed, move it away")
+        here = {self.root: "it", work: "its work directory"}
+        missing = next((what for path, what in here.items() if not os.path.lexists(path)), "its lock file")
+        ours = _holder(self.fd)
+        try:
+            make_directories_durable(self.root)
+            fd = _take(self.root, work, 0.0)
+        except CheckpointerBusy as error:
+            raise Taken(
+                f"{error}. This is {ours or 'a process without a name'}, whose lock file was removed"
+            ) from error
+        except CheckpointError as error:
+            raise CommitError(str(error)) from error
+        _write(fd, os.pread(self.fd, 4096, 0))
+        self.replace(fd)
+        return f"{missing} was removed, and was made again"
+
+    def is_held(self) -> bool:
+        """Whether the file that is locked still has the name, so that nobody else can have locked it."""
+        return self._is_at(self.work)
+
+    def _is_beside(self) -> bool:
+        return os.path.dirname(self.work) != self.root
+
+    def _refuse_other_file_system(self) -> None:
+        """An unmounted disk leaves an empty directory, or none: nothing may be written to the disk below."""
+        there = self.root
+        while not os.path.isdir(there):
+            there = os.path.dirname(there)
+        if os.stat(there).st_dev != self._device:
+            raise CommitError(
+                f"{self.root}: {there} is on another file system than when the training began; was a disk unmounted? "
+                "Nothing was written there"
+            )
+
+    def _is_at(self, work: str) -> bool:
+        path = os.path.join(work, names.LOCK)
+        try:
+            with parent_of(path) as (parent, name):
+                return os.path.samestat(os.stat(name, dir_fd=parent, follow_symlinks=False), os.fstat(self.fd))
+        except OSError:
+            return False
+
+    def replace(self, fd: int) -> None:
+        """Hold the lock file behind `fd`, which is closed, instead of the one until now."""
+        if self.fd >= 0:
+            os.dup2(fd, self.fd, inheritable=False)
+        os.close(fd)
+
+    def release(self) -> None:
+        """Let go of the lock. The work directory goes too if nothing is in it: no other process may share this lock then."""
+        if self.fd >= 0:
+            self.clear()
+        self.close()
+
+    def clear(self) -> None:
+        """Remove the lock file and the work directory, if nothing else is in there and the lock is still this one."""
+        if not self.is_held():
+            return
+        replaced = os.path.join(self.work, names.REPLACED)
+        try:
+            if os.path.isdir(replaced) and not os.path.islink(replaced):
+                os.rmdir(replaced)
+            if os.listdir(self.work) == [names.LOCK]:
+                os.unlink(os.path.join(self.work, names.LOCK))  # whoever waits for it sees that it lost its name
+                os.rmdir(self.work)
+        except OSError as error:
+            logger.debug("%s stays: %s", self.work, error)  # something is in it, or came into it just now
 
     def close(self) -> None:
         """Let go of this process's share; the lock is free once the writer's is gone too."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+_HELD: weakref.WeakSet[RootLock] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked child would hold its parent's lock."""
+    for lock in list(_HELD):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _take(root: str, work: str, patience: float) -> int:
+    """Lock the file in `work`, which is made if it is missing; returns its descriptor. Raises as `RootLock.acquire`."""
+    path = os.path.join(work, names.LOCK)
+    for _ in range(_REMOVALS):
+        if not os.path.isdir(work):
+            _make_directory(work)
+        try:
+            fd = _open(work, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            continue  # its last holder has just removed the work directory
+        try:
+            _wait(fd, root, fcntl.LOCK_EX, patience)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(path), os.fstat(fd)):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # its last holder has removed it while this process waited: what has the name now is another file
+    raise CheckpointerBusy(f"{path}: was removed again and again while it was being locked; find out who removes it")
+
+
+def _make_directory(work: str) -> None:
+    """Make the work directory, durably, where its parent is. Raises FileNotFoundError if that is not there."""
+    try:
+        os.mkdir(work)
+    except FileExistsError:
+        if not os.path.isdir(work):
+            raise
+    LocalFilesystem().sync_directory(os.path.dirname(work))
+
+
+def _write(fd: int, content: bytes) -> None:
+    os.pwrite(fd, content, 0)
+    os.ftruncate(fd, len(content))
 
 
 def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
@@ -115,7 +270,7 @@ def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
     still at work afterwards.
     """
     try:
-        fd = _open(root, os.O_RDONLY)
+        fd = _open(names.work_directory(root), os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return
     try:
@@ -127,9 +282,9 @@ def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
         os.close(fd)
 
 
-def _open(root: str, flags: int) -> int:
-    """Open the lock file. Raises `CheckpointError` for what is no lock file of ours, or cannot be opened."""
-    work, path = names.work_directory(root), names.lock_file(root)
+def _open(work: str, flags: int) -> int:
+    """Open the lock file in `work`. Raises `CheckpointError` for what is no lock file of ours, or cannot be opened."""
+    path = os.path.join(work, names.LOCK)
     if os.path.islink(work):
         raise CheckpointError(f"{work}: is a symbolic link; links are not followed, move it away")
     try:
@@ -158,8 +313,8 @@ def _wait(fd: int, root: str, mode: int, patience: float) -> None:
             if mode == fcntl.LOCK_SH:
                 return  # a reader needs no lock where there are none
             raise CheckpointError(
-                f"{root}: this file system has no locks ({error.strerror}), so nothing keeps two trainings apart; "
-                "mount it with locks (Lustre: -o flock), or save to another one"
+                f"{root}: flock is refused here ({error.strerror}), so nothing keeps two trainings apart; mount the file system "
+                "with locks (Lustre: -o flock), save to another one, or allow the call in the sandbox"
             ) from error
         holder = _holder(fd)
         if mode == fcntl.LOCK_SH and holder is not None and holder.may_live():

@@ -1,4 +1,4 @@
-"""The writer process: `python -I -S -c BOOTSTRAP ROOT TRAINER_PID SOCKET_FD`, started by the supervisor.
+"""The writer process: `python -I -S -c BOOTSTRAP ROOT TRAINER_PID SOCKET_FD LOCK_FD`, started by the supervisor.
 
 Its session is its own, so that Ctrl-C and group kills spare it; its standard streams are never the trainer's.
 """
@@ -11,6 +11,7 @@ import socket
 import sys
 
 from .._store.fs import LocalFilesystem
+from .._store.lock import RootLock
 from .server import serve
 
 NICENESS = 10  # a tenth of a training thread's share where they compete for a core; writing waits for the disk anyway
@@ -18,7 +19,7 @@ NICENESS = 10  # a tenth of a training thread's share where they compete for a c
 
 def main(arguments: list[str]) -> None:
     """Serve until the trainer is gone and every accepted job has ended."""
-    root, trainer_pid, socket_fd = arguments[0], int(arguments[1]), int(arguments[2])
+    root, trainer_pid, socket_fd, lock_fd = arguments[0], *map(int, arguments[1:4])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Schedulers send these to everybody first; the end of the trainer is what ends this process.
         signal.signal(number, signal.SIG_IGN)
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
     except ProcessLookupError:
         trainer = None
         sock.shutdown(socket.SHUT_RD)  # dead already: what it queued can still be read, then it ends
-    serve(sock, root, LocalFilesystem(), trainer)
+    serve(sock, RootLock(root, lock_fd), LocalFilesystem(), trainer)
 
 
 if __name__ == "__main__":

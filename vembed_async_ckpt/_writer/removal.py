@@ -5,10 +5,11 @@ Nothing is deleted that we did not write: what a manifest does not name stays, i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from .._store import fs as files
 from .._store import manifest as manifests
@@ -113,11 +114,13 @@ def remove_rotated(fs: Filesystem, root: str, name: str, identity: str) -> None:
     What a crash leaves of it, `sweep` deletes.
     """
     rotated = names.rotated_directory(root, identity)
+    make_directories(fs, os.path.dirname(rotated))
     # In one step out of sight: nobody resumes from a checkpoint that is half deleted.
     fs.rename(os.path.join(root, name), rotated, "plain")
     # Else a power cut could bring the name back with files missing.
     fs.sync_directory(root)
     _remove_all(fs, rotated)
+    _remove_if_empty(fs, os.path.dirname(rotated))
 
 
 def _remove_all(fs: Filesystem, directory: str) -> None:
@@ -130,17 +133,25 @@ def _remove_all(fs: Filesystem, directory: str) -> None:
             pass  # a rotation and a sweep may come to the same
 
 
-def prune(fs: Filesystem, root: str, policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
+def prune(
+    fs: Filesystem,
+    root: str,
+    policy: Policy,
+    committed: Collection[tuple[str, Manifest]],
+    allowed: Callable[[], object] = lambda: None,
+) -> list[str]:
     """Move the checkpoints that `policy` does not keep to the trash, then delete them; returns their names.
 
-    `committed` are (path, manifest), the newest among them durable. The newest complete one is never deleted, nor one that is not
-    complete, nor one whose manifest a reader has locked, nor a directory whose name is not one of ours.
+    `committed` are (path, manifest), the newest among them durable. Never deleted are the newest complete one, one that is not
+    complete, one whose manifest a reader has locked, and a directory whose name is not one of ours. `allowed` is called before
+    each deletion and raises if nothing may be deleted any more.
     """
     manifests_of = dict(committed)
     gone: list[str] = []
     failures: list[OSError] = []
     for path in expendable(policy, committed):
         name = os.path.basename(path)
+        allowed()
         try:
             discard(fs, root, name, manifests_of[path].save_id)
             gone.append(name)
@@ -160,11 +171,20 @@ def discard(fs: Filesystem, root: str, name: str, save_id: str) -> None:
         # Else a power cut could bring the predecessor back, half deleted, when this one is gone.
         fs.sync_directory(replaced)
     trash = names.trash_directory(root, save_id)
+    make_directories(fs, os.path.dirname(trash))
     # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
     fs.rename(os.path.join(root, name), trash, "plain")
     # Else a power cut could bring the name back with files missing.
     fs.sync_directory(root)
     dispose(fs, root, trash, name, save_id)
+    _remove_if_empty(fs, os.path.dirname(trash))
+
+
+def _remove_if_empty(fs: Filesystem, directory: str) -> None:
+    """For a work directory that was made for this only: one in use has the lock in it."""
+    if not os.listdir(directory):
+        with contextlib.suppress(OSError):  # something came into it just now
+            fs.remove_directory(directory)
 
 
 def expendable(policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,9 +22,10 @@ from .._plan.plan import pages
 from .._store import names
 from .._store.catalog import Committed, interrupted
 from .._store.fs import Filesystem, parent_of
+from .._store.lock import RootLock, Taken
 from .._store.manifest import FileRecord, Manifest
 from .._store.retention import Policy, from_spec, unknown_metrics
-from ..errors import CommitError, WriteError
+from ..errors import CheckpointError, CommitError, WriteError
 from . import commit as commits
 from . import removal
 from .direct_io import CHUNK, STEP, FileWriter, IOThreads, sync_all, write_range
@@ -54,10 +56,16 @@ class _Pending:
 class Server:
     """Serves one root over one socket until the trainer is gone and every accepted job has ended."""
 
-    def __init__(self, sock: socket.socket, root: str, fs: Filesystem, trainer: int | None) -> None:
-        """`trainer` is a pidfd of the trainer, or None for a writer that lives in its process."""
+    def __init__(self, sock: socket.socket, lock: RootLock, fs: Filesystem, trainer: int | None) -> None:
+        """`lock`: this writer's share of the root's. `trainer` is a pidfd of the trainer, or None for a writer that lives in its
+        process."""
         self._sock = sock
-        self._root = root
+        self._lock = lock
+        self._taken: Taken | None = None  # another process has the root now
+        self._seen: set[str] | None = (
+            None  # save ids of the checkpoints that were there or were made here; None: not looked yet
+        )
+        self._root = lock.root
         self._fs = fs
         self._trainer = trainer
         self._step = CHUNK if trainer is None else STEP  # beside a training in the same process the GIL is not free
@@ -67,7 +75,7 @@ class Server:
         self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._waiting_for_waves: dict[int, _Pending] = {}
         self._threads = IOThreads()
-        self._committed = Committed(root)
+        self._committed = Committed(lock.root)
         self._highest = 0  # sequence seen so far
         self._said: set[str] = set()  # what the trainer was warned of
         self._litter = False  # something should have been removed and could not be
@@ -98,6 +106,7 @@ class Server:
             self._jobs.put(None)
             worker.join()
             self._threads.close()
+        self._lock.clear()
 
     def _handle(self, command: Command, fd: int | None) -> None:
         if command.kind is Kind.ARENA:
@@ -146,10 +155,12 @@ class Server:
     def _work(self) -> None:
         self._say_space()
         try:
+            self._refuse_without_lock()
+            self._note(manifest.save_id for _, manifest in self._committed.refresh())
             self._send(event="ready", swept=removal.sweep(self._fs, self._root))
         except Exception as error:
             self._litter = True
-            self._send(event="ready", swept=[], error=f"leftovers could not be swept: {type(error).__name__}: {error}")
+            self._send(event="ready", swept=[], error=f"leftovers could not be swept: {_said(error)}")
         while (pending := self._jobs.get()) is not None:
             self._run(pending)
             self._say_space()
@@ -162,16 +173,17 @@ class Server:
         except Exception as error:
             self._failed(pending, error)
             return
+        self._note([pending.job["save_id"]])
         self._send(event="committed", serial=pending.serial, **reply)
         try:
             self._tidy(pending, replaced)
         except Exception as error:
             self._litter = True
-            self._send(event="warning", serial=pending.serial, message=f"{type(error).__name__}: {error}")
+            self._send(event="warning", serial=pending.serial, message=_said(error))
 
     def _failed(self, pending: _Pending, error: Exception) -> None:
         kind = "commit" if isinstance(error, CommitError) else "write"
-        message = f"{type(error).__name__}: {error}"
+        message = _said(error)
         if not isinstance(error, OSError | WriteError | CommitError):
             message += "\n" + traceback.format_exc()
         self._send(
@@ -192,7 +204,9 @@ class Server:
     def _save(self, pending: _Pending) -> tuple[str | None, dict[str, Any]]:
         """Write and commit one job; returns where a replaced directory lies, and what to answer."""
         job = pending.job
+        self._secure()
         committed = self._committed.refresh()
+        self._note(manifest.save_id for _, manifest in committed)
         commits.refuse_non_directory(os.path.join(self._root, job["name"]))
         for path, manifest in committed:
             if manifest.save_id == job["save_id"]:  # the writer before this one died between commit and answer
@@ -202,6 +216,7 @@ class Server:
         sequence = self._next_sequence([manifest.sequence for _, manifest in committed])
         tries = 1 if job["waves"] else TRIES
         for attempt in range(tries):
+            self._secure()
             work = names.save_directory(self._root, job["save_id"], attempt)
             try:
                 return self._attempt(pending, work, sequence)
@@ -252,6 +267,7 @@ class Server:
         manifest = Manifest(
             save_id=job["save_id"], step=job["step"], sequence=sequence, files=records, **job["manifest"]
         )
+        self._secure()
         replaced = commits.commit(fs, self._root, job["name"], work, manifest)
         return replaced, self._reply(os.path.join(self._root, job["name"]), manifest, pending, begun, written)
 
@@ -319,6 +335,8 @@ class Server:
         job = pending.job
         pruned: dict[str, int] = {}
         try:
+            if self._litter or replaced is not None:
+                self._refuse_without_lock()
             if self._litter:
                 swept = removal.sweep(self._fs, self._root)
                 self._litter = False
@@ -348,25 +366,64 @@ class Server:
                 self._said.add(problem)
                 message = f"retention: {problem}. By that rule all are kept"
                 self._send(event="warning", serial=pending.serial, message=message)
-        gone = removal.prune(self._fs, self._root, policy, committed)
+        gone = removal.prune(self._fs, self._root, policy, committed, self._refuse_without_lock)
         files = {os.path.basename(path): set(manifest.files.values()) for path, manifest in committed}
         return {name: sum(record.size for record in files[name]) for name in gone}  # a hard link counts once
 
-    def _send(self, **reply: Any) -> None:
-        data = encode_reply(reply)
+    def _refuse_without_lock(self) -> None:
+        """Before anything is deleted. Nothing is made again here: whoever removes the root may not be done yet."""
+        if not self._lock.is_held():
+            raise CommitError("its lock file is gone, so nothing was deleted")
+
+    def _secure(self) -> None:
+        """Before anything is written or published: make sure that the root is still this writer's. Raises `CommitError`."""
+        if self._taken is not None:
+            raise self._taken
+        try:
+            done = self._lock.secure()
+            if not done:
+                return
+            if self._root != self._lock.root:
+                self._root = self._lock.root
+                self._committed = Committed(self._root)
+            self._send(fd=self._lock.fd, event="warning", message=done)
+            there = self._committed.refresh()
+            strangers = [path for path, found in there if self._seen is not None and found.save_id not in self._seen]
+            if strangers:
+                raise Taken(
+                    f"{self._root}: another process saved {', '.join(map(os.path.basename, sorted(strangers)))} here after the "
+                    "lock file of this one was removed; stop one of the two, or use another directory"
+                )
+        except Taken as error:
+            self._taken = error  # for good: what is there now is that process's
+            raise
+
+    def _note(self, save_ids: Iterable[str]) -> None:
+        self._seen = {*(self._seen or ()), *save_ids}
+
+    def _send(self, *, fd: int | None = None, **reply: Any) -> None:
+        """`fd`: a descriptor that travels along."""
+        data, fds = encode_reply(reply), [] if fd is None else [fd]
         with self._sending:
             while data and not self._orphaned:
                 try:
-                    data = data[self._sock.send(data) :]
+                    sent = socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
+                    data, fds = data[sent:], []
                 except BlockingIOError:
                     select.select([], [self._sock], [], 1.0)
                 except OSError:
                     self._orphaned = True
 
 
-def serve(sock: socket.socket, root: str, fs: Filesystem, trainer: int | None) -> None:
-    """Run a server to its end, then close the socket."""
+def _said(error: Exception) -> str:
+    """Our own errors say what they are; of others their kind is said too."""
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def serve(sock: socket.socket, lock: RootLock, fs: Filesystem, trainer: int | None) -> None:
+    """Run a server to its end, then close the socket and its share of the lock."""
     try:
-        Server(sock, root, fs, trainer).serve()
+        Server(sock, lock, fs, trainer).serve()
     finally:
+        lock.close()
         sock.close()

@@ -47,7 +47,7 @@ def prune(
     try:
         _say("deleted", removal.prune(LocalFilesystem(), path, policy, _committed(path, policy)), as_json)
     finally:
-        lock.close()
+        lock.release()
 
 
 def _committed(root: str, policy: Policy) -> list[tuple[str, Manifest]]:
@@ -110,7 +110,7 @@ def sweep(
         try:
             found["done"] = removal.sweep(LocalFilesystem(), path)
         finally:
-            lock.close()
+            lock.release()
     if as_json:
         print(json.dumps(found, indent=2))
         return
