@@ -141,6 +141,10 @@ VALUES: dict[str, Any] = {
     "numpy scalar": np.float32(0.1),
     "numpy array of none": np.array(2.5),
     "numpy arrays": [np.arange(3, dtype=np.uint16), np.asfortranarray(np.eye(3)), np.array([True])],
+    "numpy texts": [np.array([["a", "bc"]]), np.str_("x"), np.array([], "U3"), np.array(b"ab")],
+    "numpy dates": [np.array(["2026-01-01"], "M8[D]"), np.timedelta64(3, "h")],
+    "other end first": np.arange(3, dtype=">f8"),
+    "long double": np.longdouble("0.1"),
     "Parameter": torch.nn.Parameter(torch.ones(2), requires_grad=False),
     "requires grad": torch.ones(2).requires_grad_(),
     "big": 10**40,
@@ -160,7 +164,9 @@ def same(one: Any, other: Any) -> bool:
             (one.dtype, one.stride(), one.requires_grad) == (other.dtype, other.stride(), other.requires_grad)
         ) and torch.equal(one, other)
     if isinstance(one, np.ndarray | np.generic):
-        return (one.dtype, one.strides) == (other.dtype, other.strides) and np.array_equal(one, other)
+        return (
+            one.dtype == other.dtype and (one.strides == other.strides or not one.size) and np.array_equal(one, other)
+        )
     if isinstance(one, float):
         return repr(one) == repr(other)
     if isinstance(one, dict):
@@ -211,9 +217,12 @@ def test_an_optimizer_keeps_every_kind_of_data(root: Path):
     plain = {"Parameter", "requires grad"}  # tensors of a parameter's state are tensors
     for name in kinds.keys() - plain:
         assert same(loaded[name], kinds[name])
-        assert same(stock["state"][0][name], kinds[name])
+        as_numpy_pickles = np.arange(3.0) if name == "other end first" else kinds[name]
+        assert same(stock["state"][0][name], as_numpy_pickles)
         assert same(fresh.param_groups[0][name], options[name])
-        assert same(stock["param_groups"][0][name], options[name])
+        assert same(
+            stock["param_groups"][0][name], options[name] if kinds[name] is not options[name] else as_numpy_pickles
+        )
 
 
 def test_what_torch_cannot_pickle_is_refused(root: Path):
@@ -267,7 +276,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a generator": (torch.Generator(), "Generator"),
     "a zone": (datetime.datetime(2026, 1, 1, tzinfo=zoneinfo.ZoneInfo("UTC")), "time zone UTC"),
     "a factory": (collections.defaultdict(lambda: 1), "default_factory"),
-    "texts of numpy": (np.array(["a"]), "numpy array of <U1"),
+    "objects of numpy": (np.array([None]), "numpy array of object"),
+    "a record of numpy": (np.zeros(2, [("a", int)]), "numpy array of"),
     "a masked array": (np.ma.array([1, 2], mask=[0, 1]), "MaskedArray"),
     "a slice of texts": (slice("a"), "ends are not whole numbers"),
     "fields of numpy": (np.dtype([("a", int)]), "fields"),

@@ -62,7 +62,9 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
         put(where, value)
         return _with_grad(value, Ref(where, strides=_strides(value)))
     if isinstance(value, np.generic) or kind is np.ndarray or kind is np.memmap:
-        tensor = _from_numpy(value, where)
+        tensor = _from_numpy(value)
+        if tensor is None:
+            return _raw(value, where, put)
         put(where, tensor)
         ref = Ref(where, numpy=True, strides=_strides(tensor))
         return Node("$array", (), ref) if tensor.ndim == 0 and isinstance(value, np.ndarray) else ref
@@ -105,11 +107,21 @@ def _strides(tensor: torch.Tensor) -> memory_format.Strides | None:
     return memory_format.kept(tensor) if tensor.layout is torch.strided else None  # else refused by who stores it
 
 
-def _from_numpy(value: Any, where: str) -> torch.Tensor:
+def _from_numpy(value: Any) -> torch.Tensor | None:
+    """A copy, as the array may change before it is staged; None if torch has no such numbers."""
     try:
-        return torch.from_numpy(np.array(value, order="K"))  # a copy: the array may change before it is staged
-    except (TypeError, ValueError) as error:
-        raise PlanError(f"{where}: a numpy array of {value.dtype} cannot be saved; convert it to numbers") from error
+        return torch.from_numpy(np.array(value, order="K"))
+    except (TypeError, ValueError):
+        return None
+
+
+def _raw(value: Any, where: str, put: Put) -> Node:
+    """An array of texts, dates or numbers that torch does not know, as its bytes."""
+    dtype = value.dtype
+    if dtype.hasobject or dtype.names is not None or dtype.str.startswith("|V"):
+        raise PlanError(f"{where}: a numpy array of {dtype} cannot be saved; convert it to numbers")
+    put(where, torch.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy()))
+    return Node("$raw_array", (dtype.str, isinstance(value, np.generic), *value.shape), Ref(where, numpy=True))
 
 
 def encode(captured: Any) -> Any:

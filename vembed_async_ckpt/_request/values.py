@@ -266,6 +266,15 @@ def _slice(says: Any, _: Any) -> slice:
     return slice(*says)
 
 
+def _raw_array(says: Any, holds: Any) -> Any:
+    dtype, is_scalar, *shape = says
+    kind = np.dtype(str(dtype))
+    if kind.hasobject:
+        raise ValueError(f"{dtype} is not data")
+    array: Any = np.ndarray(tuple(shape), kind, buffer=bytearray(holds.tobytes()))
+    return array[()] if is_scalar else array
+
+
 _MAKERS: dict[str, Callable[[Any, Any], Any]] = {
     "$torch": lambda says, holds: _torch(*says),
     "$device": lambda says, holds: torch.device(*map(str, says)),
@@ -295,5 +304,6 @@ _MAKERS: dict[str, Callable[[Any, Any], Any]] = {
     "$namedtuple": _namedtuple,
     "$parameter": _parameter,
     "$requires_grad": _requiring_grad,
+    "$raw_array": _raw_array,
     "$array": lambda says, holds: np.asarray(holds),  # an array of no dimensions
 }
