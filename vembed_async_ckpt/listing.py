@@ -13,7 +13,7 @@ from ._store import catalog
 from ._store import manifest as manifests
 from ._store.fs import LocalFilesystem
 from ._store.lock import RootLock
-from ._writer import removal
+from ._writer import latest_link, removal
 from .errors import CheckpointerBusy, CorruptCheckpoint
 
 
@@ -76,6 +76,8 @@ def delete(path: str | os.PathLike[str]) -> None:
         if removal.in_use(os.path.join(root, name)):
             raise CheckpointerBusy(f"{directory}: somebody is loading this checkpoint; delete it later")
         removal.discard(LocalFilesystem(), root, name, save_id)
+        left = [entry for entry in catalog.scan(root) if entry.manifest is not None]
+        latest_link.heal(LocalFilesystem(), root, os.path.basename(left[-1].path) if left else None, save_id)
     finally:
         lock.release()
 

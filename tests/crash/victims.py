@@ -67,6 +67,7 @@ def place(arena: Arena, n: int, step: int, keep: int) -> tuple[int, int]:
         "links": [list(LINK)],
         "manifest": {},
         "retention": KeepLast(keep).spec(),
+        "latest_link": False,
         "waves": False,
     }
     encoded = json.dumps(job).encode()

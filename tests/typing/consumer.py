@@ -68,7 +68,9 @@ def watch(accelerator: Any) -> None:
 def plan(model: torch.nn.Module) -> None:
     policy = every(steps=5) | every(minutes=1.5) | budget(percent=2) | on_request() | on_best("loss", mode="max")
     assert_type(policy, SavePolicy)
-    with AsyncCheckpointer("runs/one", policy=policy | before_time_limit(minutes=5, end=2e9)) as checkpointer:
+    with AsyncCheckpointer(
+        "runs/one", policy=policy | before_time_limit(minutes=5, end=2e9), latest_link=True
+    ) as checkpointer:
         assert_type(checkpointer.should_save(1), bool)
         assert_type(checkpointer.should_save(2, metrics={"loss": 0.5}), bool)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +60,14 @@ def assemble(
     request: Request,
     further: Sequence[tuple[str, bytes]],
     plan: SavePlan,
-    retention: Any,
+    after: Mapping[str, Any],
     fixed: FixedJson,
     *,
     without: Sequence[int] = (),
     waves: bool = False,
 ) -> Assembly:
     """Render what is known only now, give it and the `further` files their places, and describe the whole save to the writer.
-    `without`: the ranks whose state is not in it."""
+    `after`: what the writer does once it is committed. `without`: the ranks whose state is not in it."""
     training = request.state.layout  # it starts where the plan ends
     files: list[FileSlot] = [{"name": names.TRAINING_TENSORS, "start": plan.end, "size": training.size}]
     pieces = [(plan.end, training.prefix)]
@@ -93,14 +93,14 @@ def assemble(
             checksums.append(f'{to_json(file.name)}:{{"central_start":{central},"records":{fixed.records[file.name]}}}')
         planned.append({"name": file.name, "start": file.start, "size": size})
     files = planned + files
-    job = _job(request, files, retention, checksums, fixed, without, waves)
+    job = _job(request, files, after, checksums, fixed, without, waves)
     return Assembly(files, pieces, job, files[-1]["start"] + pages(files[-1]["size"]))
 
 
 def _job(
     request: Request,
     files: Sequence[FileSlot],
-    retention: Any,
+    after: Mapping[str, Any],
     checksums: Sequence[str],
     fixed: FixedJson,
     without: Sequence[int],
@@ -112,7 +112,7 @@ def _job(
         "name": request.directory,
         "files": files,
         "links": request.links,
-        "retention": retention,
+        **after,
         "waves": waves,
     }
     manifest = {key: value for key, value in request.manifest.items() if key != "names"}

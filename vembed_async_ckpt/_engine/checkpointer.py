@@ -48,7 +48,8 @@ class AsyncCheckpointer:
     (the handle says so) or "error". `on_error`: "raise" a background failure once more at the next `save()` or at `close()`
     unless it was read from its handle, or "warn": log it at once and show it in `statistics()`. `save_original_format`,
     `max_shard_size`: as `save_pretrained` has them. `sinks`: called with every `Event`, on a thread of their own. `policy`: when
-    `should_save()` says so (`every(steps=500) | on_request()`, see `vembed_async_ckpt.policies`).
+    `should_save()` says so (`every(steps=500) | on_request()`, see `vembed_async_ckpt.policies`). `latest_link`: keep a
+    relative link `latest` in the root that points to the newest checkpoint; something else of that name is left alone.
 
     Performance. `staging`: "overlap" copies what only an optimizer changes while forward and backward run, and lets
     `optimizer.step()` wait for it; "blocking" copies all of it in `save()`. `writer`: a "process" of its own, which survives the
@@ -75,6 +76,7 @@ class AsyncCheckpointer:
         save_original_format: bool = True,
         sinks: Sequence[Sink] = (),
         policy: SavePolicy | None = None,
+        latest_link: bool = False,
     ) -> None:
         if not sys.platform.startswith("linux"):
             raise CheckpointError("saving needs Linux (memfd, pidfd, renameat2); checkpoints can be loaded everywhere")
@@ -91,6 +93,7 @@ class AsyncCheckpointer:
             save_original_format=save_original_format,
             sinks=tuple(sinks),
             policy=policy,
+            latest_link=latest_link,
         )
         self._closed = ""  # why no more saves are taken
         self._reporter = Reporter(self._options.sinks)

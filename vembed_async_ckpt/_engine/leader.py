@@ -60,7 +60,10 @@ class Leader:
         self._supervisor = Supervisor(options.root, self._lock, options.writer, self._pool.arenas, reporter)
         self._context = Context(
             root=Path(options.root),
-            retention=None if options.retention is None else options.retention.spec(),
+            after={
+                "retention": None if options.retention is None else options.retention.spec(),
+                "latest_link": options.latest_link,
+            },
             supervisor=self._supervisor,
             reporter=reporter,
             release=self._pool.release,

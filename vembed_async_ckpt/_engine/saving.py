@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,11 @@ from .waves import Waves
 
 @dataclass(frozen=True)
 class Context:
-    """What all saves of a checkpointer share. `ended` is told of every save that ended, with its failure or None."""
+    """What all saves of a checkpointer share. `after`: what the writer does after a commit, as `Job` has it. `ended` is told of
+    every save that ended, with its failure or None."""
 
     root: Path
-    retention: list[dict[str, Any]] | None
+    after: Mapping[str, Any]
     supervisor: Supervisor
     reporter: Reporter
     release: Callable[[Arena], None]
@@ -274,8 +275,8 @@ class Save:
 
     def _assemble(self, fixed: FixedJson, gathered: Parts, *, waves: bool = False) -> Assembly:
         files = merge(self._request.files, gathered.files)
-        retention = self._context.retention
-        return assemble(self._request, files, self._plan, retention, fixed, without=gathered.without, waves=waves)
+        after = self._context.after
+        return assemble(self._request, files, self._plan, after, fixed, without=gathered.without, waves=waves)
 
     def _place(self, assembly: Assembly) -> None:
         if assembly.end + len(assembly.job) > self.arena.size:

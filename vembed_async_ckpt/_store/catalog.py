@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, CorruptCheckpoint
+from . import latest_link, names
 from . import manifest as manifests
-from . import names
 from .manifest import Manifest, Verify
 
 _MOMENT = 0.05  # seconds that a directory is given to come back under its name
@@ -159,7 +159,7 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
 
     Raises `CorruptCheckpoint` naming file and reason.
     """
-    directory = os.fspath(path)
+    directory = latest_link.resolve(path)
     found = manifests.read(directory)
     manifests.check(directory, found, "full")
     return found

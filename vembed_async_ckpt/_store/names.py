@@ -15,6 +15,7 @@ WORK = "_vembed_async_ckpt"
 LOCK = "lock"
 REPLACED = "replaced"
 ORPHAN_LOG = "orphan.log"
+LATEST = "latest"  # in the root: a link to the newest checkpoint
 SAVE_NOW = "save-now"  # a file in the root: somebody asks for a save
 
 MANIFEST = "vembed_manifest.json"
@@ -29,6 +30,7 @@ PROGRESS = "training_state.json"  # vembed's own, since it resumes
 _CHECKPOINT = re.compile(r"checkpoint(?:-|_|-step-|-epoch-)(0|[1-9][0-9]*)")
 _SAVE_ID = r"[0-9a-f]{32}"
 _WORK_ENTRY = re.compile(rf"(?P<kind>work|trash|rotated)-(?P<save_id>{_SAVE_ID})(?:\.(?P<attempt>[0-9]+))?")
+_NEW_LINK = re.compile(rf"latest-{_SAVE_ID}")
 _SWAP = re.compile(rf"swap-({_SAVE_ID})\.([^/]+)")
 _FOR_RESUMING = (
     r"(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|(?:optimizer|scheduler|scaler)\.pt"
@@ -123,6 +125,16 @@ def parse_work_entry(name: str) -> WorkEntry | None:
     if match is None or (match["kind"] == "work") != (match["attempt"] is not None):
         return None
     return WorkEntry(match["kind"], match["save_id"])  # type: ignore[arg-type]  # it is one of the three
+
+
+def new_link(root: str, save_id: str) -> str:
+    """Where the link `latest` is made before it gets its name."""
+    return os.path.join(work_directory(root), f"latest-{save_id}")
+
+
+def is_new_link(name: str) -> bool:
+    """Whether an entry of the work directory was made by `new_link`."""
+    return _NEW_LINK.fullmatch(name) is not None
 
 
 def swap_directory(root: str, save_id: str, name: str) -> str:

@@ -69,6 +69,7 @@ class Job(TypedDict):
     links: list[list[str]]  # [existing file, further name]: one copy of the bytes
     manifest: dict[str, Any]  # world_size, time, versions, metrics, names, tensors
     retention: list[dict[str, Any]] | None
+    latest_link: bool  # move the link `latest` to this checkpoint
     waves: bool  # the arena is smaller than the plan: parts follow as WAVE commands
 
 

@@ -260,6 +260,9 @@ def _sweep_entry(
     fs: Filesystem, root: str, entry: str, visible: Sequence[Entry], committed: Mapping[str, str]
 ) -> list[str]:
     path = os.path.join(names.work_directory(root), entry)
+    if names.is_new_link(entry) and os.path.islink(path):
+        fs.unlink(path)
+        return []
     parsed = names.parse_work_entry(entry)
     if parsed is None or os.path.islink(path) or not os.path.isdir(path):
         return []

@@ -27,7 +27,7 @@ from .._store.manifest import FileRecord, Manifest
 from .._store.retention import Policy, from_spec, unknown_metrics
 from ..errors import CheckpointError, CommitError, WriteError
 from . import commit as commits
-from . import removal
+from . import latest_link, removal
 from .direct_io import CHUNK, STEP, FileWriter, IOThreads, sync_all, write_range
 from .memory import map_arena, populate
 from .protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply
@@ -174,12 +174,25 @@ class Server:
             self._failed(pending, error)
             return
         self._note([pending.job["save_id"]])
+        if pending.job["latest_link"]:
+            self._move_latest_link(pending)
         self._send(event="committed", serial=pending.serial, **reply)
         try:
             self._tidy(pending, replaced)
         except Exception as error:
             self._litter = True
             self._send(event="warning", serial=pending.serial, message=_said(error))
+
+    def _move_latest_link(self, pending: _Pending) -> None:
+        """The checkpoint is durable whatever comes of its link."""
+        job = pending.job
+        try:
+            said = latest_link.point(self._fs, self._root, job["name"], job["save_id"])
+        except OSError as error:
+            said = f"{os.path.join(self._root, names.LATEST)} could not be moved: {error.strerror}"
+        if said and said not in self._said:
+            self._said.add(said)
+            self._send(event="warning", serial=pending.serial, message=said)
 
     def _failed(self, pending: _Pending, error: Exception) -> None:
         kind = "commit" if isinstance(error, CommitError) else "write"

@@ -13,8 +13,8 @@ import typer
 
 from .._plan import safetensors
 from .._plan.safetensors import TensorSpec
+from .._store import latest_link, names
 from .._store import manifest as manifests
-from .._store import names
 from .._store.fs import open_regular, read_regular
 from .._store.manifest import Manifest
 from .._store.tensors import StoredTensor, stored_tensors
@@ -43,7 +43,7 @@ def export(
     """
     if dtype is not None and dtype not in _DTYPES:
         raise typer.BadParameter(f"{dtype!r}; use {', '.join(_DTYPES)}", param_hint="--dtype")
-    directory, target = os.fspath(path), os.path.abspath(out)
+    directory, target = latest_link.resolve(path), os.path.abspath(out)
     manifest = manifests.read(directory)
     manifests.check(directory, manifest, "full")
     chosen = [name for name in _model_files(directory, manifest) if not weights_only or _is_weights(name)]

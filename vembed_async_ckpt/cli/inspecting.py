@@ -17,8 +17,8 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from .._store import latest_link, names
 from .._store import manifest as manifests
-from .._store import names
 from .._store.fs import open_regular, read_regular
 from .._store.tensors import StoredTensor, digests, stored_tensors
 from ..errors import CorruptCheckpoint
@@ -38,7 +38,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what is in a checkpoint: step, metrics, versions, files, tensors, config."""
-    directory = os.fspath(path)
+    directory = latest_link.resolve(path)
     manifest = manifests.read(directory)
     manifests.check(directory, manifest, "size")
     found = list(stored_tensors(directory, manifest))
@@ -119,7 +119,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Say which tensors of two checkpoints differ, by the hash of their bytes. Exit code 1 if any does."""
-    sides = [(os.fspath(path), manifests.read(os.fspath(path))) for path in (a, b)]
+    sides = [(path, manifests.read(path)) for path in map(latest_link.resolve, (a, b))]
     for side in sides:
         manifests.check(*side, "size")
     one, other = (digests(directory, manifest) for directory, manifest in sides)

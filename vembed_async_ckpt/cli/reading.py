@@ -19,7 +19,7 @@ from rich.progress import DownloadColumn, Progress
 from rich.table import Table
 
 from .. import listing
-from .._store import catalog, names
+from .._store import catalog, latest_link, names
 from .._store import manifest as manifests
 from ..errors import CorruptCheckpoint
 
@@ -139,7 +139,7 @@ def verify(
     """Check PATH, or every checkpoint under it: manifests, sizes, and the hash of every file."""
     entries = [entry.path for entry in catalog.scan(os.fspath(path))]
     if not entries or os.path.lexists(os.path.join(path, names.MANIFEST)):
-        entries = [os.fspath(path)]
+        entries = [latest_link.resolve(path)]
     with Progress(
         *Progress.get_default_columns(), DownloadColumn(), console=Console(stderr=True), transient=True
     ) as bar:

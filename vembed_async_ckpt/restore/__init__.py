@@ -25,8 +25,8 @@ from .._request.optimizer import unwrap as unwrap_optimizer
 from .._request.parameters import names_of
 from .._request.request import named
 from .._request.training_state import parse_rank
+from .._store import latest_link, names
 from .._store import manifest as manifests
-from .._store import names
 from .._store.fs import open_regular
 from .._store.manifest import Verify
 from ..errors import CheckpointError
@@ -119,7 +119,7 @@ def load(
         return planned
 
     with contextlib.ExitStack() as stack:
-        source, planned = _of_one_save(os.fspath(path), verify, stack, plan)
+        source, planned = _of_one_save(latest_link.resolve(path), verify, stack, plan)
         return _restore(source, planned)
 
 
@@ -135,7 +135,7 @@ def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict
         return weights, _plan(source, None, None, None, None, None, None, Selection())
 
     with contextlib.ExitStack() as stack:
-        source, (weights, planned) = _of_one_save(os.fspath(path), verify, stack, plan)
+        source, (weights, planned) = _of_one_save(latest_link.resolve(path), verify, stack, plan)
         return weights, _restore(source, planned)
 
 
