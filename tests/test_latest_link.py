@@ -103,6 +103,7 @@ class Meddler(LocalFilesystem):
 def test_what_comes_in_between_is_not_touched_either(root: Path, there: bool):
     """Between the look and the move: with no link before, and with one of ours."""
     save(root, 1, 2, latest_link=there)
+    os.makedirs(root / names.WORK, exist_ok=True)
     if there:
         (root / "latest").unlink()
         (root / "latest").symlink_to("checkpoint-1")
