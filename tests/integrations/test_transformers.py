@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch.utils.data import Dataset
 from transformers import (
@@ -1129,6 +1130,50 @@ def test_a_trainer_can_be_copied(root: Path, when: str) -> None:
     other.train()
     assert state_of(trainer)
     assert (root / "of the copy" / "checkpoint-4" / "vembed_manifest.json").exists()
+
+
+@pytest.mark.parametrize("by", ["callback", "signal"])
+def test_a_save_during_on_save_is_of_the_present(root: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    """`on_save` is shown the state of the step that was saved, which is past; what is saved meanwhile is the training's own, and
+    durable when the call returns."""
+
+    def at_step_three(self: Any, run: Any) -> int:
+        if self.state.global_step < 3:
+            return 0
+        run.checkpointer.wait()
+        return len(run.pending)
+
+    shown: list[int] = []
+    saved: list[Any] = []
+
+    def save(*_: Any) -> None:
+        trainer._save_checkpoint(trainer.model, None)
+        state = json.loads((root / "checkpoint-3" / "trainer_state.json").read_text())
+        weights = load_file(root / "checkpoint-3" / "model.safetensors")
+        live = trainer.model.state_dict()
+        saved.append((state["global_step"], all(torch.equal(weights[name], live[name]) for name in weights)))
+
+    class Saving(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            shown.append(state.global_step)
+            if len(shown) == 1:
+                if by == "signal":
+                    signal.raise_signal(signal.SIGUSR1)
+                else:
+                    save()
+                shown.append(trainer.state.global_step)
+
+    monkeypatch.setattr(AsyncCheckpointMixin, "_ended_everywhere", at_step_three)
+    trainer = make(root, save_steps=2, max_steps=4, callbacks=[Saving()])
+    before = signal.signal(signal.SIGUSR1, save)
+    try:
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert saved == [(3, True)]
+    assert shown == [2, 2, 4]
+    assert sorted(os.listdir(root))[-3:] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert trainer.state.global_step == 4
 
 
 # -- just-in-time checkpoints

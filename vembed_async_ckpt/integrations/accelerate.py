@@ -116,6 +116,8 @@ def further_files(accelerator: Any, hooks: SaveHooks, safe_serialization: bool =
     random states: whatever save hooks put into the directory they are given, and on the main process samplers and stateful
     dataloaders; without `safe_serialization` the weights too."""
     files = hooks.files()
+    for name in _overwritten(accelerator, len(hooks.weights), safe_serialization):
+        files.pop(name, None)
     if not accelerator.is_main_process:
         return files
     if not safe_serialization:
@@ -127,6 +129,19 @@ def further_files(accelerator: Any, hooks: SaveHooks, safe_serialization: bool =
         if getattr(dataloader, "use_stateful_dataloader", False):
             files[names.dataloader_state(number)] = torch_save(dataloader.state_dict())
     return files
+
+
+def _overwritten(accelerator: Any, weights: int, safe_serialization: bool) -> list[str]:
+    """The files that accelerate writes after its save hooks, over what these wrote: a hook may call `save_pretrained`."""
+    weights_name = names.plain_weights if safe_serialization else names.pickled_weights
+    return [
+        *map(weights_name, range(weights)),
+        *map(names.optimizer, range(len(accelerator._optimizers))),
+        *map(names.scheduler, range(len(accelerator._schedulers))),
+        *map(names.custom_checkpoint, range(len(accelerator._custom_objects))),
+        *([] if accelerator.scaler is None else [names.SCALER]),
+        names.random_states(accelerator.process_index),
+    ]
 
 
 def _seedable_sampler(dataloader: Any) -> Any:

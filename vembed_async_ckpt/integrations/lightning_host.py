@@ -25,6 +25,10 @@ def adapt(plugin: type[Any], opened: Callable[..., Any]) -> None:
     returns, where that is not None; and `ModelCheckpoint` refuse a directory on another machine when it is set up, and take no
     name that is being saved. May be called again; nothing is loaded here unless no Lightning is."""
     _register(plugin)
+    for package in values.PACKAGES:
+        loading = sys.modules.get(f"{package}.utilities.cloud_io")
+        if loading is not None:
+            _wrap(loading, "_load", functools.partial(_opening, opened))
     for package in _PYTORCH:
         saving = sys.modules.get(f"{package}.core.saving")
         if saving is not None:

@@ -38,15 +38,15 @@ def open_at(root: str) -> AsyncCheckpointer | None:
 
 
 def wait_for_all(root: str) -> None:
-    """Return when no save to `root` is in flight. Failures stay on their handles."""
-    checkpointer = open_at(root)
-    if checkpointer is not None:
-        checkpointer.wait(EXIT_DEADLINE)
+    """Return when no save to `root` is in flight, whichever checkpointer of this process makes it. Failures stay on their
+    handles."""
+    for checkpointer in living():
+        if os.fspath(checkpointer.root) == root:
+            checkpointer.wait(EXIT_DEADLINE)
 
 
 def wait_for(path: str) -> None:
-    """Return when no save of the checkpoint `path` is in flight, whichever checkpointer of this process makes it. Failures stay on
-    their handles."""
+    """Return when no save of the checkpoint `path` is in flight, as `wait_for_all` has it."""
     for checkpointer in living():
         if any(os.fspath(handle.path) == path for handle in checkpointer.in_flight()):
             checkpointer.wait(EXIT_DEADLINE)
