@@ -264,7 +264,7 @@ def test_weights_that_a_hook_wrote_under_accelerates_names_are_loaded(tmp_path: 
         assert training.has(before)
 
 
-@pytest.mark.parametrize("attaching", [False])
+@pytest.mark.parametrize("attaching", [False, True])
 def test_strict_is_respected(tmp_path: Path, attaching: bool) -> None:
     """`load_state(strict=False)`: names on one side only are left as they are."""
     training = Training()

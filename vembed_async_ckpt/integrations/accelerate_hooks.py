@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -24,10 +25,11 @@ from .._request.training_state import torch_save
 from .._store import manifest as manifests
 from .._store import names
 from ..errors import CheckpointError, PlanError
+from ..events import logger
 from ..restore.accelerated import by_name, matched
 from .shared import close_shared, wait_for, wait_for_all
 
-_LOADING: ContextVar[Any] = ContextVar("loading", default=None)  # the accelerator
+_LOADING: ContextVar[tuple[Any, bool] | None] = ContextVar("loading", default=None)  # the accelerator, and `strict`
 
 
 # -- the methods
@@ -56,7 +58,7 @@ def _waiting_load_state(load_state: Callable[..., Any]) -> Callable[..., Any]:
         hooks = self._load_model_state_pre_hook
         for key in [key for key, hook in hooks.items() if hook is load_models]:
             hooks.move_to_end(key)  # the user's own hooks see all models, whenever they were registered
-        token = _LOADING.set(self)
+        token = _LOADING.set((self, bool(kwargs.get("strict", True))))
         try:
             return load_state(self, input_dir, *args, **kwargs)
         finally:
@@ -85,7 +87,7 @@ def load_models(models: list[Any], input_dir: str) -> None:
     if not models or not os.path.lexists(os.path.join(input_dir, names.MANIFEST)):
         return
     saved = manifests.read(os.fspath(input_dir)).names
-    accelerator = _LOADING.get()
+    accelerator, strict = _LOADING.get() or (None, True)
     try:
         chosen = matched(saved, models, () if accelerator is None else accelerator._models, os.fspath(input_dir))
     except CheckpointError:
@@ -93,7 +95,11 @@ def load_models(models: list[Any], input_dir: str) -> None:
             return
         raise
     if chosen:
-        restore.load(input_dir, model=by_name(chosen))
+        with warnings.catch_warnings(record=True) as said:  # accelerate says nothing of what `strict=False` leaves
+            warnings.simplefilter("always")
+            restore.load(input_dir, model=by_name(chosen), strict=strict)
+        for warning in said:
+            logger.info("%s", warning.message)
         models.clear()
 
 
