@@ -117,7 +117,8 @@ class StallMeter:
         self._clock = clock
         self._wall = wall
         self._context = _StepContext(self)
-        self._lock = threading.Lock()
+        self._inbox: deque[Event] = deque()
+        self._lock = threading.RLock()
         # guarded by _lock:
         self._current: _Step | None = None
         self._last: _Step | None = None  # an event may still tell something of it
@@ -154,6 +155,7 @@ class StallMeter:
                 f"a {type(handle).__qualname__} has no done() and cannot be called; give a handle or a function"
             )
         with self._lock:
+            self._hear()
             if not self._calls:
                 raise ValueError("watch() comes after a save in `with meter.save():`")
             save = self._calls[-1]
@@ -161,31 +163,45 @@ class StallMeter:
             self._take_off(handle, save)
 
     def __call__(self, event: Event) -> None:
-        """The meter as a sink of `AsyncCheckpointer`."""
+        """The meter as a sink of `AsyncCheckpointer`. Never waits: a training thread that is in the middle of something, perhaps
+        because a signal handler interrupted it, hears of the event next."""
+        self._inbox.append(event)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._hear()
+            finally:
+                self._lock.release()
+
+    def _hear(self) -> None:
+        """Take note of the events that have come. Under the lock."""
+        while self._inbox:
+            self._note(self._inbox.popleft())
+
+    def _note(self, event: Event) -> None:
         key = event.save_id or f"step {event.step}"  # the ranks that do not write know no save_id
         happened = (event.stage, event.phase)
-        with self._lock:
-            ended = self._clock() - max(self._wall() - event.time, 0.0)
-            if happened in _BEGINNINGS:
-                save = self._save_of(key, ended - event.seconds)
-                if event.stage == "call" and not save.called:
-                    self._note_call(save, ended - event.seconds, event.seconds)
-            elif happened == ("backpressure", "failed") and key in self._flying:  # a rank learned that it was skipped
-                del self._flying[key], self._heard[key]
-                self._saves -= 1
-            elif happened == ("barrier", "complete") and key in self._heard:
-                self._note_barrier(self._heard[key], event.seconds)
-            elif event.stage == "save" and event.phase != "started":
-                save = self._save_of(key, ended - event.seconds)
-                self._flying.pop(key, None)
-                if not event.save_id:
-                    del self._heard[key]  # the same step may be saved again
-                if event.phase == "failed":
-                    self._note_failure(save)
+        ended = self._clock() - max(self._wall() - event.time, 0.0)
+        if happened in _BEGINNINGS:
+            save = self._save_of(key, ended - event.seconds)
+            if event.stage == "call" and not save.called:
+                self._note_call(save, ended - event.seconds, event.seconds)
+        elif happened == ("backpressure", "failed") and key in self._flying:  # a rank learned that it was skipped
+            del self._flying[key], self._heard[key]
+            self._saves -= 1
+        elif happened == ("barrier", "complete") and key in self._heard:
+            self._note_barrier(self._heard[key], event.seconds)
+        elif event.stage == "save" and event.phase != "started":
+            save = self._save_of(key, ended - event.seconds)
+            self._flying.pop(key, None)
+            if not event.save_id:
+                del self._heard[key]  # the same step may be saved again
+            if event.phase == "failed":
+                self._note_failure(save)
 
     def report(self) -> StallReport:
         """Everything up to now; the measuring goes on."""
         with self._lock:
+            self._hear()
             account = self._account.copy()
             if self._last is not None:
                 account.add(self._last)
@@ -228,6 +244,7 @@ class StallMeter:
         if self._watched:
             self._ask()
         with self._lock:
+            self._hear()
             self._current = step = _Step(bool(self._flying))
             step.start = self._clock()
             if self._begun is None:
@@ -236,6 +253,7 @@ class StallMeter:
     def _end_step(self, completed: bool) -> None:
         now = self._clock()
         with self._lock:
+            self._hear()
             step, self._current = self._current, None
             if step is None or not completed:
                 return
@@ -257,6 +275,7 @@ class StallMeter:
                 logger.exception("a watched save does not say whether it is over; it counts as over")
                 barrier, failed = 0.0, False
             with self._lock:
+                self._hear()
                 self._watched.remove(entry)
                 self._flying.pop(id(handle), None)
                 self._note_barrier(save, barrier)
@@ -371,6 +390,7 @@ class _Call:
     def __enter__(self) -> None:
         meter = self._meter
         with meter._lock:
+            meter._hear()
             self._save = _Save(meter._clock())
             self._save.called = True
             meter._saves += 1
@@ -380,6 +400,7 @@ class _Call:
         meter, save = self._meter, self._save
         save.end = meter._clock()
         with meter._lock:
+            meter._hear()
             meter._note_call(save, save.start, save.end - save.start)
             if kind is not None:
                 meter._note_failure(save)

@@ -18,8 +18,9 @@ from operator import attrgetter, is_
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .. import _signals
 from .cuda import is_capturing, is_on_device
 from .host_copy import are_plain, is_small
 from .probe import PROBE_BYTES, Tails
@@ -54,41 +55,44 @@ class _Gate:
         self.steps = 0  # that optimizers have begun, as far as the hook saw them
         self.generation = 0  # grows when an optimizer is seen for the first time
         self.pending: tuple[Pending, ...] = ()
+        self.stepping: list[int] = []  # ids of optimizers that are in the middle of a step
 
     def install(self) -> None:
-        with self._lock:
+        with _signals.held(), self._lock:
             if not self._installed:
                 register_optimizer_step_pre_hook(_before_step)
+                register_optimizer_step_post_hook(_after_step)
                 os.register_at_fork(after_in_child=self._forget)
                 self._installed = True
 
     def note(self, optimizer: torch.optim.Optimizer) -> None:
-        with self._lock:
+        with _signals.held(), self._lock:
             self.seen.add(optimizer)
             self.generation += 1
 
     def note_captured(self, optimizer: torch.optim.Optimizer) -> None:
-        with self._lock:
+        with _signals.held(), self._lock:
             self.captured.add(optimizer)
             self.generation += 1
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those seen so far that are still there, but for those whose step a CUDA graph repeats without the hook."""
-        with self._lock:
+        with _signals.held(), self._lock:
             return [optimizer for optimizer in self.seen if optimizer not in self.captured]
 
     def add(self, snapshot: Pending) -> None:
-        with self._lock:
+        with _signals.held(), self._lock:
             self.pending = (*self.pending, snapshot)
 
     def remove(self, snapshot: Pending) -> None:
-        with self._lock:
+        with _signals.held(), self._lock:
             self.pending = tuple(other for other in self.pending if other is not snapshot)
 
     def _forget(self) -> None:
         """In a forked child nobody copies: there is nothing to wait for."""
         self._lock = threading.Lock()
         self.pending = ()
+        self.stepping = []
 
 
 GATE = _Gate()
@@ -97,12 +101,20 @@ GATE = _Gate()
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     GATE.steps += 1
+    _after_step(optimizer, args, kwargs)  # in case its last step ended in an exception
+    GATE.stepping.append(id(optimizer))
     if optimizer not in GATE.seen:
         GATE.note(optimizer)
     if is_capturing() and optimizer not in GATE.captured:
         GATE.note_captured(optimizer)
     for snapshot in GATE.pending:
         snapshot.barrier()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if id(optimizer) in GATE.stepping:
+        del GATE.stepping[GATE.stepping.index(id(optimizer)) :]
 
 
 @dataclass(frozen=True)
