@@ -19,12 +19,11 @@ from typing import Any
 SLICE = 0.05  # seconds between two looks for a signal that was held back, while a call waits
 
 _NUMBERS = sorted(_signal.valid_signals())
-_NOT_OURS = (None, _signal.SIG_DFL, _signal.SIG_IGN)
 
 # All of this is touched by the main thread only.
 _depth = 0  # calls that hold signals back
-_pending: list[tuple[int, FrameType | None]] = []  # signals that came meanwhile
-_handlers: dict[int, Any] = {}  # those that `_receive` stands in for
+_pending: list[tuple[_StandIn, int, FrameType | None]] = []  # signals that came meanwhile
+_stand_ins: dict[int, _StandIn] = {}  # by signal
 _raised: BaseException | None = None  # what a handler raised last in `deliver()`
 
 
@@ -97,41 +96,56 @@ def from_handler(error: BaseException) -> bool:
     return error is _raised
 
 
-def _receive(signum: int, frame: FrameType | None) -> None:
-    if _depth:
-        _pending.append((signum, frame))
-    else:
-        _handlers[signum](signum, frame)
+class _StandIn:
+    """Takes the place of a handler, and equals it. Whoever keeps it, because he asked for the handler meanwhile, may call it."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if _depth:
+            _pending.append((self, signum, frame))
+        else:
+            self.handler(signum, frame)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or bool(other == self.handler)
+
+    def __hash__(self) -> int:
+        return hash(self.handler)
 
 
 def _stand_in() -> None:
     """Take the place of every handler that is a Python function."""
     for signum in _NUMBERS:
         handler = _signal.getsignal(signum)
-        if handler not in _NOT_OURS and handler is not _receive:
-            _handlers[signum] = handler
-            try:
-                _signal.signal(signum, _receive)
-            except ValueError:  # not the main interpreter: no handler runs here
-                return
+        if handler is None or type(handler) in (int, _StandIn):
+            continue  # not Python's, the default, ignored; or nothing to do
+        known = _stand_ins.get(signum)
+        if known is None or known.handler is not handler:
+            known = _stand_ins[signum] = _StandIn(handler)
+        try:
+            _signal.signal(signum, known)
+        except ValueError:  # not the main interpreter: no handler runs here
+            return
 
 
 def _stand_down() -> None:
-    """Put the handlers back. Where one is interrupted by another, the rest stay: `_receive` passes on what comes."""
-    for signum, handler in list(_handlers.items()):
-        if _signal.getsignal(signum) is _receive:
-            _signal.signal(signum, handler)
+    """Put the handlers back. Where one is interrupted by another, the rest stay as they are, and pass on what comes."""
+    for signum in list(_stand_ins):
+        if type(known := _signal.getsignal(signum)) is _StandIn:
+            _signal.signal(signum, known.handler)
 
 
 def _run_handlers() -> None:
     try:
         while _pending:
-            signum, frame = _pending.pop(0)
-            _handlers[signum](signum, frame)
+            stand_in, signum, frame = _pending.pop(0)
+            stand_in.handler(signum, frame)
     except BaseException:
         rest = _pending[:]
         _pending.clear()
-        for signum, _ in rest:
+        for _, signum, _ in rest:
             _signal.raise_signal(signum)  # theirs come after this one, as they would have
         raise
 

@@ -103,6 +103,7 @@ class AsyncCheckpointer:
             self._begin()
 
     def _begin(self) -> None:
+        policy = self._options.policy
         self._reporter = Reporter(self._options.sinks)
         self._ledger = Ledger(self._options.on_error)
         ranks = Ranks.of_this_process(self._options.root)
