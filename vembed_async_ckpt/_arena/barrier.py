@@ -151,10 +151,12 @@ class Earned:
 
         Copied at once: what is small, buffers, frozen parameters, copies that nobody steps, computed values, parameters in
         `volatile`, what is not contiguous, and everything of optimizers that have not been seen or whose step a CUDA graph repeats.
-        So are the parameters of a wrapper that has not been seen itself: it may change them before or after the step that it wraps.
+        So are the parameters of a wrapper that has not been seen itself: it may change them before or after the step that it wraps;
+        and those of an optimizer with `train()` and `eval()`, which change them between its steps: schedule-free ones are to be
+        saved between `eval()` and `train()`.
         """
         seen = GATE.optimizers()
-        groups = [group["params"] for optimizer in seen for group in optimizer.param_groups]
+        groups = [group["params"] for optimizer in seen if not _switches(optimizer) for group in optimizer.param_groups]
         unseen = [each.parameter_ids() for each in saved if not any(map(partial(is_, each.optimizer), seen))]
         now = (key, GATE.generation, [list(map(id, parameters)) for parameters in groups], unseen)
         if now != self._key or not self._still_divides(tensors):
@@ -183,6 +185,10 @@ class Earned:
             and False not in map(torch.Tensor.is_contiguous, late)
             and (on_host or all(map(_can_be_late, late)))
         )
+
+
+def _switches(optimizer: torch.optim.Optimizer) -> bool:
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 def all_now(count: int) -> Division:
