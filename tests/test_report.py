@@ -99,10 +99,10 @@ def test_the_wall_time_is_shared_out():
     found = history.read(run(steps=220))
     shares = history.shares(found)
     assert shares.training + shares.blocked + shares.slowed + shares.other == pytest.approx(found.wall)
-    assert shares.training == pytest.approx(220 * 0.1, abs=1e-6)
+    assert shares.training == pytest.approx(220 * 0.1, abs=1e-3)
     assert shares.blocked == pytest.approx(4 * 0.03)
-    assert shares.slowed == pytest.approx(4 * 4 * 0.02, abs=1e-6)
-    assert shares.other == pytest.approx(1.0, abs=1e-6)
+    assert shares.slowed == pytest.approx(4 * 4 * 0.02, abs=1e-3)
+    assert shares.other == pytest.approx(1.0, abs=1e-3)
 
 
 def test_the_time_between_two_runs_is_no_training():
@@ -187,7 +187,7 @@ def test_the_numbers_are_on_it():
     """Goodput, stalls, rate, and what retention left on the disk."""
     html = page.render(history.read(run(steps=220)), "events.jsonl", disk=3e9)
     stalls, disk = (
-        ("30 ms / 30 ms", "480 ms / 480 ms", "p50 30 ms", "p99 30 ms"),
+        ("blocked, p99 30 ms", "until durable, p99 480 ms", "p50 30 ms"),
         ("2.86 GB/s", "4 GB", "the disk: 3 GB/s"),
     )
     for text in (*stalls, *disk, "committed, 0 failed"):

@@ -52,10 +52,12 @@ class Chart:
 
     def time_axis(self, y: float, top: float) -> None:
         """Ticks of the horizontal axis as time from its beginning."""
-        for tick in ticks(0.0, self.high - self.low, 8):
-            x = self.x(self.low + tick)
+        whole = self.high - self.low
+        unit = next((unit for unit in (3600.0, 60.0, 1.0) if whole >= 2 * unit), 1e-3)
+        for tick in ticks(0.0, whole / unit, 8):
+            x = self.x(self.low + tick * unit)
             self.rule(x, top, x, y)
-            self.text(x, y + 16, duration(tick, self.high - self.low), "middle", "tick")
+            self.text(x, y + 16, duration(tick * unit, whole), "end" if x > WIDTH - 40 else "middle", "tick")
 
     def value_axis(self, top: float, bottom: float, high: float, unit: str) -> None:
         """Ticks of the vertical axis, from 0 at `bottom` to `high` at `top`."""
@@ -94,7 +96,7 @@ def duration(seconds: float, of: float | None = None) -> str:
         return f"{seconds / 3600:.3g} h"
     if scale >= 120:
         return f"{seconds / 60:.3g} min"
-    if scale >= 1 or seconds == 0:
+    if scale >= 2 or seconds == 0 or (of is None and scale >= 1):
         return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if scale >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 

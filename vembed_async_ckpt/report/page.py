@@ -22,7 +22,7 @@ body { margin: 0 auto; padding: 28px 24px 60px; max-width: 1010px; background: v
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 22px; margin: 0; } h2 { font-size: 17px; margin: 34px 0 2px; } p { margin: 2px 0 10px; color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin-top: 18px; }
-.tile { background: var(--card); border-radius: 8px; padding: 10px 14px; } .tile b { display: block; font-size: 21px; }
+.tile { background: var(--card); border-radius: 8px; padding: 10px 14px; } .tile b { display: block; font-size: 20px; }
 .tile span { color: var(--soft); font-size: 13px; }
 svg { width: 100%; height: auto; display: block; }
 text { font: 12px system-ui, sans-serif; fill: var(--ink); } text.tick { fill: var(--soft); font-size: 11px; }
@@ -62,7 +62,7 @@ _GOODPUT = (
     "Goodput is the share of the wall time that was training as it would have been without saves. Steps beside a save are "
     "compared with the 16 on either side: on a busy machine a part of that is chance."
 )
-_TIMELINE = "Red blocks training; the other colours overlap with it. Point at a bar for its numbers."
+_TIMELINE = "Red blocks training; the other colours overlap with it; a red dot is a save that failed. Point at one for its numbers."
 _DETAIL = "The save that blocked training for the median time, and the steps around it."
 _STALLS = "Of each save: the call of save() and the wait at optimizer.step(). The axis is logarithmic."
 _RATES = "Writing and committing. The line is the fastest save of this run, not what the disk can do: --disk-gbps draws that."
@@ -89,11 +89,9 @@ def _tiles(history: History) -> str:
     if history.steps:
         tiles.append((f"{shares(history).training / max(history.wall, 1e-9):.1%}", "goodput"))
     if blocked:
-        tiles.append((f"{duration(median(blocked))} / {duration(percentile(blocked, 0.99))}", "blocked, p50 / p99"))
+        tiles.append((duration(median(blocked)), f"blocked, p99 {duration(percentile(blocked, 0.99))}"))
     if durable:
-        tiles.append(
-            (f"{duration(median(durable))} / {duration(percentile(durable, 0.99))}", "durable after, p50 / p99")
-        )
+        tiles.append((duration(median(durable)), f"until durable, p99 {duration(percentile(durable, 0.99))}"))
     if rates:
         tiles.append((f"{size(median(rates))}/s", "write rate, median"))
     tiles.append((f"{len(good)}", f"committed, {sum(save.failed for save in history.saves)} failed"))
@@ -129,12 +127,13 @@ def _goodput(history: History) -> str:
 
 
 def _timeline(history: History) -> str:
-    chart = Chart(330, history.begin, history.end, "Steps and saves over time")
-    top, bottom = 10.0, 130.0
+    chart = Chart(346, history.begin, history.end, "Steps and saves over time")
+    top, bottom = 26.0, 146.0
     lanes = ("blocks training", "copy", "write", "commit", "retention")
     chart.time_axis(bottom + 20 + 30 * len(lanes), top)
     if history.steps:
-        typical = percentile([end - begin for begin, end in history.steps], 0.99) * 1.25
+        seconds = [end - begin for begin, end in history.steps]
+        typical = min(max(seconds) * 1.05, percentile(seconds, 0.99) * 3)  # what is far longer is cut off
         unit, scale = ("s", 1.0) if typical >= 1 else ("ms", 1e3)
         chart.value_axis(top, bottom, typical * scale, unit)
         usual, most = _curves(history)
@@ -144,7 +143,7 @@ def _timeline(history: History) -> str:
 
         if most:
             chart.line(points(most), "most")
-            chart.text(WIDTH - RIGHT, top + 2, "longest step in the bin, above the median", "end", "tick")
+            chart.text(WIDTH - RIGHT, top - 12, "longest step in the bin, above the median", "end", "tick")
         chart.line(points(usual), "step")
     rows = {name: bottom + 24 + 30 * number for number, name in enumerate(lanes)}
     for name, y in rows.items():
@@ -156,6 +155,8 @@ def _timeline(history: History) -> str:
         for name, span in (("copy", save.copy), ("write", save.write), ("commit", save.commit)):
             if span is not None:
                 chart.span(*span, rows[name], 18, name, text)
+        if save.failed and save.end is not None:
+            chart.dot(save.end, rows["commit"] + 9, "blocked", text)
     for gone in history.deletions:
         chart.span(*gone.span, rows["retention"], 18, "gone", f"{gone.detail}, {size(gone.freed)}")
     return chart.svg()
