@@ -20,7 +20,7 @@ LAYERS = [
     {"_engine", "restore"},
     {"policies", "_request", "_arena", "_writer", "_store"},
     {"_plan"},
-    {"errors", "events", "stall", "sinks", "_signals"},
+    {"errors", "events", "stall", "ettr", "sinks", "_signals"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = ["_writer", "_store", "_plan"]

@@ -32,6 +32,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
+from .ettr import GPUS, RESTART, Advice, advise, mtbf_of
 from .events import Event, logger
 
 NEIGHBOURS = 16  # quiet steps on either side of the busy ones
@@ -49,7 +50,8 @@ class StallReport:
     `quiet_step`: what the busy steps would have taken by their neighbours, on average, and `busy_step` what they took.
     `inflation`: busy to quiet, 0.02 is 2 % slower. `noise`: the inflation that the neighbours show when they are measured against
     their own medians; an inflation no larger than that means nothing. `slowed_per_save`: what the steps took longer.
-    `cost_per_save` = blocked + slowed; `cost_per_hour`: of training as it was.
+    `cost_per_save` = blocked + slowed; `cost_per_hour`: of training as it was. `advice`: how often to save, and what that loses
+    in 30 days, against the interval of this run (`vembed_async_ckpt.ettr`); None if the cost is not known.
     """
 
     saves: int
@@ -71,6 +73,7 @@ class StallReport:
     slowed_per_save: float | None
     cost_per_save: float | None
     cost_per_hour: float | None
+    advice: Advice | None = None
 
     def json(self) -> str:
         """All of it as one JSON object."""
@@ -97,6 +100,8 @@ class StallReport:
             ("cost per save", _ms(self.cost_per_save)),
             ("cost per hour", _ms(self.cost_per_hour) + share),
         ]
+        if self.advice is not None:
+            rows += [("save every", str(self.advice))]
         return "\n".join(f"{name:<24}{value}" for name, value in rows)
 
 
@@ -198,17 +203,22 @@ class StallMeter:
             if event.phase == "failed":
                 self._note_failure(save)
 
-    def report(self) -> StallReport:
-        """Everything up to now; the measuring goes on."""
+    def report(self, *, mtbf: float | None = None, gpus: float = GPUS, restart: float = RESTART) -> StallReport:
+        """Everything up to now; the measuring goes on.
+
+        For its advice: `mtbf` is the time between two crashes in seconds, taken from the number of `gpus` unless it is given, and
+        `restart` the time from a crash until the run trains again. The steps with a save in flight tell when a save is durable.
+        """
+        between = mtbf_of(gpus) if mtbf is None else mtbf
         with self._lock:
             self._hear()
             account = self._account.copy()
             if self._last is not None:
                 account.add(self._last)
             account.settle()
-            return self._report(account)
+            return self._report(account, between, restart)
 
-    def _report(self, account: _Account) -> StallReport:
+    def _report(self, account: _Account, mtbf: float, restart: float) -> StallReport:
         elapsed = 0.0 if self._begun is None else self._ended - self._begun
         blocked = self._blocked
         known = account.known_steps > 0 and account.expected > 0
@@ -236,6 +246,15 @@ class StallMeter:
             slowed_per_save=None if cost is None else slowed / self._saves,
             cost_per_save=None if cost is None else cost / self._saves,
             cost_per_hour=None if cost is None or elapsed <= 0 else cost / elapsed * 3600,
+            advice=None
+            if cost is None or elapsed <= 0
+            else advise(
+                lost=cost / self._saves,
+                durable=(blocked.total + account.busy_seconds) / self._saves,
+                mtbf=mtbf,
+                restart=restart,
+                now=elapsed / self._saves,
+            ),
         )
 
     # -- steps
