@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vembed_async_ckpt
-from vembed_async_ckpt import AsyncCheckpointer, CheckpointerBusy, CorruptCheckpoint, best, checkpoints, delete, verify
+from vembed_async_ckpt import AsyncCheckpointer, CheckpointerBusy, CheckpointError, best, checkpoints, delete, verify
 from vembed_async_ckpt._store import names
 
 
@@ -126,10 +126,10 @@ def test_delete_refuses_what_it_cannot_judge(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoint-1"
     directory.mkdir()
     (directory / names.WEIGHTS).write_bytes(b"weights")
-    with pytest.raises(CorruptCheckpoint, match="checkpoint-1"):
+    with pytest.raises(CheckpointError, match="checkpoint-1: was written by save_pretrained"):
         delete(directory)
     assert (directory / names.WEIGHTS).read_bytes() == b"weights"
-    with pytest.raises(CorruptCheckpoint, match="absent"):
+    with pytest.raises(CheckpointError, match="absent: does not exist"):
         delete(tmp_path / "absent")
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1"]
 

@@ -23,10 +23,10 @@ import pytest
 import torch
 import transformers as hf
 
-from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, load, restore, verify
+from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, load, verify
 from vembed_async_ckpt._request import model as models
 from vembed_async_ckpt._request.dtypes import TO_TORCH
-from vembed_async_ckpt._store import fs, names, reading
+from vembed_async_ckpt._store import fs, names, reader, reading
 from vembed_async_ckpt.restore import tensors
 
 BOUND = 30
@@ -309,10 +309,11 @@ def test_what_the_size_does_not_tell_is_still_found_before_anything_is_changed(b
 
 
 def test_a_directory_that_is_no_checkpoint(tmp_path: Path):
-    """An empty directory and one that is not there are incomplete checkpoints."""
-    for directory in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(CorruptCheckpoint, match=r"vembed_manifest\.json"):
-            load(directory)
+    """An empty directory is incomplete, one that is not there does not exist."""
+    with pytest.raises(CorruptCheckpoint, match=r"vembed_manifest\.json"):
+        load(tmp_path)
+    with pytest.raises(CheckpointError, match="missing: does not exist"):
+        load(tmp_path / "missing")
 
 
 # -- models whose files are not their state_dict
@@ -863,7 +864,7 @@ class Replacing:
                 shutil.rmtree(old)
             return really(path)
 
-        for module in (fs, reading, restore):
+        for module in (fs, reading, reader):
             monkeypatch.setattr(module, "open_regular", open_regular)
 
 

@@ -13,8 +13,9 @@ from ._store import catalog
 from ._store import manifest as manifests
 from ._store.fs import LocalFilesystem
 from ._store.lock import RootLock
+from ._store.reader import manifest_of
 from ._writer import latest_link, removal
-from .errors import CheckpointerBusy, CorruptCheckpoint
+from .errors import CheckpointerBusy
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def checkpoints(root: str | os.PathLike[str]) -> list[CheckpointEntry]:
 
     A root that does not exist gives an empty list. Raises `CheckpointError` if the root cannot be listed.
     """
-    return [_entry(found) for found in reversed(catalog.scan(os.path.abspath(root)))]
+    return [_entry(found) for found in reversed(catalog.survey(os.path.abspath(root)))]
 
 
 def best(root: str | os.PathLike[str], metric: str, mode: Literal["min", "max"] = "min") -> Path | None:
@@ -69,9 +70,9 @@ def delete(path: str | os.PathLike[str]) -> None:
     """
     directory = os.path.abspath(path)
     root, name = os.path.split(directory)
-    save_id = manifests.read(directory).save_id
+    save_id = manifest_of(directory).save_id
     root = os.path.realpath(root)
-    lock = RootLock.acquire(root)
+    lock = RootLock.acquire(root, create=False)
     try:
         if removal.in_use(os.path.join(root, name)):
             raise CheckpointerBusy(f"{directory}: somebody is loading this checkpoint; delete it later")
@@ -86,10 +87,6 @@ def _entry(found: catalog.Entry) -> CheckpointEntry:
     manifest, problem = found.manifest, found.error
     if manifest is None:
         return CheckpointEntry(Path(found.path), None, None, {}, 0, None, False, str(problem))
-    try:
-        manifests.check(found.path, manifest, "size")
-    except CorruptCheckpoint as error:
-        problem = error
     return CheckpointEntry(
         path=Path(found.path),
         step=manifest.step,

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, CorruptCheckpoint
-from . import latest_link, names
+from . import latest_link, names, places
 from . import manifest as manifests
 from .manifest import Manifest, Verify
+from .reader import reading
 
 _MOMENT = 0.05  # seconds that a directory is given to come back under its name
 
@@ -23,7 +24,7 @@ class Entry:
 
     path: str
     manifest: Manifest | None
-    error: CorruptCheckpoint | None = None
+    error: CheckpointError | None = None
     order: tuple[int, int] = (-1, -1)  # newest is largest; unknown is oldest
 
 
@@ -82,6 +83,9 @@ def _read(path: str) -> Entry:
         found = manifests.read(path)
         return Entry(path, found, order=found.order)
     except CorruptCheckpoint as error:
+        writer = places.other_program(path)
+        if writer and not os.path.lexists(os.path.join(path, names.MANIFEST)):
+            return Entry(path, None, CheckpointError(f"{path}: was written by {writer}, not by vembed_async_ckpt"))
         return Entry(path, None, error)
 
 
@@ -91,9 +95,10 @@ def latest(root: str | os.PathLike[str], *, verify: Verify = "size") -> Path | N
     Newest is by (sequence, step) of the manifests, never by name or file time. Broken checkpoints are skipped with a warning
     that says why. If the writer of a dead trainer is still finishing a staged save, waits for it (up to 60 s) and says so.
     Raises `CorruptCheckpoint` if every checkpoint is broken, `CheckpointerBusy` if that writer does not finish, and
-    `CheckpointError` if the root cannot be listed.
+    `CheckpointError` if the root cannot be listed, is a checkpoint itself, or holds only what other programs wrote.
     """
     root = os.fspath(root)
+    places.refuse_checkpoint(root)
     if os.name == "posix":
         from .lock import wait_for_orphan
 
@@ -102,7 +107,7 @@ def latest(root: str | os.PathLike[str], *, verify: Verify = "size") -> Path | N
 
 
 def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
-    broken: list[CorruptCheckpoint] = []
+    broken: list[CheckpointError] = []
     entries = scan(root)
     # How new one is whose manifest cannot be read, nobody knows: it may be the one that was looked for.
     unread = [entry for entry in entries if entry.error and entry.order < (0, 0)]
@@ -123,13 +128,19 @@ def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
     else:
         if not entries:
             return None
+        if not any(isinstance(error, CorruptCheckpoint) for error in broken):
+            raise CheckpointError(
+                f"{root}: nothing there is a checkpoint of ours, so there is nothing to go on from; load it with the program "
+                "that wrote it: " + "; ".join(str(error) for error in broken)
+            )
         raise CorruptCheckpoint(
             f"{root}: none of the {len(entries)} checkpoints is complete; newest first: "
             + "; ".join(str(error) for error in broken)
         )
     broken += [entry.error for entry in unread if entry.error and not _has_changed(entry)]
     for error in broken:
-        warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=3)
+        what = "skipped a broken checkpoint" if isinstance(error, CorruptCheckpoint) else "skipped"
+        warnings.warn(f"{what}: {error}", stacklevel=3)
     return Path(entry.path)
 
 
@@ -154,15 +165,40 @@ def _identity(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def survey(root: str) -> list[Entry]:
+    """What `scan` finds, with the sizes of the files compared. A checkpoint that is deleted meanwhile is left out, and one that is
+    replaced is looked at again."""
+    return [entry for found in scan(root) if (entry := _surveyed(found)) is not None]
+
+
+def _surveyed(entry: Entry, retries: int = 2) -> Entry | None:
+    error = entry.error
+    if entry.manifest is not None:
+        try:
+            manifests.check(entry.path, entry.manifest, "size")
+            return entry
+        except CorruptCheckpoint as found:
+            error = found
+    if retries and entry.order >= (-1, -1) and _has_changed(entry):
+        if not os.path.lexists(entry.path):
+            time.sleep(_MOMENT)
+        return _surveyed(_read(entry.path), retries - 1) if os.path.lexists(entry.path) else None
+    return replace(entry, error=error)
+
+
 def verify(path: str | os.PathLike[str]) -> Manifest:
     """Check everything a checkpoint says of itself: manifest, sizes, and the hash of every file.
 
-    Raises `CorruptCheckpoint` naming file and reason.
+    Retention leaves it alone meanwhile.
+    Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` for what is no checkpoint or is gone meanwhile.
     """
     directory = latest_link.resolve(path)
-    found = manifests.read(directory)
-    manifests.check(directory, found, "full")
-    return found
+
+    def look(found: Manifest) -> Manifest:
+        manifests.check(directory, found, "full")
+        return found
+
+    return reading(directory, look)
 
 
 class Committed:

@@ -9,7 +9,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from .._store import catalog, names
+from .._store import catalog, names, places
 from .._store.fs import LocalFilesystem
 from .._store.lock import RootLock
 from .._store.manifest import Manifest
@@ -40,10 +40,11 @@ def prune(
     """
     policy = _policy(keep_last, keep_every, keep_best, unrated)
     path = os.path.realpath(root)
+    places.refuse_no_root(path)
     if dry_run:
         _say("would delete", removal.expendable(policy, _committed(path, policy)), as_json)
         return
-    lock = RootLock.acquire(path)
+    lock = RootLock.acquire(path, create=False)
     try:
         _say("deleted", removal.prune(LocalFilesystem(), path, policy, _committed(path, policy)), as_json)
     finally:
@@ -99,6 +100,7 @@ def sweep(
 ) -> None:
     """Show what crashes left behind, and with --yes remove what is ours. What is not ours is only ever shown."""
     path = os.path.realpath(root)
+    places.refuse_no_root(path)
     work, kept = names.work_directory(path), names.replaced_directory(path)
     found = {
         "leftovers": [entry for entry in _entries(work) if names.parse_work_entry(entry) is not None],

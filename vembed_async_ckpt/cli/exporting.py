@@ -17,6 +17,7 @@ from .._store import latest_link, names
 from .._store import manifest as manifests
 from .._store.fs import open_regular, read_regular
 from .._store.manifest import Manifest
+from .._store.reader import held, manifest_of
 from .._store.tensors import StoredTensor, stored_tensors
 from ..errors import CheckpointError, CorruptCheckpoint
 from .inspecting import Checkpoint
@@ -43,8 +44,13 @@ def export(
     """
     if dtype is not None and dtype not in _DTYPES:
         raise typer.BadParameter(f"{dtype!r}; use {', '.join(_DTYPES)}", param_hint="--dtype")
-    directory, target = latest_link.resolve(path), os.path.abspath(out)
-    manifest = manifests.read(directory)
+    directory = latest_link.resolve(path)
+    with held(directory):  # retention leaves it alone meanwhile
+        _export(directory, os.path.abspath(out), weights_only, dtype)
+
+
+def _export(directory: str, target: str, weights_only: bool, dtype: str | None) -> None:
+    manifest = manifest_of(directory)
     manifests.check(directory, manifest, "full")
     chosen = [name for name in _model_files(directory, manifest) if not weights_only or _is_weights(name)]
     if not any(name.endswith(".safetensors") for name in chosen):

@@ -20,6 +20,7 @@ from rich.table import Table
 from .._store import latest_link, names
 from .._store import manifest as manifests
 from .._store.fs import open_regular, read_regular
+from .._store.reader import reading
 from .._store.tensors import StoredTensor, digests, stored_tensors
 from ..errors import CorruptCheckpoint
 from .reading import AsJson, print_json, shown
@@ -39,11 +40,9 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint: step, metrics, versions, files, tensors, config."""
     directory = latest_link.resolve(path)
-    manifest = manifests.read(directory)
-    manifests.check(directory, manifest, "size")
-    found = list(stored_tensors(directory, manifest))
+    manifest, found, config = reading(directory, lambda manifest: _contents(directory, manifest))
     if as_json:
-        print_json(_summary(directory, manifest, found))
+        print_json(_summary(directory, manifest, found, config))
         return
     console = Console()
     metrics = " ".join(f"{name}={value:.4g}" for name, value in manifest.metrics.items())
@@ -55,13 +54,20 @@ def inspect(
     console.print(_files_table(manifest, found))
     if names.CONFIG in manifest.files:
         print(f"{names.CONFIG}:")
-        for line in json.dumps(_config(directory), indent=2, ensure_ascii=False).splitlines():
+        for line in json.dumps(config, indent=2, ensure_ascii=False).splitlines():
             print(shown(line))
     if tensors:
         _list_tensors(found)
 
 
-def _summary(directory: str, manifest: manifests.Manifest, found: list[StoredTensor]) -> dict[str, Any]:
+def _contents(directory: str, manifest: manifests.Manifest) -> tuple[manifests.Manifest, list[StoredTensor], Any]:
+    """Manifest, tensors and config of a checkpoint whose files have the right sizes."""
+    manifests.check(directory, manifest, "size")
+    config = _config(directory) if names.CONFIG in manifest.files else None
+    return manifest, list(stored_tensors(directory, manifest)), config
+
+
+def _summary(directory: str, manifest: manifests.Manifest, found: list[StoredTensor], config: Any) -> dict[str, Any]:
     return {
         "path": directory,
         "step": manifest.step,
@@ -70,7 +76,7 @@ def _summary(directory: str, manifest: manifests.Manifest, found: list[StoredTen
         "versions": dict(manifest.versions),
         "files": {name: record.size for name, record in manifest.files.items()},
         "tensors": [{"file": t.file, "name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in found],
-        "config": _config(directory) if names.CONFIG in manifest.files else None,
+        "config": config,
     }
 
 
@@ -119,7 +125,23 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Say which tensors of two checkpoints differ, by the hash of their bytes. Exit code 1 if any does."""
-    sides = [(path, manifests.read(path)) for path in map(latest_link.resolve, (a, b))]
+    left, right = map(latest_link.resolve, (a, b))
+    result = reading(left, lambda one: reading(right, lambda other: _compared([(left, one), (right, other)], norms)))
+    if as_json:
+        print_json(result)
+    else:
+        kinds = ("changed", "only_in_a", "only_in_b")
+        print(
+            ", ".join(f"{len(result[what])} {what.replace('_', ' ')}" for what in kinds) + f", {result['equal']} equal"
+        )
+        for what in kinds:
+            for line in result[what]:
+                print(f"{what.replace('_', ' ')}: {shown(line)}{_in_words(result.get('norms', {}).get(line))}")
+    raise typer.Exit(1 if any(result[what] for what in ("changed", "only_in_a", "only_in_b")) else 0)
+
+
+def _compared(sides: list[tuple[str, manifests.Manifest]], norms: bool) -> dict[str, Any]:
+    """Which tensors differ, by name."""
     for side in sides:
         manifests.check(*side, "size")
     one, other = (digests(directory, manifest) for directory, manifest in sides)
@@ -133,17 +155,7 @@ def diff(
     }
     if norms:
         result["norms"] = _norms(sides, changed)
-    if as_json:
-        print_json(result)
-    else:
-        kinds = ("changed", "only_in_a", "only_in_b")
-        print(
-            ", ".join(f"{len(result[what])} {what.replace('_', ' ')}" for what in kinds) + f", {result['equal']} equal"
-        )
-        for what in kinds:
-            for line in result[what]:
-                print(f"{what.replace('_', ' ')}: {shown(line)}{_in_words(result.get('norms', {}).get(line))}")
-    raise typer.Exit(1 if len(common) != result["equal"] or result["only_in_a"] or result["only_in_b"] else 0)
+    return result
 
 
 def _norms(

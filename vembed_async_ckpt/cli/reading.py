@@ -19,9 +19,10 @@ from rich.progress import DownloadColumn, Progress
 from rich.table import Table
 
 from .. import listing
-from .._store import catalog, latest_link, names
+from .._store import catalog, latest_link, names, places
 from .._store import manifest as manifests
-from ..errors import CorruptCheckpoint
+from .._store.reader import reading
+from ..errors import CheckpointError, CorruptCheckpoint
 
 Root = Annotated[Path, typer.Argument(help="Directory that holds the checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
@@ -48,7 +49,8 @@ def shown(name: str) -> str:
 
 def ls(root: Root, as_json: AsJson = False) -> None:
     """List the checkpoints under ROOT, oldest first: step, age, size, metrics, and whether each is complete."""
-    rows = [_row(entry) for entry in catalog.scan(os.fspath(root))]
+    places.refuse_no_root(os.fspath(root))
+    rows = [_row(entry) for entry in catalog.survey(os.fspath(root))]
     if as_json:
         print_json(rows)
     elif not rows:
@@ -60,15 +62,11 @@ def ls(root: Root, as_json: AsJson = False) -> None:
 
 def _row(entry: catalog.Entry) -> dict[str, Any]:
     error, found = entry.error, entry.manifest
-    if found is not None:
-        try:
-            manifests.check(entry.path, found, "size")
-        except CorruptCheckpoint as broken:
-            error = broken
     return {
         "name": os.path.basename(entry.path),
         "path": entry.path,
         "complete": error is None,
+        "ours": error is None or isinstance(error, CorruptCheckpoint),
         "reason": None if error is None else str(error),
         "step": found.step if found else None,
         "sequence": found.sequence if found else None,
@@ -91,9 +89,15 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             "" if row["time"] is None else _age(row["time"]),
             "" if row["bytes"] is None else decimal(row["bytes"]),
             escape(metrics),
-            "[green]complete[/]" if row["complete"] else f"[red]broken:[/] {escape(row['reason'])}",
+            _state(row),
         )
     return table
+
+
+def _state(row: dict[str, Any]) -> str:
+    if row["complete"]:
+        return "[green]complete[/]"
+    return f"[red]{'broken' if row['ours'] else 'not ours'}:[/] {escape(row['reason'])}"
 
 
 def _age(then: float) -> str:
@@ -137,27 +141,45 @@ def verify(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a directory that holds some.")], as_json: AsJson = False
 ) -> None:
     """Check PATH, or every checkpoint under it: manifests, sizes, and the hash of every file."""
-    entries = [entry.path for entry in catalog.scan(os.fspath(path))]
-    if not entries or os.path.lexists(os.path.join(path, names.MANIFEST)):
-        entries = [latest_link.resolve(path)]
+    directory = latest_link.resolve(path)
+    is_root = not os.path.lexists(os.path.join(directory, names.MANIFEST)) and os.path.isdir(directory)
+    found = catalog.scan(directory) if is_root else []
+    entries = [entry.path for entry in found if entry.manifest or isinstance(entry.error, CorruptCheckpoint)]
+    others = [str(entry.error) for entry in found if entry.path not in entries]
     with Progress(
         *Progress.get_default_columns(), DownloadColumn(), console=Console(stderr=True), transient=True
     ) as bar:
-        results = [_verified(entry, bar) for entry in entries]
+        results = [_verified(entry, bar, listed=bool(entries)) for entry in entries or [directory]]
     if as_json:
         print_json(results)
     else:
         for result in results:
-            print(f"{result['path']}: {'ok' if result['ok'] else 'BROKEN: ' + str(result['reason'])}")
-    raise typer.Exit(0 if all(result["ok"] for result in results) else 1)
+            print(f"{result['path']}: {_verdict(result)}")
+        for line in others:
+            print(line)
+    raise typer.Exit(1 if any(result["ok"] is False for result in results) else 0)
 
 
-def _verified(path: str, bar: Progress) -> dict[str, Any]:
-    try:
-        found = manifests.read(path)
+def _verdict(result: dict[str, Any]) -> str:
+    if result["ok"] is None:
+        return "gone: it was deleted or replaced meanwhile"
+    return "ok" if result["ok"] else f"BROKEN: {result['reason']}"
+
+
+def _verified(path: str, bar: Progress, *, listed: bool) -> dict[str, Any]:
+    """Of one that was `listed` a moment ago and is not there any more, `ok` is None."""
+
+    def look(found: manifests.Manifest) -> dict[str, Any]:
         size = sum(record.size for record in found.files.values())
         task = bar.add_task(escape(os.path.basename(path)), total=size)
         manifests.check(path, found, "full", lambda count: bar.advance(task, count))
+        return {"path": path, "ok": True, "reason": None, "files": len(found.files), "bytes": size}
+
+    try:
+        return reading(path, look)
     except CorruptCheckpoint as error:
         return {"path": path, "ok": False, "reason": str(error)}
-    return {"path": path, "ok": True, "reason": None, "files": len(found.files), "bytes": size}
+    except CheckpointError as error:
+        if not listed:
+            raise
+        return {"path": path, "ok": None, "reason": str(error)}

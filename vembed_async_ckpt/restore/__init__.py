@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,8 @@ from .._request.parameters import names_of
 from .._request.request import named
 from .._request.training_state import parse_rank
 from .._store import latest_link, names
-from .._store import manifest as manifests
-from .._store.fs import open_regular
 from .._store.manifest import Verify
+from .._store.reader import has_changed, held, manifest_of
 from ..errors import CheckpointError
 from .accelerated import by_name, load_hooks, models_to_load
 from .models import plan_model
@@ -38,7 +36,6 @@ from .selection import Selection, check_names
 from .tensors import Move, Tensors
 
 _T = TypeVar("_T")
-_MOMENT = 0.05  # seconds that a directory which made way without an exchange is given to come back
 
 
 @dataclass(frozen=True)
@@ -148,38 +145,23 @@ def _of_one_save(
     `CorruptCheckpoint`, and `CheckpointError` if the name is taken by yet another save.
     """
     for _ in range(2):
-        with contextlib.ExitStack() as held:
-            lock = held.enter_context(_held(directory))
+        with contextlib.ExitStack() as inner:
+            lock = inner.enter_context(held(directory))
             try:
-                manifest = manifests.read(directory)
-                source = held.enter_context(contextlib.closing(Tensors(directory, manifest, verify)))
+                manifest = manifest_of(directory)
+                source = inner.enter_context(contextlib.closing(Tensors(directory, manifest, verify)))
                 with _making_sense(directory):
                     planned = plan(source)
             except CheckpointError:
-                if not _has_changed(directory, lock):
+                if not has_changed(directory, lock):
                     raise
                 continue
-            if not _has_changed(directory, lock):
-                stack.push(held.pop_all())
+            if not has_changed(directory, lock):
+                stack.push(inner.pop_all())
                 return source, planned
     raise CheckpointError(
         f"{directory}: was replaced twice while it was read; load it when nobody saves under its name"
     )
-
-
-def _has_changed(directory: str, lock: int | None) -> bool:
-    """Whether the directory's manifest is another file than the one behind `lock`; where there was none (None), it is given a
-    moment to come."""
-    if lock is None:
-        time.sleep(_MOMENT)
-    try:
-        now = open_regular(os.path.join(directory, names.MANIFEST))
-    except OSError:
-        return lock is not None
-    try:
-        return lock is None or not os.path.sameopenfile(lock, now)
-    finally:
-        os.close(now)
 
 
 def _restore(source: Tensors, planned: _Planned) -> Restored:
@@ -378,21 +360,3 @@ def _saved(saved: Mapping[str, Any], name: str, what: str) -> Any:
         known = ", ".join(repr(other) if other else "one without a name" for other in saved) or "none"
         raise CheckpointError(f"the checkpoint has no {what} {name!r}; it has {known}")
     return saved[name]
-
-
-@contextlib.contextmanager
-def _held(directory: str) -> Iterator[int | None]:
-    """Retention leaves a checkpoint alone while somebody holds a shared lock on its manifest: the file that was locked."""
-    try:
-        fd = open_regular(os.path.join(directory, names.MANIFEST))
-    except OSError:
-        yield None  # the manifest's own reader says what is wrong
-        return
-    try:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(fd, fcntl.LOCK_SH)
-        yield fd
-    finally:
-        os.close(fd)
