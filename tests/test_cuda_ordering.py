@@ -1,4 +1,4 @@
-"""Copies from CUDA devices, on a double of streams and events: a wait that is missing shows in the checkpoint."""
+"""Copies from devices, on a double of streams and events: a wait that is missing shows in what arrives."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vembed_async_ckpt import AsyncCheckpointer, StageError, load
-from vembed_async_ckpt._arena import cuda as devices
-from vembed_async_ckpt._arena.arena import Arena
-from vembed_async_ckpt._arena.barrier import GATE
-from vembed_async_ckpt._arena.cuda import DeviceCopies
+from vembed_async_ckpt._arena.devices import DeviceCopies
 
 DEVICE = torch.device("cpu")
 
@@ -33,6 +28,11 @@ class Event:
 
     def synchronize(self) -> None:
         self._double.run_until(lambda: self.happened)
+
+    def query(self) -> bool:
+        """The device goes on by one thing, if it can: whoever asks again and again comes to an end."""
+        self._double.advance(lambda: self.happened)
+        return self.happened
 
 
 class Stream:
@@ -83,8 +83,14 @@ class Double:
         self.streams.append(Stream())
         return self.streams[-1]
 
-    def Event(self, blocking: bool) -> Event:
+    def Event(self, enable_timing: bool) -> Event:
         return Event(self)
+
+    def device(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def module_of(self, device: torch.device) -> Double:
+        return self
 
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -97,12 +103,17 @@ class Double:
             self.current_stream(to.device).do(lambda to=to, source=source: to.copy_(source))  # type: ignore[misc]
 
     def run_until(self, over: Callable[[], bool]) -> None:
-        while True:
-            with self._advancing:
-                if over():
-                    return
-                order = self.chance.sample(self.streams, len(self.streams))
-                assert any(stream.advance() for stream in order), "every stream waits for what never happens"
+        while not self.advance(over):
+            pass
+
+    def advance(self, over: Callable[[], bool]) -> bool:
+        """Have one stream do one thing, unless it is `over`."""
+        with self._advancing:
+            if over():
+                return True
+            order = self.chance.sample(self.streams, len(self.streams))
+            assert any(stream.advance() for stream in order), "every stream waits for what never happens"
+        return False
 
     def idle(self) -> bool:
         return not any(stream.told for stream in self.streams)
@@ -115,7 +126,7 @@ def train_and_copy(copies_of: Callable[..., DeviceCopies], seed: int) -> list[li
     places = [torch.full((3,), -1.0), torch.full((2,), -1.0)]
     for tensor in (weight, buffer):
         double.compute.do(lambda tensor=tensor: tensor.fill_(1))  # type: ignore[misc]
-    copies = copies_of([DEVICE], double, double.copy)
+    copies = copies_of([DEVICE], double.module_of, double.copy)
     copies.issue(places[1:], [buffer])  # at once
     copies.hold_back()
     double.compute.do(lambda: buffer.fill_(2))
@@ -165,159 +176,11 @@ def test_memory_is_held_until_it_was_read() -> None:
     double = Double()
     weight = torch.nn.Parameter(torch.ones(3))
     place = torch.zeros(3)
-    copies = DeviceCopies([DEVICE], double, double.copy)
+    copies = DeviceCopies([DEVICE], double.module_of, double.copy)
     copies.issue([place], [weight])
     old = weight.data_ptr()
     weight.data = torch.full((3,), 2.0)
-    assert [alias.data_ptr() for alias in copies._held] == [old]
+    assert {alias.data_ptr() for alias in copies._held} == {old}
     copies.wait()
     assert place.tolist() == [1.0] * 3
     assert copies._held == []
-
-
-class Lazy(Double):
-    """The compute stream is the CPU itself: it has done what it was told, and waits when it is told to. The others do nothing
-    before somebody waits for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.compute.do = lambda call: call()  # type: ignore[method-assign]
-        self.compute.wait_event = lambda event: event.synchronize()  # type: ignore[method-assign]
-
-
-@pytest.fixture
-def lazy_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lazy]:
-    """Every tensor of more than a few numbers is on a device that copies as late as it may."""
-    double = Lazy()
-    monkeypatch.setattr(devices, "is_on_device", lambda tensor: tensor.numel() > 8)
-    monkeypatch.setattr(devices, "any_on_device", lambda tensors: any(map(devices.is_on_device, tensors)))
-    for module in ("vembed_async_ckpt._engine.saving", "vembed_async_ckpt._arena.barrier"):
-        monkeypatch.setattr(f"{module}.is_on_device", devices.is_on_device)
-    monkeypatch.setattr(devices, "copy_async", double.copy)
-    monkeypatch.setattr(torch, "cuda", TorchCuda(double))
-    monkeypatch.setattr(devices, "_device", None)
-    monkeypatch.setattr(devices, "pin", lambda address, size: True)
-    monkeypatch.setattr(devices, "unpin", lambda address: None)
-    yield double
-    assert double.idle(), "nothing was left behind on a stream"
-
-
-class TorchCuda:
-    """torch.cuda, but for streams and events."""
-
-    def __init__(self, double: Double) -> None:
-        self._double, self._real = double, torch.cuda
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._double if hasattr(self._double, name) else self._real, name)
-
-
-def trained(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable[[], None]]:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 16))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(torch.randn(4, 16)).pow(2).mean().backward()
-        optimizer.step()
-
-    for _ in range(steps):
-        step()
-    return model, optimizer, step
-
-
-@pytest.mark.parametrize("staging", ["overlap", "blocking"])
-def test_saves_of_a_training_on_a_lazy_device(lazy_device: Lazy, root: Path, staging: Any) -> None:
-    """Weights, BatchNorm statistics and moments are those of the call, though training went on at once and the device copies
-    only when somebody waits."""
-    model, optimizer, step = trained(2)
-    expected: dict[int, dict[str, torch.Tensor]] = {}
-    with AsyncCheckpointer(root, staging=staging, writer="thread") as checkpointer:
-        for number in range(1, 6):
-            expected[number] = {key: value.clone() for key, value in model.state_dict().items()}
-            moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
-            handle = checkpointer.save(
-                number, model=model, optimizer=optimizer, extra={"ema": torch.arange(100.0) * number}
-            )
-            step()
-            handle.result(60)
-            restored, restored_optimizer, _ = trained(1)
-            found = load(handle.path, model=restored, optimizer=restored_optimizer)
-            for key, value in restored.state_dict().items():
-                assert torch.equal(value, expected[number][key]), key
-            for moment, state in zip(moments, restored_optimizer.state.values(), strict=True):
-                assert torch.equal(moment, state["exp_avg"])
-            assert torch.equal(found.extra["ema"], torch.arange(100.0) * number)
-        assert checkpointer.statistics()["overlap"] is (staging == "overlap")
-    assert GATE.pending == ()
-
-
-@pytest.mark.parametrize("held_back", [True, False])
-def test_a_step_that_comes_before_the_copies_arrive(
-    lazy_device: Lazy, root: Path, monkeypatch: pytest.MonkeyPatch, held_back: bool
-) -> None:
-    """It is held back behind them; without `hold_back` its weights would get into the checkpoint."""
-    stepped, wait = threading.Event(), DeviceCopies.wait
-
-    def wait_after_the_step(self: DeviceCopies) -> None:
-        assert stepped.wait(20)
-        wait(self)
-
-    monkeypatch.setattr(DeviceCopies, "wait", wait_after_the_step)
-    if not held_back:
-        monkeypatch.setattr(DeviceCopies, "hold_back", lambda self: None)
-    model, optimizer, step = trained(2)
-    expected = {key: value.clone() for key, value in model.state_dict().items()}
-    with AsyncCheckpointer(root, writer="thread") as checkpointer:
-        handle = checkpointer.save(1, model=model, optimizer=optimizer)
-        step()
-        stepped.set()
-        handle.result(60)
-    restored, _, _ = trained(0)
-    load(handle.path, model=restored)
-    same = all(torch.equal(value, expected[key]) for key, value in restored.state_dict().items())
-    assert same is held_back
-
-
-def test_a_change_past_the_barrier_fails_the_save(
-    lazy_device: Lazy, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A weight that is changed by hand while its copy is under way: the version counter tells."""
-    changed, wait = threading.Event(), DeviceCopies.wait
-
-    def wait_after_the_change(self: DeviceCopies) -> None:
-        assert changed.wait(20)
-        wait(self)
-
-    monkeypatch.setattr(DeviceCopies, "wait", wait_after_the_change)
-    model, optimizer, _ = trained(2)
-    with AsyncCheckpointer(root, writer="thread") as checkpointer:
-        handle = checkpointer.save(1, model=model, optimizer=optimizer)
-        with torch.no_grad():
-            model[0].weight.add_(1)  # type: ignore[index]
-        changed.set()
-        assert isinstance(handle.exception(60), StageError)
-        assert checkpointer.statistics()["overlap"] is False
-
-
-def test_an_optimizer_inside_a_cuda_graph_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its step is repeated without the hook, so nothing of it is ever copied late."""
-    _, optimizer, step = trained(1)
-    assert optimizer in GATE.optimizers()
-    monkeypatch.setattr("vembed_async_ckpt._arena.barrier.is_capturing", lambda: True)
-    step()
-    assert optimizer not in GATE.optimizers()
-
-
-def test_a_closed_arena_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prewarming may still be at work on an arena that was given up: pinned then, it would stay so when its pages are gone."""
-    calls: list[str] = []
-    monkeypatch.setattr(devices, "pin", lambda address, size: calls.append("pin") or True)
-    monkeypatch.setattr(devices, "unpin", lambda address: calls.append("unpin"))
-    arena = Arena(1, 1 << 20)
-    arena.pin()
-    arena.pin()
-    arena.close()
-    arena.pin()
-    assert calls == ["pin", "unpin"]

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from . import _signals
-
 logger = logging.getLogger("vembed_async_ckpt")
 
 Stage = Literal[
@@ -25,6 +23,7 @@ Stage = Literal[
     "backpressure",
     "stage",
     "barrier",
+    "held",
     "write",
     "save",
     "writer",
@@ -40,9 +39,10 @@ Phase = Literal["started", "complete", "failed"]
 class Event:
     """One thing that happened to one save (`save_id`, `step`) or, with an empty `save_id`, to the engine.
 
-    `seconds` is how long the stage took (0.0 in `started`), `bytes` what it moved, `detail` one line for people,
-    `time` when it ended, in seconds since the epoch. `parts` are the seconds of its parts: of `write` the writing and the commit,
-    of `step` each training step since the event before. `step` events go only to sinks whose attribute `wants_steps` is true.
+    `seconds` is how long the stage took (0.0 in `started`; of `held`, how long the device waited for the copy), `bytes` what it
+    moved, `detail` one line for people, `time` when it ended, in seconds since the epoch. `parts` are the seconds of its parts: of
+    `write` the writing and the commit, of `step` each training step since the event before. `step` events go only to sinks whose
+    attribute `wants_steps` is true.
     """
 
     stage: Stage
@@ -77,7 +77,7 @@ class Reporter:
 
     def call(self, callback: Callable[[], None]) -> None:
         """Queue a callback behind the events already queued; after `close` it runs at once. What it raises is logged."""
-        with _signals.held(), self._ending:
+        with self._ending:
             if not self._ended:
                 self._queue.put(callback)
                 return
@@ -110,10 +110,10 @@ class Reporter:
 
     def close(self, timeout: float) -> None:
         """Deliver what is queued, for at most `timeout` seconds, and end the thread."""
-        with _signals.held(), self._ending:
+        with self._ending:
             self._ended = True
             self._queue.put(None)
-        _signals.join(self._thread, timeout)
+        self._thread.join(timeout)
         self.closed = True
 
     def _run(self) -> None:

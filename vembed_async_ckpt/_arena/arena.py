@@ -12,14 +12,14 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
-from .. import _signals
 from .._writer.memory import MEMFD, address_of, map_arena
-from ..errors import StageError
+from ..errors import CheckpointerBusy
 
 _F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 2, 4  # linux/fcntl.h
 _ROUND = 2 << 20  # one huge page
+_PIN_TRIES = 3
 
 
 class Arena:
@@ -40,7 +40,8 @@ class Arena:
         self.address = address_of(self.memory)
         self.image: Any = None
         self._pinning = threading.Lock()
-        self._pinned: bool | None = None  # None: not tried yet
+        self._pinned = False
+        self._pin_tries = 0
 
     def write(self, start: int, data: bytes) -> None:
         """Put `data` at `start`."""
@@ -51,17 +52,19 @@ class Arena:
         ctypes.memset(self.address + start, 0, end - start)
 
     def pin(self) -> None:
-        """Have CUDA devices copy into it by themselves; once, as it takes as long as faulting the pages in."""
-        from . import cuda  # torch: only whoever has used a device needs it
+        """Have CUDA devices copy into it by themselves; once, as it takes as long as faulting the pages in. What failed, as it does
+        while a graph is recorded, is tried again by the next save."""
+        from . import pinning  # torch: only whoever has used a device needs it
 
         with self._pinning:
-            if self._pinned is None and self.fd >= 0:
-                self._pinned = cuda.pin(self.address, self.size)
+            if not self._pinned and self._pin_tries < _PIN_TRIES and self.fd >= 0 and pinning.can_pin():
+                self._pin_tries += 1
+                self._pinned = pinning.pin(self.address, self.size)
 
     def forget(self) -> None:
         """In a forked child: the memory is the parent's, its descriptors are closed (see `map_arena`)."""
         self.fd = -1
-        self._pinned = None
+        self._pinned = False
         self._pinning = threading.Lock()  # that of the parent may have been held
         self.close()
 
@@ -70,10 +73,10 @@ class Arena:
         self.image = None
         with self._pinning:  # else it could be pinned after this, for ever
             if self._pinned:
-                from . import cuda
+                from . import pinning
 
-                cuda.unpin(self.address)
-                self._pinned = None
+                pinning.unpin(self.address)
+                self._pinned = False
             if self.fd >= 0:
                 os.close(self.fd)
                 self.fd = -1
@@ -95,6 +98,8 @@ class ArenaPool:
         self._changed = threading.Condition()
         self._free: list[Arena] = []
         self._busy: list[Arena] = []
+        self._kept: list[Arena] = []
+        self.pinned = False  # arenas will be pinned, so that the machine cannot swap them out
         self._numbers: Iterator[int] = iter(range(1, 1 << 31))
 
     def limit(self) -> int:
@@ -102,29 +107,30 @@ class ArenaPool:
         with self._changed:
             held = sum(arena.size for arena in self._free)
             busy = sum(arena.size for arena in self._busy)
-        room = (available_memory() + held) * 9 // 10  # training goes on allocating: not all that is left is ours
+        # Training goes on allocating: not all that is left is ours.
+        room = (available_memory() + held) * (6 if self.pinned else 9) // 10
         if self._max_bytes is not None:
             room = min(room, self._max_bytes - busy)
         return max(room, 0) // mmap.PAGESIZE * mmap.PAGESIZE
 
-    def acquire(self, capacity: int) -> Arena | None:
-        """A free arena of at least `capacity` bytes, or the largest one allowed if that much memory cannot be had; None while all
-        are busy. The caller gives it back with `release`. Raises `StageError` if the machine gives no memory at all."""
-        with self._changed:
-            fitting = sorted((a for a in self._free if a.size >= capacity), key=lambda a: a.size)
-            if fitting:
-                return self._take(fitting[0])
-            return self._make(capacity) if self._free or len(self._busy) < self._count else None
+    def acquire(self, capacity: int, when_busy: Literal["wait", "error"], alive: Callable[[], None]) -> Arena:
+        """A free arena of at least `capacity` bytes, or the largest one allowed if that much memory cannot be had. The caller
+        gives it back with `release`.
 
-    def wait(self, capacity: int, alive: Callable[[], None]) -> Arena:
-        """The same, but waits while all are busy. Calls `alive` again and again, which raises if nothing will ever be given back,
-        and delivers signals that are held back. Raises what `acquire`, `alive` and the signals' handlers raise."""
-        while (arena := self.acquire(capacity)) is None:
-            with self._changed:
-                self._changed.wait(_signals.SLICE)
-            _signals.deliver()
-            alive()
-        return arena
+        Waits while all are busy, calling `alive` twice a second, which raises if nothing will ever be given back.
+        Raises `CheckpointerBusy` instead of waiting with `when_busy="error"`, and OSError as memfd_create(2) and mmap(2) do.
+        """
+        with self._changed:
+            while True:
+                fitting = sorted((a for a in self._free if a.size >= capacity), key=lambda a: a.size)
+                if fitting:
+                    return self._take(fitting[0])
+                if (self._free or len(self._busy) < self._count) and (arena := self._make(capacity)):
+                    return arena
+                if when_busy == "error":
+                    raise CheckpointerBusy(f"all {self._count} arenas hold saves that are still being written")
+                if not self._changed.wait(0.5):
+                    alive()
 
     def _make(self, capacity: int) -> Arena | None:
         """A new arena, or None while memory for it is held by a save in flight."""
@@ -144,10 +150,7 @@ class ArenaPool:
             held = sum(other.size for other in (*self._free, *self._busy))
             if len(self._free) + len(self._busy) >= self._count or (self._max_bytes and held + size > self._max_bytes):
                 self._drop(arena)
-        try:
-            arena = Arena(next(self._numbers), max(size, mmap.PAGESIZE))
-        except (MemoryError, OSError) as error:
-            raise StageError(f"no host memory for {size} bytes of state: {error}") from error
+        arena = Arena(next(self._numbers), max(size, mmap.PAGESIZE))
         self._added(arena)
         self._busy.append(arena)
         return arena
@@ -168,6 +171,15 @@ class ArenaPool:
             if arena in self._busy:
                 self._busy.remove(arena)
                 self._free.append(arena)
+            self._changed.notify_all()
+
+    def keep_for_ever(self, arena: Arena) -> None:
+        """Neither give an arena out again nor its memory back: a device that does not answer may still write to it."""
+        with self._changed:
+            if arena in self._busy:
+                self._busy.remove(arena)
+                self._kept.append(arena)
+                self._dropped(arena)
             self._changed.notify_all()
 
     def arenas(self) -> list[Arena]:

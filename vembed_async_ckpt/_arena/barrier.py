@@ -14,18 +14,19 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter, is_
+from itertools import compress
+from operator import attrgetter, is_, not_
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .. import _signals
-from .cuda import is_capturing, is_on_device
+from .captures import is_capturing
+from .devices import is_on_device
 from .host_copy import are_plain, is_small
 from .probe import PROBE_BYTES, Tails
 
-_IS_CPU = attrgetter("is_cpu")
+_DEVICE = attrgetter("device")
 _Value = TypeVar("_Value")
 
 
@@ -55,44 +56,41 @@ class _Gate:
         self.steps = 0  # that optimizers have begun, as far as the hook saw them
         self.generation = 0  # grows when an optimizer is seen for the first time
         self.pending: tuple[Pending, ...] = ()
-        self.stepping: list[int] = []  # ids of optimizers that are in the middle of a step
 
     def install(self) -> None:
-        with _signals.held(), self._lock:
+        with self._lock:
             if not self._installed:
                 register_optimizer_step_pre_hook(_before_step)
-                register_optimizer_step_post_hook(_after_step)
                 os.register_at_fork(after_in_child=self._forget)
                 self._installed = True
 
     def note(self, optimizer: torch.optim.Optimizer) -> None:
-        with _signals.held(), self._lock:
+        with self._lock:
             self.seen.add(optimizer)
             self.generation += 1
 
     def note_captured(self, optimizer: torch.optim.Optimizer) -> None:
-        with _signals.held(), self._lock:
+        with self._lock:
             self.captured.add(optimizer)
             self.generation += 1
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those seen so far that are still there, but for those whose step a CUDA graph repeats without the hook."""
-        with _signals.held(), self._lock:
+        with self._lock:
             return [optimizer for optimizer in self.seen if optimizer not in self.captured]
 
     def add(self, snapshot: Pending) -> None:
-        with _signals.held(), self._lock:
+        with self._lock:
             self.pending = (*self.pending, snapshot)
 
     def remove(self, snapshot: Pending) -> None:
-        with _signals.held(), self._lock:
+        with self._lock:
             self.pending = tuple(other for other in self.pending if other is not snapshot)
 
     def _forget(self) -> None:
         """In a forked child nobody copies: there is nothing to wait for."""
         self._lock = threading.Lock()
         self.pending = ()
-        self.stepping = []
 
 
 GATE = _Gate()
@@ -101,8 +99,6 @@ GATE = _Gate()
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     GATE.steps += 1
-    _after_step(optimizer, args, kwargs)  # in case its last step ended in an exception
-    GATE.stepping.append(id(optimizer))
     if optimizer not in GATE.seen:
         GATE.note(optimizer)
     if is_capturing() and optimizer not in GATE.captured:
@@ -111,23 +107,27 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         snapshot.barrier()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if id(optimizer) in GATE.stepping:
-        del GATE.stepping[GATE.stepping.index(id(optimizer)) :]
-
-
 @dataclass(frozen=True)
 class Division:
     """Which tensors are copied before `save()` returns (`small` are host tensors of a few KiB, `now` the others) and which may be
-    copied late, as indices; names and sizes of the late."""
+    copied late, as indices. `names` and `devices` are those of the late; `on_device` says which of them are copied by a device, and
+    `tails` is for the others."""
 
     small: list[int]
     now: list[int]
     late: list[int]
     names: list[str]
-    sizes: list[int]
+    devices: list[torch.device]
+    on_device: list[bool]
     tails: Tails
+
+    def host_part(self, values: Sequence[_Value]) -> Sequence[_Value]:
+        """Of one value for each late tensor, those of the tensors in host memory."""
+        return list(compress(values, map(not_, self.on_device))) if True in self.on_device else values
+
+    def device_part(self, values: Sequence[_Value]) -> list[_Value]:
+        """Those of the tensors that a device copies."""
+        return list(compress(values, self.on_device))
 
 
 class Earned:
@@ -150,13 +150,12 @@ class Earned:
         `saved`: the optimizers among what is saved.
 
         Copied at once: what is small, buffers, frozen parameters, copies that nobody steps, computed values, parameters in
-        `volatile`, what is not contiguous, and everything of optimizers that have not been seen or whose step a CUDA graph repeats.
-        So are the parameters of a wrapper that has not been seen itself: it may change them before or after the step that it wraps;
-        and those of an optimizer with `train()` and `eval()`, which change them between its steps: schedule-free ones are to be
-        saved between `eval()` and `train()`.
+        `volatile`, host tensors that are not contiguous, and everything of optimizers that have not been seen or whose step a CUDA
+        graph repeats. So are the parameters of a wrapper that has not been seen itself: it may change them before or after the step
+        that it wraps.
         """
         seen = GATE.optimizers()
-        groups = [group["params"] for optimizer in seen if not _switches(optimizer) for group in optimizer.param_groups]
+        groups = [group["params"] for optimizer in seen for group in optimizer.param_groups]
         unseen = [each.parameter_ids() for each in saved if not any(map(partial(is_, each.optimizer), seen))]
         now = (key, GATE.generation, [list(map(id, parameters)) for parameters in groups], unseen)
         if now != self._key or not self._still_divides(tensors):
@@ -171,29 +170,34 @@ class Earned:
                 if n not in small and id(owner) in allowed and _can_be_late(tensors[n])
             ]
             rest = sorted(set(range(len(tensors))) - small - set(late))
-            sizes = [tensors[n].nbytes for n in late]
-            self._division = Division(sorted(small), rest, late, pick(names(), late), sizes, Tails(sizes))
+            self._division = _division(sorted(small), rest, late, pick(names(), late), tensors)
             self._key = now
         return self._division
 
     def _still_divides(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether tensors of the same dtypes and shapes lie in memory as those that were divided."""
-        late = pick(tensors, self._division.late)
-        on_host = False not in map(_IS_CPU, late)
+        division = self._division
+        late = pick(tensors, division.late)
         return (
-            are_plain(pick(tensors, self._division.small))
-            and False not in map(torch.Tensor.is_contiguous, late)
-            and (on_host or all(map(_can_be_late, late)))
+            are_plain(pick(tensors, division.small))
+            and list(map(_DEVICE, late)) == division.devices
+            and True not in map(torch.Tensor.is_inference, late)
+            and False not in map(torch.Tensor.is_contiguous, division.host_part(late))
         )
-
-
-def _switches(optimizer: torch.optim.Optimizer) -> bool:
-    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 def all_now(count: int) -> Division:
     """Nothing is late."""
-    return Division([], list(range(count)), [], [], [], Tails([]))
+    return _division([], list(range(count)), [], [], [])
+
+
+def _division(
+    small: list[int], now: list[int], late: list[int], names: list[str], tensors: Sequence[torch.Tensor]
+) -> Division:
+    copied_late = pick(tensors, late)
+    on_device = list(map(is_on_device, copied_late))
+    tails = Tails([t.nbytes for t, by_device in zip(copied_late, on_device, strict=True) if not by_device])
+    return Division(small, now, late, names, list(map(_DEVICE, copied_late)), on_device, tails)
 
 
 def pick(values: Sequence[_Value], indices: Sequence[int]) -> list[_Value]:
@@ -202,9 +206,9 @@ def pick(values: Sequence[_Value], indices: Sequence[int]) -> list[_Value]:
 
 
 def _can_be_late(tensor: torch.Tensor) -> bool:
-    return (
-        (tensor.is_cpu or is_on_device(tensor))
-        and tensor.nbytes >= PROBE_BYTES
-        and tensor.is_contiguous()
-        and not tensor.is_inference()
-    )
+    """A tensor of a device is not probed, and its device copies any strides: it only needs to have a version and values."""
+    if tensor.is_inference():
+        return False
+    if tensor.is_cpu:
+        return tensor.nbytes >= PROBE_BYTES and tensor.is_contiguous()
+    return tensor.numel() > 0 and is_on_device(tensor)

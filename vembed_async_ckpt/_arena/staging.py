@@ -11,19 +11,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import compress
-from operator import attrgetter, not_
-from typing import TypeVar
+from operator import attrgetter
 
 import torch
 
-from .. import _signals
 from ..errors import StageError
 from ..events import logger
-from . import cuda
 from .arena import Arena
 from .barrier import GATE, Division
-from .cuda import DeviceCopies
+from .captures import is_capturing
+from .devices import DeviceCopies
 from .host_copy import (
     AS_BYTES,
     DEADLINE,
@@ -35,11 +32,9 @@ from .host_copy import (
     copy_group,
     groups,
 )
-from .probe import Tails
 from .profiling import recorded
 
 _DATA, _VERSION = attrgetter("data"), attrgetter("_version")
-_Value = TypeVar("_Value")
 
 
 class Destinations:
@@ -73,33 +68,29 @@ class Late:
     """What may be copied after `save()` has returned, and how it looked at the call.
 
     Two nets, neither a proof: version counters, blind to fused optimizers, `.data` and numpy; and the last bytes of what is in host
-    memory, blind to writes elsewhere in a tensor.
+    memory, blind to writes elsewhere in a tensor. For tensors of a device there are the version counters only.
     """
 
     def __init__(
-        self, division: Division, destinations: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], *, mixed: bool
+        self, division: Division, destinations: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
     ) -> None:
-        """Alias the late `tensors`. `mixed`: some may be on a device."""
+        """Alias the late `tensors`."""
         self.names = division.names
+        self._division = division
         self._destinations = destinations
         self._tensors = tensors
         self.aliases: list[torch.Tensor] = list(map(_DATA, tensors))
         self._versions = list(map(_VERSION, tensors))
-        self._on_device = list(map(cuda.is_on_device, self.aliases)) if mixed else []
-        self._tails = Tails(self._host(division.sizes)) if mixed else division.tails
         self._addresses = addresses_of(self.aliases, self.names)
-        self._last_bytes = self._tails.read(self._host(self._addresses))
-
-    def _host(self, values: Sequence[_Value]) -> Sequence[_Value]:
-        return list(compress(values, map(not_, self._on_device))) if self._on_device else values
+        self._last_bytes = division.tails.read(division.host_part(self._addresses))
 
     def device_part(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(destinations, sources) of the copies from CUDA devices."""
-        return list(compress(self._destinations, self._on_device)), list(compress(self.aliases, self._on_device))
+        """(destinations, sources) of the copies from devices."""
+        return self._division.device_part(self._destinations), self._division.device_part(self.aliases)
 
     def host_part(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """(destinations, sources) of the copies within host memory."""
-        return self._host(self._destinations), self._host(self.aliases)
+        return self._division.host_part(self._destinations), self._division.host_part(self.aliases)
 
     def moved(self) -> str | None:
         """The name of a tensor whose storage was freed or resized since the call: its memory may not be read."""
@@ -122,11 +113,12 @@ class Late:
         changed = self.changed_version()
         if changed is not None:
             return changed
-        copied = self._tails.read(list(map(torch.Tensor.data_ptr, self._host(self._destinations))))
+        division = self._division
+        copied = division.tails.read(list(map(torch.Tensor.data_ptr, division.host_part(self._destinations))))
         if copied == self._last_bytes:
             return None
         for name, alias, before, after in zip(
-            self._host(self.names), self._host(self.aliases), self._last_bytes, copied, strict=True
+            division.host_part(self.names), division.host_part(self.aliases), self._last_bytes, copied, strict=True
         ):
             # What is not contiguous (any more) has its last bytes elsewhere.
             if before != after and alias.is_contiguous():
@@ -192,7 +184,7 @@ class Snapshot:
     """
 
     def __init__(self, late: Late, device: DeviceCopies | None = None) -> None:
-        """`device` issues the copies from CUDA devices, if there are any."""
+        """`device` issues the copies from devices, if there are any."""
         self._late: Late | None = late
         self._device = device
         self._host: SharedCopy | None = None
@@ -267,15 +259,13 @@ class Snapshot:
 
     def barrier(self) -> None:
         # A graph that is being recorded cannot wait for what is outside of it.
-        awaited = self._arrived if cuda.is_capturing() else self._copied
+        awaited = self._arrived if is_capturing() else self._copied
         if not awaited.is_set():
             begun = time.perf_counter()
-            with _signals.held(), recorded("barrier"):
+            with recorded("barrier"):
                 self.hurry()
-                while not awaited.wait(_signals.SLICE):
-                    _signals.deliver()
-                    if time.perf_counter() - begun > DEADLINE:
-                        raise StageError(TOO_SLOW)
+                if not awaited.wait(DEADLINE):
+                    raise StageError(TOO_SLOW)
             self.waited += time.perf_counter() - begun
             self.went_on = time.time()
         if self._device is not None and not self._arrived.is_set():
@@ -304,7 +294,7 @@ class StagingThread:
     def close(self, timeout: float) -> None:
         """End the thread after the jobs queued so far; waits at most `timeout` seconds."""
         self._jobs.put(None)
-        _signals.join(self._thread, timeout)
+        self._thread.join(timeout)
 
     def _run(self) -> None:
         _be_quiet()

@@ -13,7 +13,6 @@ from typing import Any
 
 import anyio
 
-from .. import _signals
 from ..errors import CheckpointError
 from .frozen import FrozenDict
 
@@ -51,7 +50,8 @@ class Timings:
 
     `stall`: all that the training thread lost: `save()` itself with any wait for a free arena, and steps held up by the copy.
     `staging`: from the start of the copy to its end. `queued`: from staged to the first write. `write`: writing, hashing and
-    syncing the files. `commit`: manifest, syncs, rename. `durable`: from the call to durable.
+    syncing the files. `commit`: manifest, syncs, rename. `durable`: from the call to durable. `held`: for how long the training's
+    device was held back behind the copy, which no clock of the training thread shows; 0 without a device.
     """
 
     stall: float
@@ -60,6 +60,7 @@ class Timings:
     write: float
     commit: float
     durable: float
+    held: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,6 @@ class SaveHandle:
         self._wakers: set[int] = set()
         self._progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._saver = threading.get_ident()
-        self._called = False  # `save()` has returned
         self._hurry: Callable[[], None] = lambda: None  # stages with more threads
 
     def __repr__(self) -> str:
@@ -131,18 +131,17 @@ class SaveHandle:
     def exception(self, timeout: float | None = None) -> CheckpointError | None:
         """Wait as `result` does, but return what failed, or None."""
         self._wait(self.done, timeout)
-        with _signals.held(), self._changed:
+        with self._changed:
             self._read = True
             return self._error
 
     def add_done_callback(self, callback: Callable[[SaveHandle], None]) -> None:
         """Call `callback(handle)` on the reporting thread once it has ended; at once if it has. What it raises is logged."""
-        with _signals.held():
-            with self._changed:
-                if not self.done():
-                    self._callbacks.append(callback)
-                    return
-            self._call(lambda: callback(self))
+        with self._changed:
+            if not self.done():
+                self._callbacks.append(callback)
+                return
+        self._call(lambda: callback(self))
 
     def __await__(self) -> Generator[Any, Any, CheckpointInfo]:
         """Wait for `result()` without a thread; cancelling the wait does not touch the save."""
@@ -151,13 +150,13 @@ class SaveHandle:
     async def _await(self) -> CheckpointInfo:
         waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            with _signals.held(), self._changed:
+            with self._changed:
                 if not self.done():
                     self._wakers.add(waker)
             while not self.done():
                 await anyio.wait_readable(waker)
         finally:
-            with _signals.held(), self._changed:
+            with self._changed:
                 self._wakers.discard(waker)
                 os.close(waker)
         return self.result(0)
@@ -166,23 +165,13 @@ class SaveHandle:
 
     def _wait(self, until: Callable[[], bool], timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        with _signals.held():
-            self._waited_for(timeout)
-            while True:
-                with self._changed:
-                    if until():
-                        return
-                    left = _signals.SLICE if deadline is None else deadline - time.monotonic()
-                    if left <= 0:
-                        raise TimeoutError(
-                            f"checkpoint of step {self.step} is still {self._state.value} after {timeout} s"
-                        )
-                    self._changed.wait(min(left, _signals.SLICE))
-                _signals.deliver()
-
-    def _interrupted(self) -> bool:
-        """Whether this thread is inside the call of `save()`: it is a signal handler, or code of the user's, that asks."""
-        return not self._called and self._saver == threading.get_ident()
+        self._waited_for(timeout)
+        with self._changed:
+            while not until():
+                left = 3600.0 if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"checkpoint of step {self.step} is still {self._state.value} after {timeout} s")
+                self._changed.wait(left)
 
     def _waited_for(self, timeout: float | None) -> None:
         """This thread will wait so long (0: it only looks). If it is the one that saved, the training does nothing meanwhile."""
@@ -190,7 +179,7 @@ class SaveHandle:
             self._hurry()
 
     def _raise_if_failed(self) -> None:
-        with _signals.held(), self._changed:
+        with self._changed:
             if self._error is not None:
                 self._read = True
                 raise self._error

@@ -14,8 +14,7 @@ from operator import is_not
 from pathlib import Path
 from typing import Any
 
-from .. import _signals
-from .._arena import cuda
+from .._arena import devices, numa, pinning
 from .._arena.arena import Arena, ArenaPool
 from .._arena.barrier import GATE, Division, Earned, all_now
 from .._arena.staging import StagingThread, TornSnapshot
@@ -68,12 +67,12 @@ class Leader:
             supervisor=self._supervisor,
             reporter=reporter,
             release=self._pool.release,
+            keep_for_ever=self._pool.keep_for_ever,
             ended=self._save_ended,
         )
         self._serials = itertools.count(1)
         self._saving = threading.Lock()  # one save() at a time goes from request to staged copy
         self._saver = 0  # the thread inside
-        self._waits = False  # for an arena
         # touched under _saving only:
         self._plan: SavePlan | None = None
         self._planned: tuple[Content, ...] = ()
@@ -104,16 +103,15 @@ class Leader:
         self._ledger.begun(save.handle, self._allowed)
         try:
             self._start(save, request, save_plan, meeting.room)
-        except _NoArena as error:
+        except CheckpointerBusy as error:
             self._ledger.skipped(save.handle)
-            busy = CheckpointerBusy(str(error))
             if self._options.when_busy == "error":
-                raise busy from None
-            save.handle._skip(busy)
-            meeting.say(SaveState.SKIPPED, error=busy)
-            self._reporter.emit(Event("backpressure", "failed", request.save_id, step, detail=str(busy)))
+                raise
+            save.handle._skip(error)
+            meeting.say(SaveState.SKIPPED, error=error)
+            self._reporter.emit(Event("backpressure", "failed", request.save_id, step, detail=str(error)))
         except (StageError, WriteError) as error:
-            if self._options.on_error == "raise" or _signals.from_handler(error):
+            if self._options.on_error == "raise":
                 self._ledger.withdrawn(save.handle)
                 raise
             self._save_ended(save.handle, error)
@@ -127,7 +125,6 @@ class Leader:
         else:
             stall = time.perf_counter() - begun
             save.stalled(stall)
-            save.handle._called = True
             self._reporter.emit(Event("call", "complete", request.save_id, step, save_plan.end, stall))
         return save.handle
 
@@ -166,16 +163,12 @@ class Leader:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One thread at a time. A signal handler that interrupts its own thread's `save()` while that waits for an arena saves
-        first; anywhere else it is refused."""
-        self.refuse_inside_save("save()")
+        """One thread at a time; a signal handler that interrupts its own thread's `save()` is refused instead of waiting for it."""
         if self._saver == threading.get_ident():
-            self._waits = False
-            try:
-                yield
-            finally:
-                self._waits = True
-            return
+            raise CheckpointerBusy(
+                "save() was called while this thread is inside save(), by a signal handler perhaps; "
+                "let the handler set a flag, and save at the next step"
+            )
         with self._saving:
             self._saver = threading.get_ident()
             try:
@@ -183,31 +176,8 @@ class Leader:
             finally:
                 self._saver = 0
 
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Nothing of the save has begun, so a signal handler may save, wait and close."""
-        self._waits = True
-        try:
-            yield
-        finally:
-            self._waits = False
-
-    def refuse_inside_save(self, what: str) -> None:
-        """Raise `CheckpointerBusy` where `what` was called inside this thread's own `save()` and cannot be done."""
-        if self._saver == threading.get_ident() and not self._waits:
-            raise CheckpointerBusy(
-                f"{what} was called while this thread is inside save(), by a signal handler perhaps. That save goes on. "
-                f"Let the handler set a flag, and call {what} after the step"
-            )
-
-    def _refuse_if_ended(self) -> None:
-        """While an arena is awaited: raise if none will come, or a signal handler closed the checkpointer."""
-        if self.closed:
-            self._allowed()
-        self.check()
-
     def _divide(self, request: Request) -> Division:
-        if not self._overlap or GATE.stepping:  # a signal handler saves in the middle of a step, which then goes on
+        if not self._overlap:
             return all_now(len(request.tensors))
         key = tuple(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
         stepped = [state for state in request.optimizers if state.optimizer is not None]
@@ -219,17 +189,26 @@ class Leader:
             with self._reporter.stage("plan", request.save_id, request.step):
                 self._plan = plan(request.contents)
                 self._planned = request.contents  # held: as long as they are, nothing else has their identity
+            self._notice_devices(request)
         return self._plan
 
+    def _notice_devices(self, request: Request) -> None:
+        devices.notice(request.tensors)
+        self._pool.pinned = pinning.can_pin()
+
     def _acquire(self, request: Request, needed: int) -> Arena:
-        arena = self._pool.acquire(needed)
-        if arena is None:
-            if self._options.when_busy != "wait":
-                raise _NoArena(f"all {self._options.max_in_flight} arenas hold saves that are still being written")
-            if self._meetings is not None:
-                self._meetings.hurry()
-            with self._reporter.stage("backpressure", request.save_id, request.step, needed), self._interruptible():
-                arena = self._pool.wait(needed, self._refuse_if_ended)
+        try:
+            try:
+                arena = self._pool.acquire(needed, "error", self.check)
+            except CheckpointerBusy:
+                if self._options.when_busy != "wait":
+                    raise
+                if self._meetings is not None:
+                    self._meetings.hurry()
+                with self._reporter.stage("backpressure", request.save_id, request.step, needed):
+                    arena = self._pool.acquire(needed, "wait", self.check)
+        except (MemoryError, OSError) as error:
+            raise StageError(f"step {request.step}: no host memory for {needed} bytes of state: {error}") from error
         if arena.size < min(needed, MIN_HOST_BYTES):
             self._pool.release(arena)
             raise StageError(
@@ -260,10 +239,11 @@ class Leader:
         with self._reporter.stage("prewarm"):
             request = self._reader.read("", None, Objects(model=model, optimizer=optimizer))
             needed = required_bytes(plan(request.contents), request)
-            cuda.notice(request.tensors)
-            arena = self._pool.acquire(needed)
-            if arena is not None:  # else a save is under way; the arena it has, or the next, is what there is to warm
-                self._pool.release(arena)
+            self._notice_devices(request)
+            try:
+                self._pool.release(self._pool.acquire(needed, "error", self._supervisor.check))
+            except CheckpointerBusy:
+                pass  # a save is under way; the arena it has, or the next, is what there is to warm
 
     def check(self) -> None:
         self._supervisor.check()
@@ -303,15 +283,14 @@ class Leader:
         self._ledger.ended(handle, error)
 
     def _arena_added(self, arena: Arena) -> None:
+        device = devices.in_use()
+        if device is not None and (node := numa.node_of(device)) is not None:
+            numa.prefer(arena.address, arena.size, node)
         self._supervisor.add_arena(arena)
         self._reporter.emit(Event("arena", "complete", bytes=arena.size))
 
     def _arena_dropped(self, arena: Arena) -> None:
         self._supervisor.drop_arena(arena)
-
-
-class _NoArena(Exception):
-    """All arenas are busy, and `when_busy` says not to wait."""
 
 
 class _AfterFirstStep:

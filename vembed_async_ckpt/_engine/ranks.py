@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from .. import _signals
 from ..errors import CheckpointError, StageError
 from . import patience
 
@@ -99,7 +98,7 @@ class Ranks:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        _signals.join(self._thread, timeout)
+        self._thread.join(timeout)
         with self._changed:
             left, self._tasks = self._tasks, []
             self._changed.notify_all()

@@ -15,7 +15,7 @@ import torch
 
 from .._arena.arena import Arena
 from .._arena.barrier import GATE, Division, pick
-from .._arena.cuda import DeviceCopies, is_on_device
+from .._arena.devices import DeviceCopies, is_on_device
 from .._arena.host_copy import SmallPlaces, copy_blocking
 from .._arena.staging import Destinations, Late, Snapshot
 from .._plan.plan import SavePlan, pages
@@ -44,6 +44,7 @@ class Context:
     supervisor: Supervisor
     reporter: Reporter
     release: Callable[[Arena], None]
+    keep_for_ever: Callable[[Arena], None]
     ended: Callable[[SaveHandle, CheckpointError | None], None]
 
 
@@ -113,6 +114,7 @@ class Save:
         self._begun = begun
         self._stall = 0.0
         self._staging = 0.0
+        self._held = 0.0
         self._snapshot: Snapshot | None = None
         self._device: DeviceCopies | None = None
         self._waves: Waves | None = None
@@ -129,7 +131,7 @@ class Save:
     def stage(self, division: Division, *, blocking: bool) -> None:
         """Copy into the arena everything but the tensors that are late; `finish` copies those. Raises what a copy raises.
 
-        Copies from CUDA devices are under way when this returns, and the caller's streams come after them; with `blocking`
+        Copies from devices are under way when this returns, and the caller's streams come after them; with `blocking`
         they have arrived.
         """
         request = self._request
@@ -146,7 +148,7 @@ class Save:
         places.small.fill(pick(tensors, division.small))
         copy_blocking(to, sources)
         if late:
-            later = Late(division, places.late, late, mixed=self._device is not None)
+            later = Late(division, places.late, late)
             self._snapshot = Snapshot(later, self._device)
             self.handle._hurry = self._snapshot.hurry
             GATE.add(self._snapshot)
@@ -175,15 +177,20 @@ class Save:
         if self._snapshot is not None:
             self._snapshot.abandon()
         self._let_devices_end()
-        self._context.release(self.arena)
+        self._give_arena_back()
 
     def _let_devices_end(self) -> None:
-        """Nothing writes into the arena any more."""
-        if self._device is not None:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # a device that failed does not write either; the save has failed already
+        """Nothing writes into the arena any more, unless a device is stuck."""
+        if self._device is not None and not self._device.stuck:
+            # A device that failed does not write either. The save has failed already.
+            with contextlib.suppress(RuntimeError, StageError):
                 self._device.wait()
+
+    def _give_arena_back(self) -> None:
+        if self._device is not None and self._device.stuck:
+            self._context.keep_for_ever(self.arena)
+        else:
+            self._context.release(self.arena)
 
     def pass_in_waves(self) -> None:
         """The arena is smaller than the plan: fill it and have it written, again and again, until all of the state has passed.
@@ -233,6 +240,8 @@ class Save:
                 return
             self._handed_over = True  # from now on the save ends by itself
         try:
+            if self._device is not None:
+                self._device.relax_captures()
             if self._snapshot is not None:
                 begun = time.perf_counter()
                 self._snapshot.run()
@@ -243,6 +252,7 @@ class Save:
                 begun = time.perf_counter()
                 self._device.wait()
                 self._staging += time.perf_counter() - begun
+                self._held = self._device.held()
             self._meeting.gather(self._submit)
         except BaseException as error:
             self._staging_failed(error)
@@ -334,10 +344,13 @@ class Save:
             write=reply["write"],
             commit=reply["commit"],
             durable=time.perf_counter() - self._begun,
+            held=self._held,
         )
         info = CheckpointInfo(Path(reply["path"]), self._request.step, reply["total_bytes"], FrozenDict(files), timings)
         if waited and self._snapshot is not None:
             self._emit("barrier", "complete", waited, time=self._snapshot.went_on)
+        if self._held:
+            self._emit("held", "complete", self._held)
         parts = (timings.write, timings.commit)
         self._emit("write", "complete", sum(parts), info.total_bytes, parts=parts)
         if self._waves is not None:
@@ -357,7 +370,7 @@ class Save:
         written, total = self.handle.progress
         self.handle._progress = lambda: (written if error else total, total)
         # The arena is free before the handle ends: whoever waited for it may save again at once.
-        self._context.release(self.arena)
+        self._give_arena_back()
         self.handle._move(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
         self._meeting.say(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
         self._context.ended(self.handle, error)

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import anyio
 import xxhash
 
-from .. import _signals
 from .._arena.arena import Arena
 from .._store.fs import INSTEAD, Filesystem, LocalFilesystem
 from .._store.lock import RootLock
@@ -175,7 +174,7 @@ class Supervisor:
         """Let the writer finish what it has and end it. False if that took longer than `timeout` seconds."""
         self._post(self._begin_closing)
         if self._thread is not threading.current_thread():
-            _signals.join(self._thread, timeout)
+            self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def forget(self) -> None:
@@ -419,10 +418,7 @@ class Supervisor:
             try:
                 populate(arena.memory, arena.size)
                 if "torch" in sys.modules:  # else nobody can have used a device
-                    from .._arena import cuda
-
-                    if cuda.in_use():
-                        arena.pin()
+                    arena.pin()
             finally:
                 self._populating.discard(number)
 

@@ -226,7 +226,7 @@ def _inline(tensor: torch.Tensor) -> list[Any]:
 
 def _outline(dtype: str, shape: list[int], data: str) -> torch.Tensor:
     raw = bytearray(base64.b64decode(data, validate=True))
-    flat = torch.frombuffer(raw, dtype=TO_TORCH[dtype]) if raw else torch.empty(0, dtype=TO_TORCH[dtype])
+    flat = torch.frombuffer(raw, dtype=TO_TORCH[dtype]) if raw else torch.empty(0, dtype=TO_TORCH[dtype], device="cpu")
     return flat.reshape(shape)
 
 

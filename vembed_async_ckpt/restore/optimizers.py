@@ -67,18 +67,21 @@ def plan_optimizer(
         parameters = saved_parameters(groups, described)
         matched = match(source.directory, what, groups, parameters, optimizer, names)
     of_saved = {each.number: (parameter, each) for parameter, each in matched.pairs}
+    device_steps = [group["params"] for group in groups if group.get("fused") or group.get("capturable")]
+    stepped_there = set(itertools.chain.from_iterable(device_steps))
     moves: list[Move] = []
     for key in direct:
         index, _, field = key.partition(".")
         tensor = wanted = source.listed(file, key)
-        place = None
+        place, home = None, torch.device("cpu")
         if int(index) in of_saved:
             parameter, each = of_saved[int(index)]
+            home = _home(optimizer, parameter, field, steps_on_device=int(index) in stepped_there)
             _refuse_misfit(source.directory, what, field, tensor, parameter, each, optimizer)
             place = _entry(optimizer, parameter).get(field)
             wanted = replace(tensor, strides=_strides(tensor, parameter, each))
         if place is None or id(place) not in rewritable or not _is_as(place, wanted):
-            place = wanted.empty()
+            place = wanted.empty(home)
         state["state"][int(index)][field] = place
         moves.append((place, tensor))
     if not matched.as_saved:
@@ -152,6 +155,13 @@ def _strides(tensor: Saved, parameter: torch.Tensor, saved: SavedParameter) -> t
     if tensor.shape != tuple(parameter.shape) or parameter.layout is not torch.strided:
         return tensor.strides
     return memory_format.kept(parameter) if saved.strides is None or saved.strides == had else tensor.strides
+
+
+def _home(optimizer: Any, parameter: torch.Tensor, field: str, *, steps_on_device: bool) -> torch.device:
+    """Where `load_state_dict` of torch keeps a parameter's state: read straight to there, none of it is copied once more."""
+    if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict or parameter.is_meta:
+        return torch.device("cpu")
+    return torch.device("cpu") if field == "step" and not steps_on_device else parameter.device
 
 
 def _entry(optimizer: Any, parameter: torch.Tensor) -> Mapping[str, Any]:
@@ -243,7 +253,7 @@ def rewritable_state(models: Iterable[torch.nn.Module], optimizers: Iterable[Any
 def _held_by_the_state_alone(optimizer: Any) -> list[torch.Tensor]:
     """Those state tensors that no state_dict shares, whether taken from this optimizer or loaded into it."""
     counted = _references(getattr(optimizer, "state", {}))
-    (least,) = _references({0: {"": torch.empty(0)}}).values()
+    (least,) = _references({0: {"": torch.empty(0, device="cpu")}}).values()
     return [value for value, count in counted.values() if count <= least[1]]
 
 

@@ -31,10 +31,10 @@ class Saved:
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
 
-    def empty(self) -> torch.Tensor:
-        """A new tensor on the CPU for it."""
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """A new tensor for it."""
         strides = memory_format.contiguous(self.shape) if self.strides is None else self.strides
-        return torch.empty_strided(self.shape, strides, dtype=self.dtype, device="cpu")
+        return torch.empty_strided(self.shape, strides, dtype=self.dtype, device=device)
 
 
 Move = tuple[torch.Tensor, "Saved | torch.Tensor"]  # the place, and what comes there
@@ -81,7 +81,7 @@ class Tensors(Source):
 
     def read(self, saved: Sequence[Saved]) -> list[torch.Tensor]:
         """New tensors on the CPU."""
-        tensors = [each.empty() for each in saved]
+        tensors = [each.empty(torch.device("cpu")) for each in saved]
         self.fill(zip(tensors, saved, strict=True))
         return tensors
 
@@ -123,10 +123,14 @@ class Tensors(Source):
     def _fill_staged(self, moves: Sequence[tuple[torch.Tensor, Saved]]) -> None:
         """Through memory of the host, pinned for a GPU; no more of it than for `_STAGING_BYTES` or for one tensor."""
         pin = any(place.is_cuda for place, _ in moves)
-        staging = torch.empty(min(sum(map(_room, moves)), _STAGING_BYTES), dtype=torch.uint8, pin_memory=pin)
+        staging = torch.empty(
+            min(sum(map(_room, moves)), _STAGING_BYTES), dtype=torch.uint8, device="cpu", pin_memory=pin
+        )
         for group in _groups(moves):
             rooms = list(map(_room, group))
-            memory = staging if sum(rooms) <= staging.nbytes else torch.empty(sum(rooms), dtype=torch.uint8)
+            memory = (
+                staging if sum(rooms) <= staging.nbytes else torch.empty(sum(rooms), dtype=torch.uint8, device="cpu")
+            )
             values = [
                 room[: saved.nbytes].view(saved.dtype).view(saved.shape)
                 for room, (_, saved) in zip(torch.split(memory[: sum(rooms)], rooms), group, strict=True)

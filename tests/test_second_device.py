@@ -1,0 +1,38 @@
+"""Staging, guard and restore on a second device type that runs on the CPU: in processes of their own, with nothing skipped."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def run(config: pytest.Config, tmp_path: Path, file: str, *options: str) -> tuple[int, dict[str, int], str]:
+    """(return code, how many tests ended in which way, output) of one file of tests."""
+    cache = config.cache.mkdir("second_device")  # type: ignore[union-attr]
+    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-p", "tests.second_device.plugin", "-q"]
+    command += ["-p", "no:cacheprovider", f"--second-device-cache={cache}", f"--basetemp={tmp_path / 'inner'}"]
+    done = subprocess.run(
+        [*command, *options, str(HERE / file)],
+        cwd=HERE.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    last = done.stdout.rstrip().rpartition("\n")[2]
+    counts = {how: int(number) for number, how in re.findall(r"(\d+) (passed|failed|skipped|errors?|deselected)", last)}
+    return done.returncode, counts, done.stdout
+
+
+@pytest.mark.parametrize(
+    "file", ["second_device/cases_copies.py", "second_device/cases_current.py", "second_device/cases_mutants.py"]
+)
+def test_cases_of_the_device(pytestconfig: pytest.Config, tmp_path: Path, file: str) -> None:
+    code, counts, output = run(pytestconfig, tmp_path, file)
+    assert (code, set(counts)) == (0, {"passed"}), output

@@ -1,0 +1,49 @@
+"""CUDA graphs that the training records: whether it does, and how calls of other threads leave them alone."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_RELAXED = 2  # driver_types.h, cudaStreamCaptureModeRelaxed
+
+
+def is_capturing() -> bool:
+    """Whether the current stream records a graph: what runs now runs again later, without its hooks."""
+    for module in (torch.cuda, torch.xpu):
+        capturing = getattr(module, "is_current_stream_capturing", None)
+        if capturing is not None and module.is_initialized() and capturing():
+            return True
+    return False
+
+
+_relaxed = threading.local()
+
+
+def relax_captures(device: torch.device) -> None:
+    """Have later CUDA calls of this thread leave alone the graphs that other threads record: in torch's default mode of capture
+    they would invalidate them."""
+    if device.type != "cuda" or getattr(_relaxed, "done", False):
+        return
+    _relaxed.done = True
+    exchange = _exchange_capture_mode()
+    if exchange is not None:
+        with torch.cuda.device(device):
+            exchange(ctypes.byref(ctypes.c_int(_RELAXED)))
+
+
+def _exchange_capture_mode() -> Callable[[Any], int] | None:
+    """`cudaThreadExchangeStreamCaptureMode` of the runtime that torch has loaded, or HIP's; torch itself does not offer it."""
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
+        for path in {fields[5].rstrip() for fields in (line.split(maxsplit=5) for line in maps) if len(fields) == 6}:
+            name = path.rpartition("/")[2]
+            if name.startswith("libcudart"):
+                return ctypes.CDLL(path).cudaThreadExchangeStreamCaptureMode
+            if name.startswith("libamdhip64"):
+                return ctypes.CDLL(path).hipThreadExchangeStreamCaptureMode
+    return None

@@ -1,1 +1,0 @@
-"""The engines that are measured, one small class each, configured as `catalog` says."""
