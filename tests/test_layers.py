@@ -15,12 +15,12 @@ import vembed_async_ckpt
 PACKAGE = Path(vembed_async_ckpt.__file__).parent
 # From the top: what stands in a line may import its own line and the lines below it.
 LAYERS = [
-    {"integrations", "demo", "bench", "cli", "testing"},
+    {"integrations", "demo", "bench", "cli", "report", "testing"},
     {"listing"},
     {"_engine", "restore"},
     {"policies", "_request", "_arena", "_writer", "_store"},
     {"_plan"},
-    {"errors", "events", "stall", "sinks"},
+    {"errors", "events", "stall", "ettr", "sinks", "_signals"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = ["_writer", "_store", "_plan"]

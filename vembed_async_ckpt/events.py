@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from . import _signals
+
 logger = logging.getLogger("vembed_async_ckpt")
 
 Stage = Literal[
@@ -77,7 +79,7 @@ class Reporter:
 
     def call(self, callback: Callable[[], None]) -> None:
         """Queue a callback behind the events already queued; after `close` it runs at once. What it raises is logged."""
-        with self._ending:
+        with _signals.held(), self._ending:
             if not self._ended:
                 self._queue.put(callback)
                 return
@@ -110,10 +112,10 @@ class Reporter:
 
     def close(self, timeout: float) -> None:
         """Deliver what is queued, for at most `timeout` seconds, and end the thread."""
-        with self._ending:
+        with _signals.held(), self._ending:
             self._ended = True
             self._queue.put(None)
-        self._thread.join(timeout)
+        _signals.join(self._thread, timeout)
         self.closed = True
 
     def _run(self) -> None:

@@ -32,6 +32,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
+from .ettr import GPUS, RESTART, Advice, advise, mtbf_of
 from .events import Event, logger
 
 NEIGHBOURS = 16  # quiet steps on either side of the busy ones
@@ -49,7 +50,8 @@ class StallReport:
     `quiet_step`: what the busy steps would have taken by their neighbours, on average, and `busy_step` what they took.
     `inflation`: busy to quiet, 0.02 is 2 % slower. `noise`: the inflation that the neighbours show when they are measured against
     their own medians; an inflation no larger than that means nothing. `slowed_per_save`: what the steps took longer.
-    `cost_per_save` = blocked + slowed; `cost_per_hour`: of training as it was.
+    `cost_per_save` = blocked + slowed; `cost_per_hour`: of training as it was. `advice`: how often to save, and what that loses
+    in 30 days, against the interval of this run (`vembed_async_ckpt.ettr`); None if the cost is not known.
     """
 
     saves: int
@@ -71,6 +73,7 @@ class StallReport:
     slowed_per_save: float | None
     cost_per_save: float | None
     cost_per_hour: float | None
+    advice: Advice | None = None
 
     def json(self) -> str:
         """All of it as one JSON object."""
@@ -97,6 +100,8 @@ class StallReport:
             ("cost per save", _ms(self.cost_per_save)),
             ("cost per hour", _ms(self.cost_per_hour) + share),
         ]
+        if self.advice is not None:
+            rows += [("save every", str(self.advice))]
         return "\n".join(f"{name:<24}{value}" for name, value in rows)
 
 
@@ -117,7 +122,8 @@ class StallMeter:
         self._clock = clock
         self._wall = wall
         self._context = _StepContext(self)
-        self._lock = threading.Lock()
+        self._inbox: deque[Event] = deque()
+        self._lock = threading.RLock()
         # guarded by _lock:
         self._current: _Step | None = None
         self._last: _Step | None = None  # an event may still tell something of it
@@ -154,6 +160,7 @@ class StallMeter:
                 f"a {type(handle).__qualname__} has no done() and cannot be called; give a handle or a function"
             )
         with self._lock:
+            self._hear()
             if not self._calls:
                 raise ValueError("watch() comes after a save in `with meter.save():`")
             save = self._calls[-1]
@@ -161,38 +168,57 @@ class StallMeter:
             self._take_off(handle, save)
 
     def __call__(self, event: Event) -> None:
-        """The meter as a sink of `AsyncCheckpointer`."""
+        """The meter as a sink of `AsyncCheckpointer`. Never waits: a training thread that is in the middle of something, perhaps
+        because a signal handler interrupted it, hears of the event next."""
+        self._inbox.append(event)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._hear()
+            finally:
+                self._lock.release()
+
+    def _hear(self) -> None:
+        """Take note of the events that have come. Under the lock."""
+        while self._inbox:
+            self._note(self._inbox.popleft())
+
+    def _note(self, event: Event) -> None:
         key = event.save_id or f"step {event.step}"  # the ranks that do not write know no save_id
         happened = (event.stage, event.phase)
-        with self._lock:
-            ended = self._clock() - max(self._wall() - event.time, 0.0)
-            if happened in _BEGINNINGS:
-                save = self._save_of(key, ended - event.seconds)
-                if event.stage == "call" and not save.called:
-                    self._note_call(save, ended - event.seconds, event.seconds)
-            elif happened == ("backpressure", "failed") and key in self._flying:  # a rank learned that it was skipped
-                del self._flying[key], self._heard[key]
-                self._saves -= 1
-            elif happened == ("barrier", "complete") and key in self._heard:
-                self._note_barrier(self._heard[key], event.seconds)
-            elif event.stage == "save" and event.phase != "started":
-                save = self._save_of(key, ended - event.seconds)
-                self._flying.pop(key, None)
-                if not event.save_id:
-                    del self._heard[key]  # the same step may be saved again
-                if event.phase == "failed":
-                    self._note_failure(save)
+        ended = self._clock() - max(self._wall() - event.time, 0.0)
+        if happened in _BEGINNINGS:
+            save = self._save_of(key, ended - event.seconds)
+            if event.stage == "call" and not save.called:
+                self._note_call(save, ended - event.seconds, event.seconds)
+        elif happened == ("backpressure", "failed") and key in self._flying:  # a rank learned that it was skipped
+            del self._flying[key], self._heard[key]
+            self._saves -= 1
+        elif happened == ("barrier", "complete") and key in self._heard:
+            self._note_barrier(self._heard[key], event.seconds)
+        elif event.stage == "save" and event.phase != "started":
+            save = self._save_of(key, ended - event.seconds)
+            self._flying.pop(key, None)
+            if not event.save_id:
+                del self._heard[key]  # the same step may be saved again
+            if event.phase == "failed":
+                self._note_failure(save)
 
-    def report(self) -> StallReport:
-        """Everything up to now; the measuring goes on."""
+    def report(self, *, mtbf: float | None = None, gpus: float = GPUS, restart: float = RESTART) -> StallReport:
+        """Everything up to now; the measuring goes on.
+
+        For its advice: `mtbf` is the time between two crashes in seconds, taken from the number of `gpus` unless it is given, and
+        `restart` the time from a crash until the run trains again. The steps with a save in flight tell when a save is durable.
+        """
+        between = mtbf_of(gpus) if mtbf is None else mtbf
         with self._lock:
+            self._hear()
             account = self._account.copy()
             if self._last is not None:
                 account.add(self._last)
             account.settle()
-            return self._report(account)
+            return self._report(account, between, restart)
 
-    def _report(self, account: _Account) -> StallReport:
+    def _report(self, account: _Account, mtbf: float, restart: float) -> StallReport:
         elapsed = 0.0 if self._begun is None else self._ended - self._begun
         blocked = self._blocked
         known = account.known_steps > 0 and account.expected > 0
@@ -220,6 +246,15 @@ class StallMeter:
             slowed_per_save=None if cost is None else slowed / self._saves,
             cost_per_save=None if cost is None else cost / self._saves,
             cost_per_hour=None if cost is None or elapsed <= 0 else cost / elapsed * 3600,
+            advice=None
+            if cost is None or elapsed <= 0
+            else advise(
+                lost=cost / self._saves,
+                durable=(blocked.total + account.busy_seconds) / self._saves,
+                mtbf=mtbf,
+                restart=restart,
+                now=elapsed / self._saves,
+            ),
         )
 
     # -- steps
@@ -228,6 +263,7 @@ class StallMeter:
         if self._watched:
             self._ask()
         with self._lock:
+            self._hear()
             self._current = step = _Step(bool(self._flying))
             step.start = self._clock()
             if self._begun is None:
@@ -236,6 +272,7 @@ class StallMeter:
     def _end_step(self, completed: bool) -> None:
         now = self._clock()
         with self._lock:
+            self._hear()
             step, self._current = self._current, None
             if step is None or not completed:
                 return
@@ -257,6 +294,7 @@ class StallMeter:
                 logger.exception("a watched save does not say whether it is over; it counts as over")
                 barrier, failed = 0.0, False
             with self._lock:
+                self._hear()
                 self._watched.remove(entry)
                 self._flying.pop(id(handle), None)
                 self._note_barrier(save, barrier)
@@ -371,6 +409,7 @@ class _Call:
     def __enter__(self) -> None:
         meter = self._meter
         with meter._lock:
+            meter._hear()
             self._save = _Save(meter._clock())
             self._save.called = True
             meter._saves += 1
@@ -380,6 +419,7 @@ class _Call:
         meter, save = self._meter, self._save
         save.end = meter._clock()
         with meter._lock:
+            meter._hear()
             meter._note_call(save, save.start, save.end - save.start)
             if kind is not None:
                 meter._note_failure(save)

@@ -47,13 +47,14 @@ def test_a_run_with_a_model_of_ones_own_as_a_process(tmp_path: Path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "BertModel" in result.stdout
     assert "vembed-async-ckpt" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
     (file,) = (tmp_path / "out").glob("*.json")
     found = json.loads(file.read_text())
     assert found["state"]["model"] == "BertModel"
     assert found["state"]["trained"]
     assert set(found["summary"]["durable"]["engines"]) == {"ours", "safetensors"}
     assert sorted(os.listdir(tmp_path)) == ["model", "out"]
-    shown = runner.invoke(app, ["bench", "--show", str(file)])
+    shown = runner.invoke(app, ["bench", "--show", str(file), "--details"])
     assert shown.exit_code == 0
     assert "Durable:" in shown.output
 
@@ -64,7 +65,20 @@ def test_a_run_with_a_model_of_ones_own_as_a_process(tmp_path: Path):
         (["speed"], "no measure 'speed'"),
         (["--engines", "ours,theirs"], "no engine 'theirs'"),
         (["--size", "much"], "size 'much' is none"),
-        (["--dir", "/no/such/directory"], "is no directory"),
+        (["--dir", "/proc/no/such/directory"], "--dir /proc/no/such/directory: no such file or directory"),
+        (["--dir", "/dev/null"], "--dir /dev/null: "),
+        (["--out", "/proc/out"], "--out /proc/out: "),
+        (["--device", "cuda"], "--device cuda: this torch is built without CUDA"),
+        (["--device", "tpu"], "--device tpu: write it as cpu, cuda or cuda:1"),
+        (["--workload", "gpt"], "no workload 'gpt'; there are clip, siglip"),
+        (["--workload", "mlperf-70b", "--scale", "1"], "Use "),
+        (["--scale", "2"], "--scale '2' is none"),
+        (["--budget", "soon"], "--budget 'soon' is no time"),
+        (["--mtbf", "-1h"], "--mtbf '-1h' is no time"),
+        (["--overhead", "much"], "--overhead 'much' is no share"),
+        (["--gpus", "0"], "--gpus is 0"),
+        (["--engine", "theirs:"], "--engine theirs:: write it as module:Class"),
+        (["--engine", "no_such_module:Engine"], "--engine no_such_module:Engine: no module 'no_such_module'"),
         (["--size", "100TiB"], "are needed"),
         (["--show", "/no/such/file.json"], "is no result of this command"),
         (["--rounds", "0"], "rounds is 0"),
@@ -89,34 +103,34 @@ def test_the_engines_are_listed():
     assert [name for name in ENGINES if name not in result.output] == []
 
 
-def test_no_plots_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It says so, and the tables are there all the same."""
-    file = tmp_path / "result.json"
-    machine = {
-        "date": "2026-01-01",
-        "cpus": 2,
-        "cpu": "x",
-        "gpu": None,
-        "kernel": "6",
-        "file_system": "ext4",
-        "load": 0.0,
-    }
-    file.write_text(
-        json.dumps(
-            {
-                "complete": False,
-                "machine": {**machine, "versions": {"torch": "2"}},
-                "state": {"model": "synthetic", "bytes": 1, "tensors": 1},
-                "options": {"rounds": 1, "saves": 1},
-                "engines": {},
-                "summary": {},
-            }
-        )
+def test_refusals_come_before_torch_is_loaded(tmp_path: Path):
+    """In a fraction of a second, from a process that has no torch in it."""
+    program = (
+        "import sys\nfrom vembed_async_ckpt.cli import main\ntry:\n    main()\n"
+        "finally:\n    print('torch' in sys.modules, file=sys.stderr)"
     )
+    for arguments in (["--device", "cuda"], ["--size", "100TiB"], ["--dir", "/dev/null"], ["--engines", "theirs"]):
+        result = subprocess.run(
+            [sys.executable, "-c", program, "bench", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 2, result.stderr
+        message, loaded = result.stderr.splitlines()
+        assert message.startswith("vembed-ckpt bench: ")
+        assert loaded == "False"
+    assert os.listdir(tmp_path) == []
+
+
+def test_plots_without_matplotlib_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In one line, after the answers."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "vembed_async_ckpt.bench.plots", raising=False)
     monkeypatch.delattr("vembed_async_ckpt.bench.plots", raising=False)
-    result = runner.invoke(app, ["bench", "--show", str(file)])
-    assert result.exit_code == 0, result.output
-    assert "no plots: matplotlib is not installed" in result.output
-    assert "ended before everything was measured" in result.output
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / "bench-2026-11-28.json"
+    result = runner.invoke(app, ["bench", "--show", str(file), "--plots", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "torch_checkpointing" in result.stdout
+    assert result.stderr == "vembed-ckpt bench: --plots: matplotlib is not installed: pip install matplotlib\n"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vembed_async_ckpt.bench import plots, report, session, summary
+from vembed_async_ckpt.bench import checks, plots, report, results, samples, session, summary
 from vembed_async_ckpt.bench.options import GIB, MEASURES, MIB, Options, Refused, parse_size
 from vembed_async_ckpt.bench.visits import Failed, Visits
 
@@ -53,11 +53,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path,
 def test_a_run_measures_everything_and_cleans_up(ran: tuple[dict[str, Any], Path, Path]):
     """Every measure has samples of every engine, without errors; of the directory only what others put there is left."""
     result, file, directory = ran
-    assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+    assert results.read(file) == json.loads(json.dumps(result))
     assert result["complete"]
     assert set(result["measures"]) == set(result["summary"]) == set(MEASURES)
     for name, measured in result["measures"].items():
-        assert {sample["engine"] for sample in measured["samples"]} == {"ours", "safetensors"}, name
+        disk = {"raw-disk"} if name == "cost" else set()
+        assert {sample["engine"] for sample in measured["samples"]} == {"ours", "safetensors"} | disk, name
         assert [sample["error"] for sample in measured["samples"] if "error" in sample] == []
     assert os.listdir(directory) == ["somebody.txt"]
     assert os.listdir(file.parent) == [file.name]
@@ -82,9 +83,21 @@ def test_samples_are_raw_and_consistent(ran: tuple[dict[str, Any], Path, Path]):
         for steps in visit["steps"]:
             saves = result["options"]["saves"]
             assert len(steps["lost"]) == len(steps["floor"]) == saves
-            assert len(steps["beside"]) >= saves
+            assert visit["engine"] != "ours" or len(steps["beside"]) >= saves
     for visit in result["measures"]["durable"]["samples"]:
         assert all(save["raw"] > 0 and save["bytes"] >= visit["bytes"] for save in visit["saves"])
+    for visit in result["measures"]["cost"]["samples"]:
+        if visit["engine"] == "raw-disk":
+            assert len(visit["writes"]) == len(visit["floor"]) == result["options"]["saves"]
+            assert all(seconds > 0 for seconds in visit["writes"] + visit["reads"])
+            continue
+        for save in [visit["first"], *visit["saves"]]:
+            assert save["blocked"] == pytest.approx(save["save"] + save["step"])
+        for save in [visit["first"], *visit["saves"], *visit["alone"]]:
+            assert 0 < save["save"] <= save["written"] <= save["durable"]
+            assert save["bytes"] > 0.9 * visit["bytes"]
+        assert len(visit["saves"]) == len(visit["steps"]) == len(visit["alone"]) == result["options"]["saves"]
+        assert all(load["warm"] > 0 and load["cold"] > 0 for load in visit["loads"])
     points = {(s["kind"], s["value"]) for s in result["measures"]["scaling"]["samples"] if s["engine"] == "ours"}
     assert points == {("interval", 0), ("size", MIB), ("size", 2 * MIB), ("tensors", 6), ("tensors", 30)}
     runs = result["measures"]["scaling"]["samples"]
@@ -103,6 +116,7 @@ def test_tables_show_every_engine_and_number(ran: tuple[dict[str, Any], Path, Pa
     report.show(result, Console(file=text, width=130))
     shown = text.getvalue()
     for heading in (
+        "Cost:",
         "Stall:",
         "What a save costs the steps",
         "Durable:",
@@ -155,7 +169,7 @@ def test_an_engine_that_fails_is_told_and_the_others_go_on(tmp_path: Path, monke
 def _measure_with_a_failure(bench: Any) -> list[dict[str, Any]]:
     from vembed_async_ckpt.bench.measures import durable
 
-    bench.expect(2)
+    bench.begin_round(0, 2)
     return [{"round": 0, **bench.visit(f, name)} for f, name in ((_fail, "ours"), (durable.visit, "safetensors"))]
 
 
@@ -214,16 +228,16 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, signal_: int):
         text=True,
     )
     deadline = time.monotonic() + 100
-    while not list(disk.glob("vembed-bench-*/visit-*/checkpoint-1*")):
+    while not list(disk.glob("vembed-bench-*/visit-*/engine/checkpoint-1*")):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal_)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
-    assert "interrupted" in printed
+    assert "interrupted; nothing was measured" in printed
     assert os.listdir(disk) == []
-    assert os.listdir(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
     assert [line for line in _command_lines() if os.fspath(disk) in line] == []
 
 
@@ -267,7 +281,7 @@ def test_too_little_disk_is_said_with_numbers_before_anything_is_written(
 
 def test_too_little_memory_is_said_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The state itself would fit, but not what engines stage beside it."""
-    monkeypatch.setattr(session, "available_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(checks, "available_memory", lambda: 2 * GIB)
     with pytest.raises(Refused, match=r"2\.1 GB of memory are available; engines need up to .* for a state of 1\.1 GB"):
         session.run(replace(TINY, measures=("stall",), size=GIB), tmp_path, tmp_path / "out")
     assert os.listdir(tmp_path) == []
@@ -276,7 +290,7 @@ def test_too_little_memory_is_said_with_numbers(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"measures": ("speed",)}, "no measure 'speed'; there are stall, durable"),
+        ({"measures": ("speed",)}, "no measure 'speed'; there are cost, stall"),
         ({"rounds": 0}, "rounds is 0; at least 1"),
         ({"tensors": 2}, "tensors is 2; at least 3"),
     ],
@@ -312,17 +326,17 @@ def test_what_is_no_size_is_refused(text: str):
 
 def test_a_round_that_others_disturbed_counts_for_no_engine():
     """If half of the rounds were quiet; else all count, and it says how many."""
-    samples = [
+    found = [
         {"engine": engine, "round": number, "saves": [{"others": others}]}
         for number, others in enumerate((0.0, 0.5, 0.05))
         for engine in ("ours", "dcp")
     ]
-    used, said = summary.quiet_rounds(samples, "saves")
+    used, said = samples.quiet_rounds(found, "saves")
     assert {sample["round"] for sample in used} == {0, 2}
     assert (said["rounds"], said["used"]) == (3, 2)
-    for sample in samples:
+    for sample in found:
         sample["saves"][0]["others"] = 0.5
-    assert summary.quiet_rounds(samples, "saves")[1]["used"] == 3
+    assert samples.quiet_rounds(found, "saves")[1]["used"] == 3
 
 
 def test_ratios_are_against_ours_and_against_the_best_peer():

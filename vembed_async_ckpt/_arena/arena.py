@@ -12,10 +12,11 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
+from .. import _signals
 from .._writer.memory import MEMFD, address_of, map_arena
-from ..errors import CheckpointerBusy
+from ..errors import StageError
 
 _F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 2, 4  # linux/fcntl.h
 _ROUND = 2 << 20  # one huge page
@@ -113,24 +114,24 @@ class ArenaPool:
             room = min(room, self._max_bytes - busy)
         return max(room, 0) // mmap.PAGESIZE * mmap.PAGESIZE
 
-    def acquire(self, capacity: int, when_busy: Literal["wait", "error"], alive: Callable[[], None]) -> Arena:
-        """A free arena of at least `capacity` bytes, or the largest one allowed if that much memory cannot be had. The caller
-        gives it back with `release`.
-
-        Waits while all are busy, calling `alive` twice a second, which raises if nothing will ever be given back.
-        Raises `CheckpointerBusy` instead of waiting with `when_busy="error"`, and OSError as memfd_create(2) and mmap(2) do.
-        """
+    def acquire(self, capacity: int) -> Arena | None:
+        """A free arena of at least `capacity` bytes, or the largest one allowed if that much memory cannot be had; None while all
+        are busy. The caller gives it back with `release`. Raises `StageError` if the machine gives no memory at all."""
         with self._changed:
-            while True:
-                fitting = sorted((a for a in self._free if a.size >= capacity), key=lambda a: a.size)
-                if fitting:
-                    return self._take(fitting[0])
-                if (self._free or len(self._busy) < self._count) and (arena := self._make(capacity)):
-                    return arena
-                if when_busy == "error":
-                    raise CheckpointerBusy(f"all {self._count} arenas hold saves that are still being written")
-                if not self._changed.wait(0.5):
-                    alive()
+            fitting = sorted((a for a in self._free if a.size >= capacity), key=lambda a: a.size)
+            if fitting:
+                return self._take(fitting[0])
+            return self._make(capacity) if self._free or len(self._busy) < self._count else None
+
+    def wait(self, capacity: int, alive: Callable[[], None]) -> Arena:
+        """The same, but waits while all are busy. Calls `alive` again and again, which raises if nothing will ever be given back,
+        and delivers signals that are held back. Raises what `acquire`, `alive` and the signals' handlers raise."""
+        while (arena := self.acquire(capacity)) is None:
+            with self._changed:
+                self._changed.wait(_signals.SLICE)
+            _signals.deliver()
+            alive()
+        return arena
 
     def _make(self, capacity: int) -> Arena | None:
         """A new arena, or None while memory for it is held by a save in flight."""
@@ -150,7 +151,10 @@ class ArenaPool:
             held = sum(other.size for other in (*self._free, *self._busy))
             if len(self._free) + len(self._busy) >= self._count or (self._max_bytes and held + size > self._max_bytes):
                 self._drop(arena)
-        arena = Arena(next(self._numbers), max(size, mmap.PAGESIZE))
+        try:
+            arena = Arena(next(self._numbers), max(size, mmap.PAGESIZE))
+        except (MemoryError, OSError) as error:
+            raise StageError(f"no host memory for {size} bytes of state: {error}") from error
         self._added(arena)
         self._busy.append(arena)
         return arena

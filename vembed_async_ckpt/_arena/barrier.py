@@ -19,8 +19,9 @@ from operator import attrgetter, is_, not_
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .. import _signals
 from .captures import is_capturing
 from .devices import is_on_device
 from .host_copy import are_plain, is_small
@@ -56,41 +57,44 @@ class _Gate:
         self.steps = 0  # that optimizers have begun, as far as the hook saw them
         self.generation = 0  # grows when an optimizer is seen for the first time
         self.pending: tuple[Pending, ...] = ()
+        self.stepping: list[int] = []  # ids of optimizers that are in the middle of a step
 
     def install(self) -> None:
-        with self._lock:
+        with _signals.held(), self._lock:
             if not self._installed:
                 register_optimizer_step_pre_hook(_before_step)
+                register_optimizer_step_post_hook(_after_step)
                 os.register_at_fork(after_in_child=self._forget)
                 self._installed = True
 
     def note(self, optimizer: torch.optim.Optimizer) -> None:
-        with self._lock:
+        with _signals.held(), self._lock:
             self.seen.add(optimizer)
             self.generation += 1
 
     def note_captured(self, optimizer: torch.optim.Optimizer) -> None:
-        with self._lock:
+        with _signals.held(), self._lock:
             self.captured.add(optimizer)
             self.generation += 1
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those seen so far that are still there, but for those whose step a CUDA graph repeats without the hook."""
-        with self._lock:
+        with _signals.held(), self._lock:
             return [optimizer for optimizer in self.seen if optimizer not in self.captured]
 
     def add(self, snapshot: Pending) -> None:
-        with self._lock:
+        with _signals.held(), self._lock:
             self.pending = (*self.pending, snapshot)
 
     def remove(self, snapshot: Pending) -> None:
-        with self._lock:
+        with _signals.held(), self._lock:
             self.pending = tuple(other for other in self.pending if other is not snapshot)
 
     def _forget(self) -> None:
         """In a forked child nobody copies: there is nothing to wait for."""
         self._lock = threading.Lock()
         self.pending = ()
+        self.stepping = []
 
 
 GATE = _Gate()
@@ -99,12 +103,20 @@ GATE = _Gate()
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     GATE.steps += 1
+    _after_step(optimizer, args, kwargs)  # in case its last step ended in an exception
+    GATE.stepping.append(id(optimizer))
     if optimizer not in GATE.seen:
         GATE.note(optimizer)
     if is_capturing() and optimizer not in GATE.captured:
         GATE.note_captured(optimizer)
     for snapshot in GATE.pending:
         snapshot.barrier()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if id(optimizer) in GATE.stepping:
+        del GATE.stepping[GATE.stepping.index(id(optimizer)) :]
 
 
 @dataclass(frozen=True)
@@ -152,10 +164,11 @@ class Earned:
         Copied at once: what is small, buffers, frozen parameters, copies that nobody steps, computed values, parameters in
         `volatile`, host tensors that are not contiguous, and everything of optimizers that have not been seen or whose step a CUDA
         graph repeats. So are the parameters of a wrapper that has not been seen itself: it may change them before or after the step
-        that it wraps.
+        that it wraps; and those of an optimizer with `train()` and `eval()`, which change them between its steps: schedule-free
+        ones are to be saved between `eval()` and `train()`.
         """
         seen = GATE.optimizers()
-        groups = [group["params"] for optimizer in seen for group in optimizer.param_groups]
+        groups = [group["params"] for optimizer in seen if not _switches(optimizer) for group in optimizer.param_groups]
         unseen = [each.parameter_ids() for each in saved if not any(map(partial(is_, each.optimizer), seen))]
         now = (key, GATE.generation, [list(map(id, parameters)) for parameters in groups], unseen)
         if now != self._key or not self._still_divides(tensors):
@@ -184,6 +197,10 @@ class Earned:
             and True not in map(torch.Tensor.is_inference, late)
             and False not in map(torch.Tensor.is_contiguous, division.host_part(late))
         )
+
+
+def _switches(optimizer: torch.optim.Optimizer) -> bool:
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 def all_now(count: int) -> Division:

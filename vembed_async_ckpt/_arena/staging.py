@@ -15,6 +15,7 @@ from operator import attrgetter
 
 import torch
 
+from .. import _signals
 from ..errors import StageError
 from ..events import logger
 from .arena import Arena
@@ -262,10 +263,12 @@ class Snapshot:
         awaited = self._arrived if is_capturing() else self._copied
         if not awaited.is_set():
             begun = time.perf_counter()
-            with recorded("barrier"):
+            with _signals.held(), recorded("barrier"):
                 self.hurry()
-                if not awaited.wait(DEADLINE):
-                    raise StageError(TOO_SLOW)
+                while not awaited.wait(_signals.SLICE):
+                    _signals.deliver()
+                    if time.perf_counter() - begun > DEADLINE:
+                        raise StageError(TOO_SLOW)
             self.waited += time.perf_counter() - begun
             self.went_on = time.time()
         if self._device is not None and not self._arrived.is_set():
@@ -294,7 +297,7 @@ class StagingThread:
     def close(self, timeout: float) -> None:
         """End the thread after the jobs queued so far; waits at most `timeout` seconds."""
         self._jobs.put(None)
-        self._thread.join(timeout)
+        _signals.join(self._thread, timeout)
 
     def _run(self) -> None:
         _be_quiet()

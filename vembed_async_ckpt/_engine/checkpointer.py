@@ -18,6 +18,7 @@ from typing import Any
 
 import anyio
 
+from .. import _signals
 from .._arena.profiling import recorded
 from .._request.request import Objects
 from .._store import names
@@ -96,8 +97,15 @@ class AsyncCheckpointer:
             latest_link=latest_link,
         )
         self._closed = ""  # why no more saves are taken
+        self._ended = False  # and all is given back
+        self._closer = 0  # the thread that closes it
+        with _signals.held():
+            self._begin()
+
+    def _begin(self) -> None:
+        policy = self._options.policy
         self._reporter = Reporter(self._options.sinks)
-        self._ledger = Ledger(on_error)
+        self._ledger = Ledger(self._options.on_error)
         ranks = Ranks.of_this_process(self._options.root)
         parts = (self._ledger, self._reporter, self._refuse_if_closed)
         self._engine: Leader | Follower
@@ -167,6 +175,9 @@ class AsyncCheckpointer:
         they can be, and fail the save. Not noticed: a write through `.data`, numpy or another process that leaves a tensor's last
         8 bytes as they were, and storage that is freed at the very moment it is read.
 
+        A signal handler may save, wait and close: handlers run after the call, or where it waits. (`CheckpointerBusy`, and the save
+        that was interrupted goes on, while a state larger than its memory passes in parts.)
+
         Raises `PlanError` for what cannot be saved, before anything is touched; `CheckpointerBusy` with `when_busy="error"`;
         `CheckpointerClosed`; and once what an earlier save failed with (see `on_error`): then nothing of this call was saved,
         and the call may be repeated.
@@ -179,12 +190,13 @@ class AsyncCheckpointer:
     def save_as(self, directory: str, step: int | None, objects: Objects) -> SaveHandle:
         """`save()` under any name: publish `objects` as `root/directory`. What the integrations build on."""
         begun = time.perf_counter()
-        self._refuse_if_closed()
-        with recorded("save"):
-            handle = self._engine.save(directory, step, objects, begun)
-        if self._decider is not None and handle.state is not SaveState.SKIPPED:
-            self._decider.saved(step, objects.metrics, begun)
-        return handle
+        with _signals.held():
+            self._refuse_if_closed()
+            with recorded("save"):
+                handle = self._engine.save(directory, step, objects, begun)
+            if self._decider is not None and handle.state is not SaveState.SKIPPED:
+                self._decider.saved(step, objects.metrics, begun)
+            return handle
 
     def should_save(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:
         """Whether to save now, at the end of `step`, by the policy. Ask at every step. On every rank the answer is the same.
@@ -203,8 +215,9 @@ class AsyncCheckpointer:
         An optimizer without state yet (AdamW before its first step) is sized again after that step. `wait()` returns once the
         pages are there. Raises what `save()` would raise for these objects.
         """
-        self._refuse_if_closed()
-        self._engine.prewarm(model, optimizer)
+        with _signals.held():
+            self._refuse_if_closed()
+            self._engine.prewarm(model, optimizer)
 
     # -- waiting and looking
 
@@ -213,16 +226,20 @@ class AsyncCheckpointer:
 
         Failures are not raised here: they stay on their handles.
         """
-        self._ledger.wait(timeout, lambda: self._engine.prewarming, self._engine.check)
+        with _signals.held():
+            self._engine.refuse_inside_save("wait()")
+            self._ledger.wait(timeout, lambda: self._engine.prewarming, self._engine.check)
 
     def in_flight(self) -> list[SaveHandle]:
         """The saves that have not ended yet."""
-        return self._ledger.in_flight()
+        with _signals.held():
+            return self._ledger.in_flight()
 
     def statistics(self) -> dict[str, Any]:
         """Counts of saves (started, committed, failed, skipped), saves in flight, bytes still to be written, arenas free and busy,
         host bytes held, whether overlap is on, and the last failure."""
-        return {**self._ledger.statistics(), **self._engine.statistics()}
+        with _signals.held():
+            return {**self._ledger.statistics(), **self._engine.statistics()}
 
     async def events(self) -> AsyncIterator[Event]:
         """Every event from now on, until `close()`. Works on any anyio backend; holds no thread."""
@@ -250,7 +267,7 @@ class AsyncCheckpointer:
                     os.eventfd_read(bell)
         finally:
             self._reporter.remove_sink(sink)
-            with ringing:
+            with _signals.held(), ringing:
                 over = True
                 os.close(bell)
 
@@ -262,20 +279,43 @@ class AsyncCheckpointer:
         Raises TimeoutError if that takes longer than `timeout` seconds (the writer process then finishes on its own), else once
         what a save failed with that nobody has read.
         """
+        with _signals.held():
+            self._engine.refuse_inside_save("close()")
+            self._close(timeout)
+
+    def _close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        with self._ledger.changing():
-            if self._closed:
-                return
-            self._closed = "closed"
+        if not self._may_close(deadline):
+            return
         try:
-            self.wait(timeout)
+            try:
+                self.wait(timeout)
+            finally:
+                ended = self._end(deadline)
+                self._ended = True
         finally:
-            ended = self._end(deadline)
+            self._closer = 0
         if not ended:
             raise TimeoutError(
                 f"{self._options.root}: the writer has not ended after {timeout} s; it finishes on its own"
             )
         self._ledger.raise_unread()
+
+    def _may_close(self, deadline: float) -> bool:
+        """Whether this thread is to close it: not if that is done, or once another thread has done it. A signal handler that
+        interrupted `close()` does it all the same."""
+        while True:
+            with self._ledger.changing():
+                if self._ended:
+                    return False
+                if self._closer in (0, threading.get_ident()):
+                    self._closer = threading.get_ident()
+                    self._closed = self._closed or "closed"
+                    return True
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{self._options.root}: another thread has not closed the checkpointer in time")
+            time.sleep(_signals.SLICE)
+            _signals.deliver()
 
     def _end(self, deadline: float) -> bool:
         if self._decider is not None:
@@ -317,6 +357,7 @@ class AsyncCheckpointer:
     def _forget(self) -> None:
         """In a forked child: the parent's writer, lock and memory are not ours."""
         self._closed = "that of the parent process"
+        self._ended = True
         self._engine.forget()
 
 
@@ -350,7 +391,7 @@ def _drain_at_exit() -> None:
     have been: no other way is left to say it, and a script that looks at the code must not go on as if all had been saved."""
     interrupt: BaseException | None = None
     for checkpointer in list(_LIVING):
-        if checkpointer._closed:
+        if checkpointer._ended:
             continue
         try:
             checkpointer.close(EXIT_DEADLINE)

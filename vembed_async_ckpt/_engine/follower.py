@@ -55,10 +55,14 @@ class Follower:
             return [*state.render(rank, world_size), *further]
 
         self._following.join(directory, step, objects.of_every_rank, render, following.heard)
+        handle._called = True
         return handle
 
     def prewarm(self, model: Any, optimizer: Any) -> None:
         """Nothing is copied here."""
+
+    def refuse_inside_save(self, what: str) -> None:
+        """Nothing here waits inside `save()`."""
 
     def check(self) -> None:
         self._ranks.check()

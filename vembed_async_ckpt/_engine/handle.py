@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 
+from .. import _signals
 from ..errors import CheckpointError
 from .frozen import FrozenDict
 
@@ -93,6 +94,7 @@ class SaveHandle:
         self._wakers: set[int] = set()
         self._progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._saver = threading.get_ident()
+        self._called = False  # `save()` has returned
         self._hurry: Callable[[], None] = lambda: None  # stages with more threads
 
     def __repr__(self) -> str:
@@ -131,17 +133,18 @@ class SaveHandle:
     def exception(self, timeout: float | None = None) -> CheckpointError | None:
         """Wait as `result` does, but return what failed, or None."""
         self._wait(self.done, timeout)
-        with self._changed:
+        with _signals.held(), self._changed:
             self._read = True
             return self._error
 
     def add_done_callback(self, callback: Callable[[SaveHandle], None]) -> None:
         """Call `callback(handle)` on the reporting thread once it has ended; at once if it has. What it raises is logged."""
-        with self._changed:
-            if not self.done():
-                self._callbacks.append(callback)
-                return
-        self._call(lambda: callback(self))
+        with _signals.held():
+            with self._changed:
+                if not self.done():
+                    self._callbacks.append(callback)
+                    return
+            self._call(lambda: callback(self))
 
     def __await__(self) -> Generator[Any, Any, CheckpointInfo]:
         """Wait for `result()` without a thread; cancelling the wait does not touch the save."""
@@ -150,13 +153,13 @@ class SaveHandle:
     async def _await(self) -> CheckpointInfo:
         waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            with self._changed:
+            with _signals.held(), self._changed:
                 if not self.done():
                     self._wakers.add(waker)
             while not self.done():
                 await anyio.wait_readable(waker)
         finally:
-            with self._changed:
+            with _signals.held(), self._changed:
                 self._wakers.discard(waker)
                 os.close(waker)
         return self.result(0)
@@ -165,13 +168,23 @@ class SaveHandle:
 
     def _wait(self, until: Callable[[], bool], timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._waited_for(timeout)
-        with self._changed:
-            while not until():
-                left = 3600.0 if deadline is None else deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError(f"checkpoint of step {self.step} is still {self._state.value} after {timeout} s")
-                self._changed.wait(left)
+        with _signals.held():
+            self._waited_for(timeout)
+            while True:
+                with self._changed:
+                    if until():
+                        return
+                    left = _signals.SLICE if deadline is None else deadline - time.monotonic()
+                    if left <= 0:
+                        raise TimeoutError(
+                            f"checkpoint of step {self.step} is still {self._state.value} after {timeout} s"
+                        )
+                    self._changed.wait(min(left, _signals.SLICE))
+                _signals.deliver()
+
+    def _interrupted(self) -> bool:
+        """Whether this thread is inside the call of `save()`: it is a signal handler, or code of the user's, that asks."""
+        return not self._called and self._saver == threading.get_ident()
 
     def _waited_for(self, timeout: float | None) -> None:
         """This thread will wait so long (0: it only looks). If it is the one that saved, the training does nothing meanwhile."""
@@ -179,7 +192,7 @@ class SaveHandle:
             self._hurry()
 
     def _raise_if_failed(self) -> None:
-        with self._changed:
+        with _signals.held(), self._changed:
             if self._error is not None:
                 self._read = True
                 raise self._error

@@ -14,6 +14,7 @@ from operator import is_not
 from pathlib import Path
 from typing import Any
 
+from .. import _signals
 from .._arena import devices, numa, pinning
 from .._arena.arena import Arena, ArenaPool
 from .._arena.barrier import GATE, Division, Earned, all_now
@@ -73,6 +74,7 @@ class Leader:
         self._serials = itertools.count(1)
         self._saving = threading.Lock()  # one save() at a time goes from request to staged copy
         self._saver = 0  # the thread inside
+        self._waits = False  # for an arena
         # touched under _saving only:
         self._plan: SavePlan | None = None
         self._planned: tuple[Content, ...] = ()
@@ -103,15 +105,16 @@ class Leader:
         self._ledger.begun(save.handle, self._allowed)
         try:
             self._start(save, request, save_plan, meeting.room)
-        except CheckpointerBusy as error:
+        except _NoArena as error:
             self._ledger.skipped(save.handle)
+            busy = CheckpointerBusy(str(error))
             if self._options.when_busy == "error":
-                raise
-            save.handle._skip(error)
-            meeting.say(SaveState.SKIPPED, error=error)
-            self._reporter.emit(Event("backpressure", "failed", request.save_id, step, detail=str(error)))
+                raise busy from None
+            save.handle._skip(busy)
+            meeting.say(SaveState.SKIPPED, error=busy)
+            self._reporter.emit(Event("backpressure", "failed", request.save_id, step, detail=str(busy)))
         except (StageError, WriteError) as error:
-            if self._options.on_error == "raise":
+            if self._options.on_error == "raise" or _signals.from_handler(error):
                 self._ledger.withdrawn(save.handle)
                 raise
             self._save_ended(save.handle, error)
@@ -125,6 +128,7 @@ class Leader:
         else:
             stall = time.perf_counter() - begun
             save.stalled(stall)
+            save.handle._called = True
             self._reporter.emit(Event("call", "complete", request.save_id, step, save_plan.end, stall))
         return save.handle
 
@@ -163,12 +167,16 @@ class Leader:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One thread at a time; a signal handler that interrupts its own thread's `save()` is refused instead of waiting for it."""
+        """One thread at a time. A signal handler that interrupts its own thread's `save()` while that waits for an arena saves
+        first; anywhere else it is refused."""
+        self.refuse_inside_save("save()")
         if self._saver == threading.get_ident():
-            raise CheckpointerBusy(
-                "save() was called while this thread is inside save(), by a signal handler perhaps; "
-                "let the handler set a flag, and save at the next step"
-            )
+            self._waits = False
+            try:
+                yield
+            finally:
+                self._waits = True
+            return
         with self._saving:
             self._saver = threading.get_ident()
             try:
@@ -176,8 +184,31 @@ class Leader:
             finally:
                 self._saver = 0
 
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Nothing of the save has begun, so a signal handler may save, wait and close."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def refuse_inside_save(self, what: str) -> None:
+        """Raise `CheckpointerBusy` where `what` was called inside this thread's own `save()` and cannot be done."""
+        if self._saver == threading.get_ident() and not self._waits:
+            raise CheckpointerBusy(
+                f"{what} was called while this thread is inside save(), by a signal handler perhaps. That save goes on. "
+                f"Let the handler set a flag, and call {what} after the step"
+            )
+
+    def _refuse_if_ended(self) -> None:
+        """While an arena is awaited: raise if none will come, or a signal handler closed the checkpointer."""
+        if self.closed:
+            self._allowed()
+        self.check()
+
     def _divide(self, request: Request) -> Division:
-        if not self._overlap:
+        if not self._overlap or GATE.stepping:  # a signal handler saves in the middle of a step, which then goes on
             return all_now(len(request.tensors))
         key = tuple(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
         stepped = [state for state in request.optimizers if state.optimizer is not None]
@@ -197,18 +228,14 @@ class Leader:
         self._pool.pinned = pinning.can_pin()
 
     def _acquire(self, request: Request, needed: int) -> Arena:
-        try:
-            try:
-                arena = self._pool.acquire(needed, "error", self.check)
-            except CheckpointerBusy:
-                if self._options.when_busy != "wait":
-                    raise
-                if self._meetings is not None:
-                    self._meetings.hurry()
-                with self._reporter.stage("backpressure", request.save_id, request.step, needed):
-                    arena = self._pool.acquire(needed, "wait", self.check)
-        except (MemoryError, OSError) as error:
-            raise StageError(f"step {request.step}: no host memory for {needed} bytes of state: {error}") from error
+        arena = self._pool.acquire(needed)
+        if arena is None:
+            if self._options.when_busy != "wait":
+                raise _NoArena(f"all {self._options.max_in_flight} arenas hold saves that are still being written")
+            if self._meetings is not None:
+                self._meetings.hurry()
+            with self._reporter.stage("backpressure", request.save_id, request.step, needed), self._interruptible():
+                arena = self._pool.wait(needed, self._refuse_if_ended)
         if arena.size < min(needed, MIN_HOST_BYTES):
             self._pool.release(arena)
             raise StageError(
@@ -240,10 +267,9 @@ class Leader:
             request = self._reader.read("", None, Objects(model=model, optimizer=optimizer))
             needed = required_bytes(plan(request.contents), request)
             self._notice_devices(request)
-            try:
-                self._pool.release(self._pool.acquire(needed, "error", self._supervisor.check))
-            except CheckpointerBusy:
-                pass  # a save is under way; the arena it has, or the next, is what there is to warm
+            arena = self._pool.acquire(needed)
+            if arena is not None:  # else a save is under way; the arena it has, or the next, is what there is to warm
+                self._pool.release(arena)
 
     def check(self) -> None:
         self._supervisor.check()
@@ -291,6 +317,10 @@ class Leader:
 
     def _arena_dropped(self, arena: Arena) -> None:
         self._supervisor.drop_arena(arena)
+
+
+class _NoArena(Exception):
+    """All arenas are busy, and `when_busy` says not to wait."""
 
 
 class _AfterFirstStep:

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .. import _signals
 from ..errors import CheckpointError
 from .handle import SaveHandle
 from .messages import RaisedElsewhere
@@ -83,16 +84,20 @@ class Ledger:
 
     def wait(self, timeout: float | None, busy: Callable[[], bool], alive: Callable[[], None]) -> None:
         """Return when nothing is in flight and `busy` says no. Raises TimeoutError, and what `alive` raises, which is asked
-        twice a second."""
+        again and again. The call of `save()` that a signal handler has interrupted is not waited for: it would never end."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for handle in self.in_flight():
             handle._waited_for(timeout)
-        with self._changed:
-            while self._in_flight or busy():
+        while True:
+            with self._changed:
+                left = sum(not handle._interrupted() for handle in self._in_flight)
+                if not left and not busy():
+                    return
                 if deadline is not None and time.monotonic() >= deadline:
-                    raise TimeoutError(f"{len(self._in_flight)} saves are still in flight after {timeout} s")
-                self._changed.wait(0.5 if self._in_flight else 0.01)
-                alive()
+                    raise TimeoutError(f"{left} saves are still in flight after {timeout} s")
+                self._changed.wait(_signals.SLICE if left else 0.01)
+            _signals.deliver()
+            alive()
 
     def in_flight(self) -> list[SaveHandle]:
         with self._changed:

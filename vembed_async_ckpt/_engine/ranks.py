@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from .. import _signals
 from ..errors import CheckpointError, StageError
 from . import patience
 
@@ -98,7 +99,7 @@ class Ranks:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(timeout)
+        _signals.join(self._thread, timeout)
         with self._changed:
             left, self._tasks = self._tasks, []
             self._changed.notify_all()

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import anyio
 import xxhash
 
+from .. import _signals
 from .._arena.arena import Arena
 from .._store.fs import INSTEAD, Filesystem, LocalFilesystem
 from .._store.lock import RootLock
@@ -174,7 +175,7 @@ class Supervisor:
         """Let the writer finish what it has and end it. False if that took longer than `timeout` seconds."""
         self._post(self._begin_closing)
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+            _signals.join(self._thread, timeout)
         return not self._thread.is_alive()
 
     def forget(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import _signals
 from .._arena.arena import Arena
 from .._plan.plan import START, SavePlan
 from .._request.request import Request
@@ -49,7 +50,8 @@ class Waves:
         window = self._arena.size - START
         for start in range(START, self._assembly.end, window):
             end = min(start + window, self._assembly.end)
-            while not self._turn.acquire(timeout=0.5):
+            while not self._turn.acquire(timeout=_signals.SLICE):
+                _signals.deliver()
                 alive()
             if ended():
                 return

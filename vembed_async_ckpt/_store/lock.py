@@ -16,6 +16,7 @@ import time
 import weakref
 from dataclasses import dataclass
 
+from .. import _signals
 from ..errors import CheckpointerBusy, CheckpointError, CommitError
 from ..events import logger
 from . import names
@@ -334,6 +335,7 @@ def _wait(fd: int, root: str, mode: int, patience: float) -> None:
             logger.warning("%s: waiting for the writer of a dead trainer (%s) to finish what was staged", root, holder)
             announced = True
         time.sleep(_POLL)
+        _signals.deliver()
 
 
 def _holder(fd: int) -> Holder | None:

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from .checks import file_system
+
 CHUNK, IN_FLIGHT = 16 << 20, 4  # the raw write: this many bytes each, this many at once
 PACKAGES = (
     *("vembed-async-ckpt", "torch", "safetensors", "transformers", "xxhash"),
-    *("torch-checkpointing", "torchsnapshot", "lightning"),
+    *("torch-checkpointing", "torchsnapshot", "lightning", "accelerate", "moonclip", "dlrover"),
 )
 
 
@@ -51,18 +53,6 @@ def _version(name: str) -> str | None:
 def _field(path: str, name: str) -> str:
     with open(path) as file:
         return next((line.split(":", 1)[1].strip() for line in file if line.startswith(name)), "")
-
-
-def file_system(directory: str) -> tuple[str, str]:
-    """Type and device of the mount that holds `directory`."""
-    best, found = "", ("", "")
-    with open("/proc/self/mounts") as file:
-        for line in file:
-            device, point, kind = line.split()[:3]
-            inside = os.path.realpath(directory) + "/"
-            if inside.startswith(point.rstrip("/") + "/") and len(point) >= len(best):
-                best, found = point, (kind, device)
-    return found
 
 
 class CopyCeiling:
@@ -142,6 +132,10 @@ class Disk:
         finally:
             os.close(fd)
 
+    def remove(self) -> None:
+        """Delete the file that `write(keep=True)` made."""
+        os.unlink(self._path)
+
     @property
     def _flag(self) -> int:
         return os.O_DIRECT if self.direct else 0
@@ -183,9 +177,29 @@ def files_of(path: str) -> list[str]:
     return [os.path.join(base, name) for base, _, names in os.walk(path) for name in names]
 
 
-def bytes_on_disk(path: str) -> int:
-    """Sizes of the files below `path`, a file with two names once."""
-    return sum({(found := os.lstat(file)).st_ino: found.st_size for file in files_of(path)}.values())
+class NewBytes:
+    """What is put below `path` from now on, whatever the engine names its files."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._before = self._look()
+
+    def count(self) -> int:
+        """Bytes in files that are new or were written again, and those that files grew by; a file with two names once."""
+        found = 0
+        for inode, (size, changed) in self._look().items():
+            old, then = self._before.get(inode, (0, 0))
+            if changed != then:
+                found += size - old if size > old else size
+        return found
+
+    def _look(self) -> dict[int, tuple[int, int]]:
+        looked = {}
+        for file in files_of(self._path):
+            with suppress(FileNotFoundError):  # an engine may delete an old one meanwhile
+                status = os.lstat(file)
+                looked[status.st_ino] = (status.st_size, status.st_mtime_ns)
+        return looked
 
 
 def _together(work: Callable[[int], None], threads: int) -> float:

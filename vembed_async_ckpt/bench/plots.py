@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .report import title
+from .catalog import title_of as title
 
 OURS, PEERS, INK = "#1a7f5a", "#9aa5b1", "#1f2933"
 LINES = ("#52606d", "#b44d12", "#3e6fb0", "#8a5fb0", "#a68a00", "#c2477f", "#0f8b8d", "#7b8794")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from .catalog import ENGINES
+from .catalog import ENGINES, title_of
+from .summary import of as summary_of
 
 Sample = dict[str, Any]
 Noted = tuple[Table, str]  # and what its columns mean
@@ -23,11 +25,11 @@ def show(result: Sample, console: Console) -> None:
         f"{machine['date']}  {machine['cpus']} x {machine['cpu']}, {machine['gpu'] or 'no GPU'}, Linux {machine['kernel']}, "
         f"{machine['file_system']}; load {machine['load']:.2f} at the start\n"
         f"state: {shape}{_binary(state['bytes'])} in {state['tensors']:,} tensors, weights and AdamW; "
-        f"{result['options']['rounds']} visits to each engine, {result['options']['saves']} saves in each\n"
+        f"{result['options']['saves']} saves in each visit\n"
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version),
         highlight=False,
     )
-    for measure, summary in result["summary"].items():
+    for measure, summary in summary_of(result).items():
         for table, note in TABLES[measure](summary):
             console.print()
             console.print(table)
@@ -49,6 +51,11 @@ def show(result: Sample, console: Console) -> None:
         console.print("[yellow]The run was ended before everything was measured.[/]")
 
 
+def list_engines() -> None:
+    """Print every engine there is."""
+    Console(soft_wrap=True).print(engines())
+
+
 def engines() -> Table:
     """Every engine there is."""
     table = _table("Engines", "name", left=("installed", "configured", "leaves out"))
@@ -66,17 +73,13 @@ def _lacks(rows: list[tuple[str, str]]) -> Table:
 
 
 def _table(title: str, first: str, *columns: str, left: tuple[str, ...] = ()) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     for column in left:
         table.add_column(column, overflow="fold")
     return table
-
-
-def title(name: str) -> str:
-    return ENGINES[name].title if name in ENGINES else name
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -114,6 +117,32 @@ def _in_order(summary: Sample, key: str) -> list[tuple[str, Sample]]:
     return sorted(summary["engines"].items(), key=lambda item: item[1][key])
 
 
+def _cost(summary: Sample) -> list[Noted]:
+    table = _table(
+        "Cost: every quantity, its median, its range, and the median of each visit",
+        "engine",
+        *("quantity", "median", "least", "most", "visits"),
+    )
+    for name, entry in summary["engines"].items():
+        for key, quantity in entry.items():
+            write = _binary if key.endswith("_bytes") else _precisely
+            values = (write(quantity[each]) for each in ("median", "low", "high"))
+            visits = ", ".join(write(value) for value in quantity["of_visits"])
+            table.add_row(title_of(name), key.rpartition("_")[0], *values, visits)
+    return [(table, _COST)]
+
+
+def _precisely(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f} ms" if abs(seconds) < 1 else f"{seconds:,.3f} s"
+
+
+_COST = """\
+first, blocked: save() and the wait before optimizer.step(), of the first save and of later ones. lost: what the training takes
+longer for one save until it is durable. beside: from the call to durable beside small steps; durable: with nothing beside it.
+loaded, cold: loading with the files in the page cache, and without. written: bytes of one save on disk.
+floor: lost beside a raw write."""
+
+
 def _stall(summary: Sample) -> list[Noted]:
     blocked = _table(
         "Stall: what a save takes from the training loop, ms",
@@ -122,10 +151,10 @@ def _stall(summary: Sample) -> list[Noted]:
     )
     for name, entry in _in_order(summary, "blocked"):
         blocked.add_row(
-            title(name),
+            title_of(name),
             *(milliseconds(entry[key]) for key in ("blocked", "blocked_p99", "save", "step")),
             _ratio(entry["times_ours"]),
-            _ratio(entry["work"]),
+            _ratio(entry["work_ratio"]),
             _share(entry["of_copy_ceiling"]),
             _seconds(entry["durable"]),
         )
@@ -137,7 +166,7 @@ def _stall(summary: Sample) -> list[Noted]:
     for name, entry in _in_order(summary, "blocked"):
         for part in entry["steps"]:
             steps.add_row(
-                title(name),
+                title_of(name),
                 str(part["threads"]),
                 milliseconds(part["lost"]),
                 milliseconds(part["floor"]),
@@ -168,7 +197,7 @@ def _durable(summary: Sample) -> list[Noted]:
     )
     for name, entry in _in_order(summary, "durable"):
         table.add_row(
-            title(name),
+            title_of(name),
             *(_seconds(entry[key]) for key in ("durable", "durable_p99", "written")),
             _ratio(entry["times_ours"]),
             _share(entry["of_ceiling"]),
@@ -191,9 +220,9 @@ def _memory(summary: Sample) -> list[Noted]:
         *("host", "x state", "RSS", *(("GPU",) if gpu else ()), "limit"),
     )
     for name, entry in _in_order(summary, "proportional"):
-        sizes = [entry["resident"], *([entry["gpu"]] if gpu else []), entry["limit"]]
+        sizes = [entry["resident"], *([entry["gpu"]] if gpu else []), entry["allowed"]]
         table.add_row(
-            title(name),
+            title_of(name),
             f"{entry['proportional'] / 2**20:,.0f}",
             _ratio(entry["of_state"]),
             *(f"{size / 2**20:,.0f}" for size in sizes),
@@ -235,7 +264,7 @@ def _grid(heading: str, points: dict[str, dict[int, str]], first: Callable[[int]
         return []
     table = _table(heading, "engine", *map(first, values))
     for name, found in points.items():
-        table.add_row(title(name), *(found.get(value, "") for value in values))
+        table.add_row(title_of(name), *(found.get(value, "") for value in values))
     return [(table, note)]
 
 
@@ -247,7 +276,7 @@ def _restore(summary: Sample) -> list[Noted]:
     )
     for name, entry in _in_order(summary, "warm"):
         table.add_row(
-            title(name),
+            title_of(name),
             *(_seconds(entry[key]) for key in ("warm", "warm_p99")),
             _ratio(entry["times_ours"]),
             *(_seconds(entry[key]) for key in ("cold", "cold_p99")),
@@ -261,4 +290,11 @@ warm: the page cache holds the files. cold: it was dropped before. of the disk: 
 it (4 x 16 MiB in flight), of cold. Ours checks sizes, not hashes, as `load` does unless told otherwise."""
 
 
-TABLES = {"stall": _stall, "durable": _durable, "memory": _memory, "scaling": _scaling, "restore": _restore}
+TABLES = {
+    "cost": _cost,
+    "stall": _stall,
+    "durable": _durable,
+    "memory": _memory,
+    "scaling": _scaling,
+    "restore": _restore,
+}

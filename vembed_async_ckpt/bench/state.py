@@ -1,65 +1,112 @@
-"""What is saved, and the training beside it: made up to size, or the user's own model."""
+"""What is saved: a well-known workload, so many equal tensors, or the user's own model, with AdamW's moments.
+
+Values are random, and `drift()` changes every one of them before each save: an engine that compresses, or that writes only
+what has changed, finds as little to leave out as in a training.
+"""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 
-from .options import Options, Refused
+from .models import guess_inputs, pretrained
+from .options import Options
+from .training import OwnTraining, Training
+from .workloads import WORKLOADS, Weight
+
+CHUNK = 32 << 20  # bytes of gradients that exist at a time
 
 
 @dataclass(frozen=True)
 class StateSpec:
-    """How to build the state, in any process. `model` is a config.json, a directory or a hub id; None is a plain module of
-    `tensors` tensors of together `size` bytes, AdamW's moments among them."""
+    """How to build the state, in any process: `model` (a config.json, a directory or a hub id), else `tensors` equal ones
+    of together
+    `size` bytes with AdamW's moments among them, else `workload` at `scale`."""
 
-    size: int
-    tensors: int
-    model: str | None
     device: str
+    workload: str
+    scale: str
+    size: int | None = None
+    tensors: int = 300
+    model: str | None = None
 
     @classmethod
     def of(cls, options: Options) -> StateSpec:
-        return cls(options.size, options.tensors, options.model, options.device)
+        return cls(options.device, options.workload, options.scale, options.size, options.tensors, options.model)
 
     def build(self) -> State:
         torch.manual_seed(0)
         return Own(self) if self.model else State(self)
 
+    def weights(self) -> list[Weight]:
+        """Of a state that is made up."""
+        if self.size is None:
+            return WORKLOADS[self.workload].tensors(Fraction(self.scale))
+        count = max(1, self.tensors // 3)
+        elements = max(1, self.size // 3 // count // 4)
+        shape = (elements // 1024, 1024) if elements >= 1024 else (elements,)
+        return [Weight(f"weight{number:05}", shape) for number in range(count)]
+
 
 class State:
-    """A model and the AdamW that has stepped once over it; nothing about it changes until somebody trains it.
+    """A model and its AdamW. Nothing about it changes but by `drift()` and by whoever trains it.
 
     `step()` is an optimizer step that finds no gradients: it passes through torch's hooks as any does and changes nothing.
     """
 
     def __init__(self, spec: StateSpec) -> None:
         self.device = torch.device(spec.device)
+        self._untrained: list[torch.Tensor] = []  # that change all the same
         self.model = self._model(spec).to(self.device)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.full_like(parameter, 1e-3)
-        self.step()
-        self.optimizer.zero_grad()
+        self.drift()
 
     def _model(self, spec: StateSpec) -> torch.nn.Module:
-        weights = max(1, spec.tensors // 3)
-        elements = max(1, spec.size // 3 // weights // 4)
-        shape = (elements // 1024, 1024) if elements >= 1024 else (elements,)
         module = torch.nn.Module()
-        block = torch.rand(shape)
-        for number in range(weights):
-            module.register_parameter(f"weight{number:05}", torch.nn.Parameter(block + number))
+        for weight in spec.weights():
+            values = torch.randn(weight.shape, device=self.device).mul_(0.02)
+            parameter = torch.nn.Parameter(values.half() if weight.half else values, requires_grad=weight.trained)
+            module.register_parameter(weight.name.replace(".", "_"), parameter)
+            if not weight.trained:
+                self._untrained.append(parameter)
         return module
 
     def step(self) -> None:
         self.optimizer.step()
+
+    def drift(self) -> None:
+        """Optimizer steps over random gradients, each weight in one of them: weights and moments change as in a training.
+
+        Weights that no optimizer trains but that belong to the training (fp16 copies) get small random changes.
+        """
+        for group in self._groups():
+            for parameter in group:
+                parameter.grad = torch.randn_like(parameter).mul_(1e-3)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        with torch.no_grad():
+            for tensor in self._untrained:
+                tensor.add_(torch.randn_like(tensor), alpha=1e-4)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _groups(self) -> Iterator[list[torch.nn.Parameter]]:
+        """The trained weights, about `CHUNK` bytes at a time, so that little more memory is taken than between two steps."""
+        group: list[torch.nn.Parameter] = []
+        size = 0
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                group.append(parameter)
+                size += parameter.nbytes
+            if size >= CHUNK:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
 
     def state_dict(self) -> dict[str, Any]:
         """As a training loop hands it to a peer, made anew for each save."""
@@ -99,120 +146,7 @@ class Own(State):
         inputs = guess_inputs(self.model, batch)
         if inputs is None:
             return super().training(batch, width, layers)
-        return OwnTraining(self, inputs)
-
-
-def pretrained(name: str, *, empty: bool = False) -> torch.nn.Module:
-    """The model behind a config.json, a directory or a hub id; weights are random when there are none. `empty`: without
-    memory for weights, to be counted. Raises `Refused` for what transformers cannot read."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        kind = (
-            getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None) or transformers.AutoModel
-        )
-        bare = kind.from_config if kind is transformers.AutoModel else kind._from_config
-        if empty:
-            with torch.device("meta"):
-                model = bare(config)
-        elif os.path.isfile(name) or (os.path.isdir(name) and not _has_weights(name)):
-            model = bare(config)
-        else:
-            model = kind.from_pretrained(name)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise Refused(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
-    return model.float().train()  # type: ignore[no-any-return]
-
-
-def _has_weights(directory: str) -> bool:
-    return any(name.endswith((".safetensors", ".bin", ".index.json")) for name in os.listdir(directory))
-
-
-def guess_inputs(model: Any, batch: int) -> dict[str, torch.Tensor] | None:
-    """Random token ids or pixels that this model's forward pass takes, or None."""
-    config, device = model.config, next(model.parameters()).device
-    text = getattr(config, "text_config", config)
-    vision = getattr(config, "vision_config", config)
-    length = min(64, getattr(text, "max_position_embeddings", None) or 64)
-    ids = torch.randint(0, max(2, getattr(text, "vocab_size", None) or 2), (batch, length), device=device)
-    side = getattr(vision, "image_size", None) or 224
-    rows, columns = side if isinstance(side, list | tuple) else (side, side)
-    pixels = torch.rand(batch, getattr(vision, "num_channels", None) or 3, rows, columns, device=device)
-    for inputs in (
-        {"input_ids": ids},
-        {"pixel_values": pixels},
-        {"input_ids": ids, "decoder_input_ids": ids},
-        {"input_ids": ids, "pixel_values": pixels},
-    ):
-        try:
-            _loss(model(**inputs)).backward()  # type: ignore[no-untyped-call]
-        except Exception:
-            continue  # not what this model takes
-        finally:
-            model.zero_grad()
-        return inputs
-    return None
-
-
-def _loss(output: Any) -> torch.Tensor:
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else [output]
-    for value in values:
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.requires_grad:
-            return value.pow(2).mean()
-    raise ValueError("no output to train on")
-
-
-class Training:
-    """A transformer that keeps the processor busy the way training does."""
-
-    own = False
-
-    def __init__(self, width: int, layers: int, batch: int, device: torch.device) -> None:
-        layer = torch.nn.TransformerEncoderLayer(width, max(1, width // 64), 4 * width, batch_first=True)
-        self.model = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).to(device)
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
-        self.input = torch.rand(batch, 64, width, device=device)
-
-    def loss(self) -> torch.Tensor:
-        return self.model(self.input).pow(2).mean()  # type: ignore[no-any-return]
-
-    def stretch(self) -> float:
-        """Forward and backward; returns the seconds."""
-        begun = time.perf_counter()
-        self.loss().backward()  # type: ignore[no-untyped-call]
-        if self.input.is_cuda:
-            torch.cuda.synchronize()
-        taken = time.perf_counter() - begun
-        self.optimizer.zero_grad()
-        return taken
-
-    def step(self, barrier: Callable[[], object] = lambda: None) -> float:
-        """A whole training step, with an optimizer that changes the weights; returns the seconds."""
-        begun = time.perf_counter()
-        self.loss().backward()  # type: ignore[no-untyped-call]
-        barrier()
-        self.optimizer.step()
-        if self.input.is_cuda:
-            torch.cuda.synchronize()
-        taken = time.perf_counter() - begun
-        self.optimizer.zero_grad()
-        return taken
-
-
-class OwnTraining(Training):
-    """The user's model, trained by its own optimizer: what is saved is what is trained."""
-
-    own = True
-
-    def __init__(self, state: State, inputs: dict[str, torch.Tensor]) -> None:
-        self.model = state.model  # type: ignore[assignment]
-        self.optimizer = state.optimizer
-        self.inputs = inputs
-        self.input = next(iter(inputs.values()))
-
-    def loss(self) -> torch.Tensor:
-        return _loss(self.model(**self.inputs))
+        return OwnTraining(self.model, self.optimizer, inputs)
 
 
 def lasting(state: State, seconds: float, width: int) -> int:

@@ -4,52 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-Sample = dict[str, Any]
-BUSY = 0.1  # share of the machine that other people's processes had, from which a round is left out if enough others remain
-
-
-def p99(values: Sequence[float]) -> float:
-    """The 99th percentile; with fewer than a hundred values, close to their maximum."""
-    return statistics.quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
-
-
-def median(values: Iterable[float]) -> float:
-    return statistics.median(values)
+from . import figures
+from .samples import Sample, by_engine, errors, median, p99, quiet_rounds
 
 
 def of(result: Sample) -> Sample:
     """The summary of every measure there is."""
     return {name: SUMMARY[name](found["samples"]) for name, found in result["measures"].items()}
-
-
-def quiet_rounds(samples: Sequence[Sample], inner: str) -> tuple[list[Sample], Sample]:
-    """The samples of the rounds in which others used less than a tenth of the machine, if they are half of all rounds; else all.
-
-    A round counts for all engines or for none, so that no engine is chosen for. Also says how many were used.
-    """
-    whole = [sample for sample in samples if "error" not in sample]
-    others: dict[int, list[float]] = defaultdict(list)
-    for sample in whole:
-        others[sample["round"]] += [part["others"] for part in sample.get(inner, ())]
-    quiet = [number for number, shares in others.items() if not shares or statistics.mean(shares) < BUSY]
-    used = quiet if 2 * len(quiet) >= len(others) else list(others)
-    shares = [share for number in used for share in others[number]]
-    said = {"rounds": len(others), "used": len(used), "others": statistics.mean(shares) if shares else 0.0}
-    return [sample for sample in whole if sample["round"] in used], said
-
-
-def by_engine(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        found[sample["engine"]].append(sample)
-    return found
-
-
-def errors(samples: Iterable[Sample]) -> dict[str, str]:
-    return {sample["engine"]: sample["error"].strip().splitlines()[-1] for sample in samples if "error" in sample}
 
 
 def _ours(name: str) -> bool:
@@ -75,7 +38,8 @@ def compare(engines: dict[str, Sample], key: str) -> None:
 
 
 def stall(samples: Sequence[Sample]) -> Sample:
-    """Blocked time with its two parts; `work`: forward and backward beside a save to the same without; steps beside a save."""
+    """Blocked time with its two parts; `work_ratio`: forward and backward beside a save to the same without; steps beside
+    a save."""
     used, said = quiet_rounds(samples, "blocked")
     engines: dict[str, Sample] = {}
     for name, visits in by_engine(used).items():
@@ -87,7 +51,7 @@ def stall(samples: Sequence[Sample]) -> Sample:
             "blocked_p99": p99(values),
             "save": median(save["save"] for save in saves),
             "step": median(save["step"] for save in saves),
-            "work": median(save["work"] / save["work_alone"] for save in saves),
+            "work_ratio": median(save["work"] / save["work_alone"] for save in saves),
             "durable": median(save["durable"] for save in saves),
             "saves": len(values),
             "copy": median(copies),
@@ -163,7 +127,7 @@ def memory(samples: Sequence[Sample]) -> Sample:
             "resident": added("resident"),
             "gpu": added("gpu"),
             "of_state": added("proportional") / size,
-            "limit": round(1.05 * size) + (64 << 20),
+            "allowed": round(1.05 * size) + (64 << 20),
         }
     compare(engines, "proportional")
     return {"engines": engines, "errors": errors(samples)}
@@ -189,8 +153,8 @@ def restore(samples: Sequence[Sample]) -> Sample:
 
 
 def scaling(samples: Sequence[Sample]) -> Sample:
-    """By engine: [value, median, p99] of blocked time for every size and number of tensors, and for intervals [interval, whole time
-    of the training per step to steps without a save, saves, steps]."""
+    """By engine: [value, median, p99] of blocked time for every size and number of tensors, and for intervals [interval,
+    whole time of the training per step to steps without a save, saves, steps]."""
     curves: dict[str, dict[str, list[list[float]]]] = {"size": {}, "tensors": {}, "interval": {}}
     for kind in ("size", "tensors"):
         used, _ = quiet_rounds([sample for sample in samples if sample["kind"] == kind], "blocked")
@@ -218,6 +182,7 @@ def scaling(samples: Sequence[Sample]) -> Sample:
 
 
 SUMMARY: dict[str, Callable[[Sequence[Sample]], Sample]] = {
+    "cost": figures.summary,
     "stall": stall,
     "durable": durable,
     "memory": memory,

@@ -15,14 +15,16 @@ from typing import Annotated
 import typer
 
 from ..errors import CheckpointError
-from . import bench, cleaning, exporting, inspecting, reading, training
+from . import bench, cleaning, exporting, inspecting, reading, reporting, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
     *(training.demo, reading.ls, reading.latest, reading.verify),
-    *(inspecting.inspect, inspecting.diff, exporting.export, cleaning.prune, cleaning.sweep, bench.bench),
+    *(inspecting.inspect, inspecting.diff, exporting.export, reporting.report),
+    *(cleaning.prune, cleaning.sweep),
 ):
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

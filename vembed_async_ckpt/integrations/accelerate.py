@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from .. import _signals
 from .._engine.checkpointer import AsyncCheckpointer
 from .._engine.handle import SaveHandle
 from .._request.dialect import Accelerate
@@ -19,6 +20,7 @@ from .accelerate_hooks import SaveHooks, load_models, look_after
 from .shared import shared
 
 
+@_signals.held()
 def save_state(
     accelerator: Any,
     output_dir: str | os.PathLike[str] | None = None,

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Collection
 from typing import Any
 
+from .. import _signals
 from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer, living
 
 _SHARED: dict[str, tuple[AsyncCheckpointer, dict[str, Any]]] = {}  # by root; what each was made with
 _LOCK = threading.RLock()  # a signal handler may save in the middle of what the same thread does under it
 
 
+@_signals.held()
 def shared(root: str, options: dict[str, Any] | None = None) -> AsyncCheckpointer:
     """The open checkpointer of `root`, made with `options` (None: with any). One that was made with others is drained and
     closed first. Raises what `AsyncCheckpointer` raises."""
@@ -30,6 +32,7 @@ def shared(root: str, options: dict[str, Any] | None = None) -> AsyncCheckpointe
         return known
 
 
+@_signals.held()
 def open_at(root: str) -> AsyncCheckpointer | None:
     """The checkpointer of `root`, if one is open."""
     with _LOCK:
@@ -54,7 +57,7 @@ def wait_for(path: str) -> None:
 
 def close_shared(timeout: float = EXIT_DEADLINE, roots: Collection[str] | None = None) -> None:
     """Drain and close the checkpointers of `roots` (None: all of them). Raises what failed, after all are closed."""
-    with _LOCK:
+    with _signals.held(), _LOCK:
         chosen = [root for root in _SHARED if roots is None or root in roots]
         checkpointers = [_SHARED.pop(root)[0] for root in chosen]
     failures: list[Exception] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from .. import _signals
 from .._engine.checkpointer import AsyncCheckpointer
 from .._engine.frozen import FrozenDict
 from .._engine.handle import CheckpointInfo, SaveHandle, SaveState, Timings
@@ -42,6 +43,7 @@ CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 __all__ = ["save_checkpoint", "close_shared", "CONFIG_DEFAULTS"]
 
 
+@_signals.held()
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: Any,

@@ -14,9 +14,11 @@ import torch
 
 from ..machine import Others
 from ..options import Options
-from ..state import State, StateSpec, Training
+from ..state import State, StateSpec
+from ..training import Training
 
 Sample = dict[str, Any]
+TIGHT = 18.0  # seconds per visit, below which the time asked for may be too short for a round
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,53 @@ class Bench(Protocol):
         sample with an `error`."""
         ...
 
-    def expect(self, visits: int) -> None:
-        """So many visits are to come in this measure."""
+    def left(self) -> float:
+        """Seconds of the time that was asked for."""
+        ...
+
+    def begin_round(self, number: int, visits: int) -> None:
+        """Round `number` of so many visits begins."""
+        ...
+
+    def leave_out(self, thing: Any) -> None:
+        """No time is left for a visit to it."""
         ...
 
 
 def rounds(bench: Bench, things: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """(round, thing), every thing once a round, in random order."""
+    """(round, thing), every thing once a round, in random order.
+
+    `options.rounds` of them; else as many as fit into the time that was asked for, and at least one. A first round that
+    may not fit takes things as they are listed, and leaves out those for which there is no time.
+    """
+    options = bench.options
     order = list(things)
-    bench.expect(bench.options.rounds * len(order))
-    for number in range(bench.options.rounds):
-        random.shuffle(order)
-        for thing in order:
+    tight = bench.left() < TIGHT * len(order)
+    number = 0
+    needed = 0.0
+    while (number < options.rounds) if options.rounds else (number == 0 or needed < bench.left()):
+        if not (number == 0 and tight):
+            random.shuffle(order)
+        bench.begin_round(number, len(order))
+        begun = time.monotonic()
+        longest = 0.0
+        for thing in tuple(order):
+            if not options.rounds and number == 0 and 0 < longest > bench.left():
+                bench.leave_out(thing)
+                order.remove(thing)
+                continue
+            started = time.monotonic()
             yield number, thing
+            longest = max(longest, time.monotonic() - started)
+        needed = 1.05 * (time.monotonic() - begun)
+        number += 1
 
 
-def settle(patience: float) -> None:
-    """Nothing of what came before is left to be collected (every save was synced and removed), and other people's processes
-    are quiet, if they are within `patience` seconds."""
+def settle(patience: float, state: State | None = None) -> None:
+    """Every value of `state` has changed since the save before, nothing of what came before is left to be collected (every
+    save was synced and removed), and other people's processes are quiet, if they are within `patience` seconds."""
+    if state is not None:
+        state.drift()
     gc.collect()
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 
-from ..engines import create
+from ..engine import create
 from ..machine import peak_resident, reset_peaks
 from ..visits import Say
 from .common import Bench, Sample, Setting, between_steps, rounds, small_steps, steady
 from .stall import steps_beside
 
 
-def measure(bench: Bench) -> list[Sample]:
+def measure(bench: Bench) -> Iterator[Sample]:
     """A visit to every engine each round; the parent looks at the process tree every hundredth of a second."""
-    return [{"round": number, **bench.visit(visit, engine)} for number, engine in rounds(bench, bench.engines)]
+    for number, engine in rounds(bench, bench.engines):
+        yield {"round": number, **bench.visit(visit, engine)}
 
 
 def visit(say: Say, setting: Setting, name: str, directory: str) -> Sample:
@@ -37,12 +39,14 @@ def visit(say: Say, setting: Setting, name: str, directory: str) -> Sample:
 
     steady(setting.options, training, between_steps(state, training))
     phase("training")
+    state.drift()
     steady(setting.options, training, between_steps(state, training))
     end("training")
     phase("saving")
     engine = create(name, directory, state)
     state.step()
     for number in range(3):
+        state.drift()
         steps_beside(engine, number, training)
     end("saving")
     engine.close()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
 
-from ..engines import create
+from ..engine import Engine, create
 from ..machine import Disk, Others, drop_cache, files_of, sync_tree
 from ..visits import Say
 from .common import Bench, Sample, Setting, rounds, settle
 
 
-def measure(bench: Bench) -> list[Sample]:
+def measure(bench: Bench) -> Iterator[Sample]:
     """A visit to every engine each round."""
-    return [{"round": number, **bench.visit(visit, engine)} for number, engine in rounds(bench, bench.engines)]
+    for number, engine in rounds(bench, bench.engines):
+        yield {"round": number, **bench.visit(visit, engine)}
 
 
 def visit(say: Say, setting: Setting, name: str, directory: str) -> Sample:
@@ -20,7 +23,7 @@ def visit(say: Say, setting: Setting, name: str, directory: str) -> Sample:
     options, state = setting.options, setting.spec.build()
     disk = Disk(directory, state.nbytes)
     disk.write(keep=True)
-    engine = create(name, directory, state)
+    engine = create(name, os.path.join(directory, "engine"), state)
     handle = engine.save(0)
     handle.barrier()
     handle.wait()
@@ -29,22 +32,28 @@ def visit(say: Say, setting: Setting, name: str, directory: str) -> Sample:
     for number in range(options.warm_up + options.saves):
         settle(options.patience)
         others = Others()
-        for path in files_of(engine.path(0)):
-            _read(path)
-        warm = _seconds(engine.load)
-        drop_cache(files_of(engine.path(0)))
-        cold = _seconds(engine.load)
+        loads = load_back(engine, 0)
         raw = disk.read()
         if number >= options.warm_up:
-            samples.append({"warm": warm, "cold": cold, "raw": raw, "others": others.share()})
+            samples.append({**loads, "raw": raw, "others": others.share()})
     engine.remove(0)
     engine.close()
     return {"bytes": state.nbytes, "direct": disk.direct, "loads": samples}
 
 
-def _seconds(load: object) -> float:
+def load_back(engine: Engine, number: int) -> Sample:
+    """Seconds to load a checkpoint that has been synced: with its files in the page cache, and with none of them there."""
+    files = files_of(engine.path(number))
+    for path in files:
+        _read(path)
+    warm = _seconds(engine, number)
+    drop_cache(files)
+    return {"warm": warm, "cold": _seconds(engine, number)}
+
+
+def _seconds(engine: Engine, number: int) -> float:
     begun = time.perf_counter()
-    load(0)  # type: ignore[operator]
+    engine.load(number)
     return time.perf_counter() - begun
 
 

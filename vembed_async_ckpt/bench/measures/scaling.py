@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..engines import create
+from ..engine import create
 from ..machine import Others, sync_tree
+from ..options import MIB
 from ..visits import Say
 from .common import Bench, Sample, Setting, between_steps, rounds, settle, small_steps, steady
 from .stall import blocked
@@ -16,7 +18,7 @@ from .stall import blocked
 TELLING = ("ours", "ours-blocking", "original", "dcp", "dcp-overlap", "torch_checkpointing")  # when all engines are run
 
 
-def measure(bench: Bench) -> list[Sample]:
+def measure(bench: Bench) -> Iterator[Sample]:
     """A visit for every engine, size and number of tensors each round, and one for all the intervals of an engine.
 
     A model of the user's own has one size: only intervals are measured.
@@ -26,15 +28,13 @@ def measure(bench: Bench) -> list[Sample]:
     points: list[tuple[str, int]] = [("interval", 0)]
     if spec.model is None:
         points += [("size", size) for size in options.sizes] + [("tensors", count) for count in options.tensor_counts]
-    samples = []
     for number, (engine, (kind, value)) in rounds(bench, [(e, p) for e in engines for p in points]):
         if kind == "interval":
             found = bench.visit(visit_intervals, engine, note="save intervals")
         else:
-            given = replace(spec, **{kind: value})
+            given = replace(replace(spec, size=spec.size or 256 * MIB), **{kind: value})
             found = bench.visit(visit_blocked, engine, given, note=f"{kind} {value:,}")
-        samples.append({"round": number, "kind": kind, "value": value, **found})
-    return samples
+        yield {"round": number, "kind": kind, "value": value, **found}
 
 
 def visit_blocked(say: Say, setting: Setting, name: str, directory: str, spec: Any) -> Sample:
@@ -73,7 +73,8 @@ def visit_intervals(say: Say, setting: Setting, name: str, directory: str) -> Sa
 def train(engine: Any, training: Any, interval: int, steps: int, number: int, limit: float) -> Sample:
     """`steps` training steps with a save at the first and every `interval` after it; a save waits for the one before.
 
-    `seconds`: of the training loop, without the removal of old checkpoints and without the wait for the last. After `limit`
+    `seconds`: of the training loop, without the removal of old checkpoints, without what makes the state change before
+    each save, and without the wait for the last. After `limit`
     seconds it ends with the interval that it is in: `steps` says how many were made.
     """
     between = between_steps(engine.state, training)
@@ -86,11 +87,14 @@ def train(engine: Any, training: Any, interval: int, steps: int, number: int, li
         nonlocal removing
         if handle is not None:
             handle.wait()
-            removal = time.perf_counter()
+        uncounted = time.perf_counter()
+        if handle is not None:
             if not engine.syncs:
                 sync_tree(engine.path(number + saves - 1))  # else the disk would still be at it during the next
             engine.remove(number + saves - 1)
-            removing += time.perf_counter() - removal
+        if not training.own:
+            engine.state.drift()
+        removing += time.perf_counter() - uncounted
 
     done = 0
     for step in range(steps):

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import Any
 
-from ..engines import Engine, Handle, create
-from ..machine import CopyCeiling, Disk, Others, sync_tree
+from ..engine import Engine, create
+from ..machine import CopyCeiling, Disk, NewBytes, Others
 from ..options import Options
-from ..state import State, Training
+from ..training import Training
 from ..visits import Say
 from .common import Bench, Sample, Setting, between_steps, cpus, rounds, settle, small_steps, steady, with_threads
+from .finish import Finish
 
 
-def measure(bench: Bench) -> list[Sample]:
+def measure(bench: Bench) -> Iterator[Sample]:
     """A visit to every engine each round."""
-    return [{"round": number, **bench.visit(visit, engine)} for number, engine in rounds(bench, bench.engines)]
+    for number, engine in rounds(bench, bench.engines):
+        yield {"round": number, **bench.visit(visit, engine)}
 
 
 def visit(say: Say, setting: Setting, name: str, directory: str) -> Sample:
     """Steps before the engine exists; saves beside training; steps with the engine idle and beside a save, by turns, with one
-    torch thread and with all; at last, when the engine has let go of its memory, steps without it, steps beside a raw write of as
-    many bytes, and the copy ceiling."""
+    torch thread and with all; at last, when the engine has let go of its memory, steps without it, steps beside a raw
+    write of as many bytes, and the copy ceiling."""
     options, state = setting.options, setting.spec.build()
     small = small_steps(state, setting)
     threads = sorted({1, cpus()})
@@ -45,9 +45,9 @@ def visit(say: Say, setting: Setting, name: str, directory: str) -> Sample:
         beside: list[float] = []
         lost: list[float] = []
         for _ in range(options.saves):
-            settle(options.patience)
+            settle(options.patience, state)
             before = steady(options, small, between)
-            call, during = steps_beside(engine, number, small)
+            call, during, _ = steps_beside(engine, number, small)
             quiet += before
             beside += during
             lost.append(call + sum(during) - len(during) * statistics.median(before))
@@ -69,7 +69,7 @@ def blocked(engine: Engine, setting: Setting, training: Training) -> list[Sample
     samples = []
     engine.state.step()
     for number in range(setting.options.warm_up + setting.options.saves):
-        settle(setting.options.patience)
+        settle(setting.options.patience, engine.state)
         others = Others()
         sample = save_beside(engine, number, training)
         if number >= setting.options.warm_up:
@@ -78,60 +78,52 @@ def blocked(engine: Engine, setting: Setting, training: Training) -> list[Sample
 
 
 def save_beside(engine: Engine, number: int, training: Training) -> Sample:
-    """As in a training loop: save, forward and backward, optimizer step; then wait for the checkpoint.
+    """As in a training loop: save, forward and backward, optimizer step. The checkpoint is removed when it is durable.
 
     `save` and `step` are what the loop is blocked for: no step changes anything here, so that `step` is the wait before it.
     """
     alone = training.stretch()
+    new = NewBytes(engine.directory)
     begun = time.perf_counter()
     handle = engine.save(number)
     saved = time.perf_counter()
+    finish = Finish(engine, handle, number, begun)
     work = training.stretch()
     worked = time.perf_counter()
     handle.barrier()
     engine.state.step()
     stepped = time.perf_counter()
-    sample = finish(engine, handle, number, begun)
+    ended = finish.result()
+    size = new.count()
+    engine.remove(number)
     return {
         "save": saved - begun,
         "step": stepped - worked,
         "blocked": saved - begun + stepped - worked,
         "work": work,
         "work_alone": alone,
-    } | sample
+        "bytes": size,
+        **ended,
+    }
 
 
-def finish(engine: Engine, handle: Handle, number: int, begun: float) -> Sample:
-    """Wait for a save, sync what the engine leaves out, make room; seconds since `begun`, and what our own engine says."""
-    info = handle.wait()
-    written = time.perf_counter()
-    if not engine.syncs:
-        sync_tree(engine.path(number))
-    durable = time.perf_counter()
-    engine.remove(number)
-    says: dict[str, Any] = {} if info is None else asdict(info.timings)
-    return {"written": written - begun, "durable": durable - begun, **{f"our_{key}": says[key] for key in says}}
-
-
-def steps_beside(engine: Engine, number: int, training: Training) -> tuple[float, list[float]]:
-    """Seconds that `save()` took, and of each step begun between its return and the moment when the checkpoint is durable: what
-    the engine leaves unsynced is synced meanwhile. The first step holds the barrier."""
-    state: State = engine.state
-    between = between_steps(state, training)
+def steps_beside(engine: Engine, number: int, training: Training) -> tuple[float, list[float], Sample]:
+    """Seconds that `save()` took, of each step begun between its return and the moment when the checkpoint is durable, and
+    what a thread saw of the end. The first step holds the barrier."""
+    between = between_steps(engine.state, training)
     begun = time.perf_counter()
     handle = engine.save(number)
     call = time.perf_counter() - begun
+    finish = Finish(engine, handle, number, begun)
 
     def barrier() -> None:
         handle.barrier()
         between()
 
-    steps = steps_until(handle.done, training, barrier)
-    handle.wait()
-    if not engine.syncs:
-        steps += steps_during(lambda: sync_tree(engine.path(number)), training, between)
+    steps = steps_until(finish.over, training, barrier)
+    ended = finish.result()
     engine.remove(number)
-    return call, steps
+    return call, steps, ended
 
 
 def steps_until(over: Callable[[], bool], training: Training, between: Callable[[], object]) -> list[float]:

@@ -1,0 +1,160 @@
+"""Signal handlers do not run while a call of ours is in the middle of a change.
+
+Python runs a signal handler in the main thread, between any two bytecodes: also while that thread holds a lock, or has changed
+one of two things that belong together. A handler that saves, waits or closes there would wait for itself, and one that raises
+(`sys.exit`, Ctrl-C) would leave the lock held for ever. So a call holds signals back with `held()`, and lets them in with
+`deliver()` where it waits and nothing is half done. In other threads than the main one both do nothing.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # `signal` wraps every call in enums, which takes ten times as long
+import os
+import threading
+import time
+from contextlib import ContextDecorator
+from types import FrameType, TracebackType
+from typing import Any
+
+SLICE = 0.05  # seconds between two looks for a signal that was held back, while a call waits
+
+_NUMBERS = sorted(_signal.valid_signals())
+
+# All of this is touched by the main thread only.
+_depth = 0  # calls that hold signals back
+_pending: list[tuple[_StandIn, int, FrameType | None]] = []  # signals that came meanwhile
+_stand_ins: dict[int, _StandIn] = {}  # by signal
+_raised: BaseException | None = None  # what a handler raised last in `deliver()`
+
+
+class held(ContextDecorator):
+    """Hold signals back until the end of the block or of the decorated function, or until `deliver()`. Handlers that are due run at
+    the end."""
+
+    def __init__(self) -> None:
+        self._active = False
+
+    def _recreate_cm(self) -> held:
+        return held()
+
+    def __enter__(self) -> None:
+        global _depth
+        if threading.get_ident() != threading.main_thread().ident:
+            return
+        if not _depth:
+            _stand_in()
+        _depth += 1  # from here on no handler runs
+        self._active = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _depth, _raised
+        if not self._active:
+            return
+        if _depth > 1:
+            _depth -= 1
+            return
+        _raised = None
+        _depth = 0  # from here on handlers run
+        try:
+            if _pending:
+                _run_handlers()
+        finally:
+            _stand_down()
+
+
+def deliver() -> None:
+    """Run the handlers of the signals that were held back. Raises what they raise; signals are held back again then.
+
+    For places where no lock is held and nothing is half done: a handler may call everything that the main thread may call.
+    """
+    global _depth, _raised
+    if not _pending or threading.get_ident() != threading.main_thread().ident:
+        return
+    depth, _depth = _depth, 0
+    try:
+        _run_handlers()
+    except BaseException as error:
+        _raised = error
+        raise
+    finally:
+        _depth = depth
+        _stand_in()  # a call that the handler made has put the handlers back
+
+
+def join(thread: threading.Thread, timeout: float) -> None:
+    """`thread.join(timeout)`; signals that are held back are delivered meanwhile."""
+    deadline = time.monotonic() + timeout
+    while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+        thread.join(min(left, SLICE))
+        deliver()
+
+
+def from_handler(error: BaseException) -> bool:
+    """Whether a handler raised it in `deliver()`: it is no failure of the call that was interrupted."""
+    return error is _raised
+
+
+class _StandIn:
+    """Takes the place of a handler, and equals it. Whoever keeps it, because he asked for the handler meanwhile, may call it."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if _depth:
+            _pending.append((self, signum, frame))
+        else:
+            self.handler(signum, frame)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or bool(other == self.handler)
+
+    def __hash__(self) -> int:
+        return hash(self.handler)
+
+
+def _stand_in() -> None:
+    """Take the place of every handler that is a Python function."""
+    for signum in _NUMBERS:
+        handler = _signal.getsignal(signum)
+        if handler is None or type(handler) in (int, _StandIn):
+            continue  # not Python's, the default, ignored; or nothing to do
+        known = _stand_ins.get(signum)
+        if known is None or known.handler is not handler:
+            known = _stand_ins[signum] = _StandIn(handler)
+        try:
+            _signal.signal(signum, known)
+        except ValueError:  # not the main interpreter: no handler runs here
+            return
+
+
+def _stand_down() -> None:
+    """Put the handlers back. Where one is interrupted by another, the rest stay as they are, and pass on what comes."""
+    for signum in list(_stand_ins):
+        if type(known := _signal.getsignal(signum)) is _StandIn:
+            _signal.signal(signum, known.handler)
+
+
+def _run_handlers() -> None:
+    try:
+        while _pending:
+            stand_in, signum, frame = _pending.pop(0)
+            stand_in.handler(signum, frame)
+    except BaseException:
+        rest = _pending[:]
+        _pending.clear()
+        for _, signum, _ in rest:
+            _signal.raise_signal(signum)  # theirs come after this one, as they would have
+        raise
+
+
+def _forget() -> None:
+    """In a forked child: what was held back was the parent's."""
+    global _depth
+    _depth = 0
+    _pending.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

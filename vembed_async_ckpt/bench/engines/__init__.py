@@ -1,0 +1,1 @@
+"""The engines that are measured, one small class each, configured as `catalog` says."""
