@@ -150,6 +150,7 @@ def test_a_root_of_another_program(tmp_path: Path) -> None:
     rows = json.loads(runner.invoke(app, ["ls", str(tmp_path), "--json"]).output)
     assert [(row["name"], row["complete"], row["ours"]) for row in rows] == [("checkpoint-5", False, False)]
     listing = runner.invoke(app, ["verify", str(tmp_path)])
+    assert listing.exit_code == 1
     assert "BROKEN" not in listing.output
 
 

@@ -149,7 +149,7 @@ def verify(
     with Progress(
         *Progress.get_default_columns(), DownloadColumn(), console=Console(stderr=True), transient=True
     ) as bar:
-        results = [_verified(entry, bar, listed=bool(entries)) for entry in entries or [directory]]
+        results = [_verified(entry, bar, listed=bool(entries)) for entry in (entries if found else [directory])]
     if as_json:
         print_json(results)
     else:
@@ -157,7 +157,7 @@ def verify(
             print(f"{result['path']}: {_verdict(result)}")
         for line in others:
             print(line)
-    raise typer.Exit(1 if any(result["ok"] is False for result in results) else 0)
+    raise typer.Exit(1 if not results or any(result["ok"] is False for result in results) else 0)
 
 
 def _verdict(result: dict[str, Any]) -> str:
