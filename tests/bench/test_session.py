@@ -227,7 +227,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, signal_: int):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not list(disk.glob("vembed-bench-*/visit-*/engine/checkpoint-1*")):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
