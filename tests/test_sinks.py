@@ -222,6 +222,45 @@ def test_a_failed_save_is_counted_and_has_no_size():
     ]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*tensorboardX", "ignore:.*LeafSpec.* is deprecated"
+)
+@pytest.mark.filterwarnings("ignore:.*number of training batches")
+def test_lightnings_logger_has_the_numbers(root: Path, tmp_path: Path):
+    """A training of Lightning's, its CSV logger; the file is read back."""
+    import csv
+
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+    from torch.utils.data import DataLoader
+
+    from vembed_async_ckpt.integrations.lightning import VembedCheckpointIO
+
+    class Model(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return self.layer(batch).pow(2).mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    logger = CSVLogger(tmp_path)
+    trainer = Trainer(
+        plugins=[VembedCheckpointIO(sinks=[TrackerSink(logger)])], logger=logger, max_steps=6, accelerator="cpu",
+        callbacks=[ModelCheckpoint(dirpath=root, every_n_train_steps=3, save_top_k=-1)],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Model(), DataLoader(torch.ones(8, 2), batch_size=1))
+    logger.save()
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows if row["checkpoint/durable_s"]] == [3, 6]
+    assert all(float(row["checkpoint/blocked_ms"]) > 0 for row in rows)
+
+
 def test_wandb_is_given_the_step_as_a_value():
     """It drops what is logged for a step that is past; a save is durable some steps after it was called for."""
     wandb, other = Log("wandb"), Log("tensorboard")

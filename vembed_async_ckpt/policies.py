@@ -71,6 +71,7 @@ class SavePolicy:
 
     agreed: ClassVar[bool] = False  # every rank comes to the same answer by itself
     measures: ClassVar[bool] = False  # it needs to know what saves cost
+    asks_for_metrics: ClassVar[bool] = False  # of the step
 
     def start(self, root: str) -> Rule:
         """The policy at work in a run that saves to `root`."""
@@ -326,6 +327,7 @@ def on_best(metric: str, *, mode: Literal["min", "max"] = "min") -> SavePolicy:
 class _OnBest(SavePolicy):
     metric: str
     mode: Literal["min", "max"]
+    asks_for_metrics: ClassVar[bool] = True
 
     def start(self, root: str) -> Rule:
         return _Best(self.metric, -1.0 if self.mode == "max" else 1.0, root)

@@ -149,10 +149,20 @@ class PerSave:
         raise NotImplementedError
 
 
+def log_values(save: SaveFigures, failed: int) -> dict[str, float]:
+    """What is logged of a save, by name. `failed`: saves that have failed so far."""
+    values: dict[str, float] = {"checkpoint/blocked_ms": save.blocked * 1e3, "checkpoint/failed": failed}
+    if not save.failed:
+        values["checkpoint/durable_s"] = save.durable
+        values["checkpoint/write_gbps"] = save.write_rate / 1e9
+        values["checkpoint/bytes"] = save.bytes
+    return values
+
+
 class TrackerSink(PerSave):
-    """Logs each save with the trackers of an `Accelerator` (TensorBoard, Weights & Biases, ...), at the step that was saved:
-    `checkpoint/blocked_ms`, `checkpoint/durable_s`, `checkpoint/write_gbps`, `checkpoint/bytes`, and `checkpoint/failed`, the
-    number of saves that have failed so far.
+    """Logs each save with the trackers of an `Accelerator` (TensorBoard, Weights & Biases, ...) or with one of Lightning's
+    loggers, at the step that was saved: `checkpoint/blocked_ms`, `checkpoint/durable_s`, `checkpoint/write_gbps`,
+    `checkpoint/bytes`, and `checkpoint/failed`, the number of saves that have failed so far.
 
     Weights & Biases takes no values for a step that is past. There they go into the current row, beside `checkpoint/step`.
     """
@@ -164,12 +174,11 @@ class TrackerSink(PerSave):
 
     def report(self, save: SaveFigures) -> None:
         self._failed += save.failed
-        values: dict[str, float] = {"checkpoint/blocked_ms": save.blocked * 1e3, "checkpoint/failed": self._failed}
-        if not save.failed:
-            values["checkpoint/durable_s"] = save.durable
-            values["checkpoint/write_gbps"] = save.write_rate / 1e9
-            values["checkpoint/bytes"] = save.bytes
+        values = log_values(save, self._failed)
         if _rank() != 0:
+            return
+        if hasattr(self._accelerator, "log_metrics"):
+            self._accelerator.log_metrics(values, step=save.step)  # a logger of Lightning
             return
         trackers = getattr(self._accelerator, "trackers", [])
         if not any(tracker.name == "wandb" for tracker in trackers):

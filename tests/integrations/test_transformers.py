@@ -55,6 +55,7 @@ from vembed_async_ckpt._store import names
 from vembed_async_ckpt._store.fs import LocalFilesystem, RenameMode, walk_files
 from vembed_async_ckpt.integrations import trainer_state
 from vembed_async_ckpt.integrations.transformers import AsyncCheckpointMixin, _Run
+from vembed_async_ckpt.policies import every, on_best
 from vembed_async_ckpt.testing import use_filesystem
 
 # PEFT's; of transformers' own names.
@@ -1454,3 +1455,85 @@ def test_an_optimizer_that_swaps_weights_between_steps_is_copied_at_once(
     trainer.optimizer = Swapping(trainer.model.parameters(), lr=0.1)
     trainer.train()
     assert waited == steps(root) == [2, 4]
+
+
+# -- policies and numbers
+
+
+def steps_of(root: Path) -> list[int]:
+    return sorted(int(path.name[11:]) for path in root.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_policy_says_when_to_save(root: Path, strategy: str) -> None:
+    """Besides Trainer's own save_strategy, or instead of it; each is announced as every checkpoint is."""
+    recorder = Recorder(root)
+    trainer = make(root, max_steps=7, save_strategy=strategy, save_steps=4, callbacks=[recorder])
+    trainer.async_checkpoint_options = {**THREAD, "policy": every(steps=3)}
+    trainer.train()
+    saved = [step for event, step in recorder.events if event == "save"]
+    assert saved == ([3, 6] if strategy == "no" else [3, 4, 6, 7])
+    assert steps_of(root) == saved
+
+
+def test_a_policy_that_trainer_has_itself_is_refused(root: Path) -> None:
+    """The metrics of an evaluation are Trainer's to judge."""
+    trainer = make(root)
+    trainer.async_checkpoint_options = {**THREAD, "policy": every(steps=3) | on_best("eval_loss")}
+    with pytest.raises(
+        ValueError, match=r"on_best\('eval_loss'\): Trainer saves the best itself, with save_strategy='best'"
+    ):
+        trainer.train()
+
+
+def test_the_numbers_are_in_the_log_history_when_asked_for(root: Path) -> None:
+    """Once for each save, failed ones too; callbacks hear them as every log. Not by default."""
+    heard: list[dict[str, Any]] = []
+
+    class Hears(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            heard.append(logs)
+
+    trainer = make(root, max_steps=6, save_steps=2, callbacks=[Hears()])
+    trainer.train()
+    assert not any("checkpoint/blocked_ms" in entry for entry in trainer.state.log_history)
+
+    trainer = make(root, max_steps=6, save_steps=2, callbacks=[Hears()])
+    trainer.async_checkpoint_log = True
+    trainer.async_checkpoint_options = {**THREAD, "on_error": "warn"}
+    heard.clear()
+    with use_filesystem(FailingOnce(root)):
+        trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "checkpoint/blocked_ms" in entry]
+    assert [entry["checkpoint/step"] for entry in entries] == [2, 4, 6]
+    assert [entry["checkpoint/failed"] for entry in entries] == [0, 1, 1]
+    for entry in entries:
+        assert entry["step"] >= entry["checkpoint/step"]
+        assert ("checkpoint/bytes" in entry) == (entry["checkpoint/step"] != 4)
+    good = entries[0]
+    assert good["checkpoint/blocked_ms"] > 0
+    assert 0 < good["checkpoint/durable_s"] < 60
+    assert good["checkpoint/write_gbps"] > 0
+    size = sum(path.stat().st_size for path in walk(root / "checkpoint-2") if path.name != names.MANIFEST)
+    assert good["checkpoint/bytes"] == size
+    assert [logs["checkpoint/step"] for logs in heard if "checkpoint/step" in logs] == [2, 4, 6]
+
+
+def walk(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+class FailingOnce(LocalFilesystem):
+    """The disk takes no file of the second save."""
+
+    def __init__(self, root: Path) -> None:
+        self._saves: list[str] = []
+        self._work = str(root)
+
+    def create(self, path: str, *, direct: bool) -> int:
+        save_id = path.partition("work-")[2][:32]
+        if save_id and save_id not in self._saves:
+            self._saves.append(save_id)
+        if save_id and self._saves.index(save_id) == 1:
+            raise OSError(5, "no", path)
+        return super().create(path, direct=direct)

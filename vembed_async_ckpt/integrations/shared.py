@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Collection
 from typing import Any
 
 from .. import _signals
 from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer, living
+from .._engine.handle import SaveHandle, SaveState
+from ..sinks import SaveFigures
 
 _SHARED: dict[str, tuple[AsyncCheckpointer, dict[str, Any]]] = {}  # by root; what each was made with
 _LOCK = threading.RLock()  # a signal handler may save in the middle of what the same thread does under it
@@ -30,6 +33,16 @@ def shared(root: str, options: dict[str, Any] | None = None) -> AsyncCheckpointe
             known = AsyncCheckpointer(root, **(options or {}))
             _SHARED[root] = known, options or {}
         return known
+
+
+def figures_of(handle: SaveHandle) -> SaveFigures:
+    """What a save that has ended cost and did."""
+    if handle.state is not SaveState.COMMITTED:
+        return SaveFigures(handle.step, 0.0, True, 0.0, 0, 0.0, time.time())
+    info = handle.result(0)
+    timings = info.timings
+    rate = info.total_bytes / max(timings.write + timings.commit, 1e-9)
+    return SaveFigures(handle.step, timings.stall, False, timings.durable, info.total_bytes, rate, time.time())
 
 
 @_signals.held()

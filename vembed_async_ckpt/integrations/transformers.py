@@ -36,8 +36,11 @@ from .._store import names
 from .._store.lock import wait_for_orphan
 from ..errors import CheckpointerBusy, CheckpointError, PlanError
 from ..events import logger
+from ..policies import SavePolicy
+from ..sinks import log_values
 from . import trainer_state
 from .rotation import Rotation
+from .shared import figures_of
 
 _PLACEHOLDER = "checkpoint-is-incomplete.txt"  # trainer_jit_checkpoint.py puts it where it is about to save
 _NEEDED = ("_save_checkpoint", "_maybe_log_save_evaluate", "_finalize_training", "_prepare_for_training")
@@ -75,6 +78,7 @@ class _Run:
     )
     now: Any = None
     saved: bool = False
+    failed: int = 0  # saves
     ended: bool = False
     pending: deque[_Pending] = field(default_factory=deque)
     uploads: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +104,11 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
     async_checkpoint_options: Mapping[str, Any] = MappingProxyType({})
     """Keywords of `AsyncCheckpointer`, as a class attribute or set on the trainer before `train()`. Checked when the
     trainer is made, and when `train()` begins."""
+
+    async_checkpoint_log: bool = False
+    """Whether `Trainer.log` is told of each save once it has ended: `checkpoint/blocked_ms` (of several ranks the most),
+    `checkpoint/durable_s`, `checkpoint/write_gbps`, `checkpoint/bytes`, `checkpoint/failed`, `checkpoint/step`. Off, as the log
+    history is a part of the checkpoints, which are then not those that Trainer writes."""
 
     _async_run: _Run | None = None  # while train() runs
     state: Any
@@ -155,6 +164,8 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
             control.should_save = False
             return control
 
+        if self._policy is not None and self._checkpointer_of(run).should_save(self.state.global_step):
+            self.control.should_save = True
         run.holding_back = False
         with _replaced(self.callback_handler, "on_save", held_back):
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -212,7 +223,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         try:
             if run.stock is not None:
                 self._say_why_stock(run.stock)
-            elif self.args.save_strategy != "no":
+            elif self.args.save_strategy != "no" or self._policy is not None:
                 with self._falling_back(run):
                     self._checkpointer_of(run)
             with contextlib.ExitStack() as stack:
@@ -224,6 +235,10 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
                     self._rotate(run)  # what was being uploaded
         finally:
             self._async_run = None
+
+    @property
+    def _policy(self) -> SavePolicy | None:
+        return self.async_checkpoint_options.get("policy")
 
     def _checkpointer_of(self, run: _Run) -> AsyncCheckpointer:
         if run.checkpointer is None:
@@ -388,10 +403,22 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         last = run.pending[count - 1] if count else None
         while last in run.pending:  # a callback may have waited for all of them
             save = run.pending.popleft()
+            if self.async_checkpoint_log:
+                self._log_save(run, save.handle)
             if save.handle.state is SaveState.COMMITTED:
                 self._deliver(run, save)
             else:
                 self._withdraw(run, save)
+
+    def _log_save(self, run: _Run, handle: SaveHandle) -> None:
+        run.failed += handle.state is not SaveState.COMMITTED
+        figures = figures_of(handle)
+        if self.args.world_size > 1:
+            blocked = torch.tensor(figures.blocked, device=self.args.device)
+            torch.distributed.all_reduce(blocked, torch.distributed.ReduceOp.MAX)
+            figures = dataclasses.replace(figures, blocked=float(blocked))
+        with self._training_state(run):
+            self.log({**log_values(figures, run.failed), "checkpoint/step": handle.step})
 
     def _deliver(self, run: _Run, save: _Pending) -> None:
         run.saved = True
@@ -454,6 +481,8 @@ def _check(options: Any) -> None:
             raise TypeError(f"async_checkpoint_options: {name!r} is no option; there are {', '.join(known)}")
     values = {**known, **options, "root": ""}
     Options(**{field.name: values[field.name] for field in dataclasses.fields(Options)})
+    if values["policy"] is not None and any(part.asks_for_metrics for part in values["policy"].parts()):
+        raise ValueError(f"policy {values['policy']!r}: Trainer saves the best itself, with save_strategy='best'")
 
 
 def _is_of_the_loop(frame: FrameType | None) -> bool:
