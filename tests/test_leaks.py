@@ -57,7 +57,7 @@ class Usage:
             "arenas": [mapped_arenas(process) for process in self.processes],
             "children": sorted(child.pid for child in self.trainer.children(recursive=True)),
         }
-        self.memory = [process.memory_info().rss for process in self.processes]
+        self.memory = [process.memory_full_info().pss for process in self.processes]  # shared pages count half in each
 
     def held_more_than(self, early: Usage) -> dict[str, Any]:
         """What is there now and was not then. A thread of an earlier test may end meanwhile, or a library's cache let go of a

@@ -101,15 +101,16 @@ def test_the_exit_code_says_that_a_checkpoint_was_lost(
 INTERRUPTED = """
 import sys
 from vembed_async_ckpt import AsyncCheckpointer
+from vembed_async_ckpt._engine.session import Session
 
-close = AsyncCheckpointer.close
+close = Session.close
 
 def interrupted(self, *arguments):
     close(self, *arguments)
     print("closed", flush=True)
     raise KeyboardInterrupt
 
-AsyncCheckpointer.close = interrupted
+Session.close = interrupted
 kept = [AsyncCheckpointer(f"{sys.argv[1]}/{name}") for name in "ab"]
 """
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
 import torch
 
-import vembed_async_ckpt._engine.checkpointer as engine
+import vembed_async_ckpt._engine.session as engine
 from vembed_async_ckpt import (
     AsyncCheckpointer,
     CheckpointerBusy,

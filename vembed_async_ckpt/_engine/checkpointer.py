@@ -1,9 +1,7 @@
-"""The facade: it wires options, ledger, reporter and the part of this rank, and decides nothing else."""
+"""The facade: what a user holds. All that works is its session's; when it is dropped, that ends."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import logging
 import os
 import sys
@@ -14,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 
@@ -23,22 +21,14 @@ from .._arena.profiling import recorded
 from .._request.request import Objects
 from .._store import names
 from .._store.retention import Policy
-from ..errors import CheckpointerClosed, CheckpointError, PlanError
-from ..events import Event, Reporter, Sink
+from ..errors import CheckpointError, PlanError
+from ..events import Event, Sink
 from ..policies import SavePolicy
-from .follower import Follower
 from .handle import SaveHandle, SaveState
-from .leader import Leader
-from .ledger import Ledger
 from .options import OnError, Options, Staging, WhenBusy, WriterKind, root_path
-from .ranks import Ranks
-from .steps import StepClock
-from .when import Decider, refuse_for_ranks
+from .session import Session
 
 logger = logging.getLogger("vembed_async_ckpt")
-EXIT_DEADLINE = 600.0  # seconds for pending saves at interpreter exit
-
-_LIVING: weakref.WeakSet[AsyncCheckpointer] = weakref.WeakSet()
 
 
 class AsyncCheckpointer:
@@ -96,46 +86,17 @@ class AsyncCheckpointer:
             policy=policy,
             latest_link=latest_link,
         )
-        self._closed = ""  # why no more saves are taken
-        self._ended = False  # and all is given back
-        self._closer = 0  # the thread that closes it
-        with _signals.held():
-            self._begin()
-
-    def _begin(self) -> None:
-        policy = self._options.policy
-        self._reporter = Reporter(self._options.sinks)
-        self._ledger = Ledger(self._options.on_error)
-        ranks = Ranks.of_this_process(self._options.root)
-        parts = (self._ledger, self._reporter, self._refuse_if_closed)
-        self._engine: Leader | Follower
-        self._decider: Decider | None = None
-        self._clock: StepClock | None = None
-        try:
-            refuse_for_ranks(policy, 1 if ranks is None else ranks.world_size)
-            if ranks is None or ranks.rank == 0:
-                self._engine = Leader(self._options, ranks, *parts)
-            else:
-                self._engine = Follower(self._options, ranks, *parts)
-        except BaseException:
-            self._reporter.close(1.0)
-            if ranks is not None:
-                ranks.close(1.0)
-            raise
-        try:
-            if policy is not None:
-                self._decider = Decider(policy, self._options.root, self._reporter)
-        except BaseException:
-            self._end(time.monotonic() + 10.0)
-            raise
-        if self._reporter.wants_steps:
-            self._clock = StepClock(self._reporter)
-            if self._decider is not None:
-                self._decider.time_steps_with(self._clock)
-        _LIVING.add(self)
+        self._session = Session(self._options)
+        self._engine, self._reporter, self._decider = (
+            self._session.engine,
+            self._session.reporter,
+            self._session.decider,
+        )
+        self._dropped = weakref.finalize(self, self._session.drop)
+        self._dropped.atexit = False  # at exit all sessions are closed, and failures are told
 
     def __repr__(self) -> str:
-        state = self._closed or f"{len(self._ledger)} in flight"
+        state = self._session.closed or f"{len(self._session.ledger)} in flight"
         return f"<AsyncCheckpointer {self._options.root!r}: {state}>"
 
     @property
@@ -146,7 +107,7 @@ class AsyncCheckpointer:
     @property
     def closed(self) -> bool:
         """Whether no more saves are taken."""
-        return bool(self._closed)
+        return bool(self._session.closed)
 
     # -- saving
 
@@ -191,7 +152,7 @@ class AsyncCheckpointer:
         """`save()` under any name: publish `objects` as `root/directory`. What the integrations build on."""
         begun = time.perf_counter()
         with _signals.held():
-            self._refuse_if_closed()
+            self._session.refuse_if_closed()
             with recorded("save"):
                 handle = self._engine.save(directory, step, objects, begun)
             if self._decider is not None and handle.state is not SaveState.SKIPPED:
@@ -204,8 +165,8 @@ class AsyncCheckpointer:
         `metrics` are for `on_best`. Raises ValueError if the checkpointer was made without a policy, and `CheckpointerClosed`.
         """
         decider = self._decider
-        if decider is None or self._closed:
-            self._refuse_if_closed()
+        if decider is None or self._session.closed:
+            self._session.refuse_if_closed()
             raise ValueError("should_save() needs a policy: AsyncCheckpointer(root, policy=every(steps=500))")
         return decider.ask(step, metrics)
 
@@ -216,7 +177,7 @@ class AsyncCheckpointer:
         pages are there. Raises what `save()` would raise for these objects.
         """
         with _signals.held():
-            self._refuse_if_closed()
+            self._session.refuse_if_closed()
             self._engine.prewarm(model, optimizer)
 
     # -- waiting and looking
@@ -226,20 +187,17 @@ class AsyncCheckpointer:
 
         Failures are not raised here: they stay on their handles.
         """
-        with _signals.held():
-            self._engine.refuse_inside_save("wait()")
-            self._ledger.wait(timeout, lambda: self._engine.prewarming, self._engine.check)
+        self._session.wait(timeout)
 
     def in_flight(self) -> list[SaveHandle]:
         """The saves that have not ended yet."""
-        with _signals.held():
-            return self._ledger.in_flight()
+        return self._session.in_flight()
 
     def statistics(self) -> dict[str, Any]:
         """Counts of saves (started, committed, failed, skipped), saves in flight, bytes still to be written, arenas free and busy,
         host bytes held, whether overlap is on, and the last failure."""
         with _signals.held():
-            return {**self._ledger.statistics(), **self._engine.statistics()}
+            return {**self._session.ledger.statistics(), **self._engine.statistics()}
 
     async def events(self) -> AsyncIterator[Event]:
         """Every event from now on, until `close()`. Works on any anyio backend; holds no thread."""
@@ -279,53 +237,7 @@ class AsyncCheckpointer:
         Raises TimeoutError if that takes longer than `timeout` seconds (the writer process then finishes on its own), else once
         what a save failed with that nobody has read.
         """
-        with _signals.held():
-            self._engine.refuse_inside_save("close()")
-            self._close(timeout)
-
-    def _close(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        if not self._may_close(deadline):
-            return
-        try:
-            try:
-                self.wait(timeout)
-            finally:
-                ended = self._end(deadline)
-                self._ended = True
-        finally:
-            self._closer = 0
-        if not ended:
-            raise TimeoutError(
-                f"{self._options.root}: the writer has not ended after {timeout} s; it finishes on its own"
-            )
-        self._ledger.raise_unread()
-
-    def _may_close(self, deadline: float) -> bool:
-        """Whether this thread is to close it: not if that is done, or once another thread has done it. A signal handler that
-        interrupted `close()` does it all the same."""
-        while True:
-            with self._ledger.changing():
-                if self._ended:
-                    return False
-                if self._closer in (0, threading.get_ident()):
-                    self._closer = threading.get_ident()
-                    self._closed = self._closed or "closed"
-                    return True
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"{self._options.root}: another thread has not closed the checkpointer in time")
-            time.sleep(_signals.SLICE)
-            _signals.deliver()
-
-    def _end(self, deadline: float) -> bool:
-        if self._decider is not None:
-            self._decider.close()
-        ended = self._engine.close(deadline)
-        if self._clock is not None:
-            self._clock.close()
-        self._reporter.close(max(deadline - time.monotonic(), 0.1))
-        _LIVING.discard(self)
-        return ended
+        self._session.close(timeout)
 
     def __enter__(self) -> AsyncCheckpointer:
         return self
@@ -350,67 +262,8 @@ class AsyncCheckpointer:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self.__exit__, kind, error, traceback)
 
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise CheckpointerClosed(f"{self._options.root}: the checkpointer is {self._closed}; make a new one")
-
-    def _forget(self) -> None:
-        """In a forked child: the parent's writer, lock and memory are not ours."""
-        self._closed = "that of the parent process"
-        self._ended = True
-        self._engine.forget()
-
-
-def living() -> list[AsyncCheckpointer]:
-    """The checkpointers of this process that are not closed."""
-    return [checkpointer for checkpointer in list(_LIVING) if not checkpointer.closed]
-
-
-class _Unclean:
-    """A standard stream as it was, but the interpreter's last flush of it fails: that is how Python itself knows that cleaning up
-    went wrong, and ends with exit code 120 (see `sys.exit`) after everybody's exit handlers have run."""
-
-    closed = False
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def flush(self) -> None:
-        if self._stream is not None and not getattr(self._stream, "closed", False):
-            self._stream.flush()
-        if sys.is_finalizing():
-            raise OSError("checkpoints were lost at exit")
-
-
-@atexit.register
-def _drain_at_exit() -> None:
-    """What nobody closed is closed, within `EXIT_DEADLINE`. What failed is printed, and the exit code is 120, whatever it would
-    have been: no other way is left to say it, and a script that looks at the code must not go on as if all had been saved."""
-    interrupt: BaseException | None = None
-    for checkpointer in list(_LIVING):
-        if checkpointer._ended:
-            continue
-        try:
-            checkpointer.close(EXIT_DEADLINE)
-        except BaseException as error:  # every root gets its turn
-            interrupt = interrupt or (None if isinstance(error, Exception) else error)
-            said = f"vembed_async_ckpt: at exit: {type(error).__name__}: {error}"
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it, but the exit code still says it
-                if sys.stderr is not None:
-                    print(said, file=sys.stderr)
-            if not isinstance(sys.stderr, _Unclean):
-                sys.stderr = _Unclean(sys.stderr)
-    if interrupt is not None:
-        raise interrupt
-
-
-def _forget_in_child() -> None:
-    for checkpointer in list(_LIVING):
-        checkpointer._forget()
-    _LIVING.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"an AsyncCheckpointer ({self._options.root}) cannot be pickled or copied: it has a writer process and a lock. "
+            "Make one where it is needed, or leave it out with __getstate__"
+        )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 
@@ -96,6 +96,9 @@ class SaveHandle:
         self._saver = threading.get_ident()
         self._called = False  # `save()` has returned
         self._hurry: Callable[[], None] = lambda: None  # stages with more threads
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a SaveHandle cannot be pickled or copied: its save is under way; keep what result() returns")
 
     def __repr__(self) -> str:
         return f"<SaveHandle step={self.step} {self._state.value} {self.path}>"

@@ -26,9 +26,10 @@ from typing import Any, TypeVar
 import torch
 
 from .. import restore
-from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer
+from .._engine.checkpointer import AsyncCheckpointer
 from .._engine.handle import SaveHandle, SaveState
 from .._engine.options import OnError, Options, WhenBusy, WriterKind
+from .._engine.session import EXIT_DEADLINE
 from .._request.dialect import Own
 from .._request.request import Objects
 from .._store import manifest as manifests

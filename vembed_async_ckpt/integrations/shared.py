@@ -9,8 +9,9 @@ from collections.abc import Collection
 from typing import Any
 
 from .. import _signals
-from .._engine.checkpointer import EXIT_DEADLINE, AsyncCheckpointer, living
+from .._engine.checkpointer import AsyncCheckpointer
 from .._engine.handle import SaveHandle, SaveState
+from .._engine.session import EXIT_DEADLINE, open_sessions
 from ..sinks import SaveFigures
 
 _SHARED: dict[str, tuple[AsyncCheckpointer, dict[str, Any]]] = {}  # by root; what each was made with
@@ -56,16 +57,16 @@ def open_at(root: str) -> AsyncCheckpointer | None:
 def wait_for_all(root: str) -> None:
     """Return when no save to `root` is in flight, whichever checkpointer of this process makes it. Failures stay on their
     handles."""
-    for checkpointer in living():
-        if os.fspath(checkpointer.root) == root:
-            checkpointer.wait(EXIT_DEADLINE)
+    for session in open_sessions():
+        if session.options.root == root:
+            session.wait(EXIT_DEADLINE)
 
 
 def wait_for(path: str) -> None:
     """Return when no save of the checkpoint `path` is in flight, as `wait_for_all` has it."""
-    for checkpointer in living():
-        if any(os.fspath(handle.path) == path for handle in checkpointer.in_flight()):
-            checkpointer.wait(EXIT_DEADLINE)
+    for session in open_sessions():
+        if any(os.fspath(handle.path) == path for handle in session.in_flight()):
+            session.wait(EXIT_DEADLINE)
 
 
 def close_shared(timeout: float = EXIT_DEADLINE, roots: Collection[str] | None = None) -> None:

@@ -1,0 +1,246 @@
+"""What lives as long as a root is saved to: the engine with its writer, threads and memory, and the way it ends.
+
+A session knows nothing of the `AsyncCheckpointer` that the user holds, so that this one may be dropped: then its session ends by
+itself, once its saves are finished. A process has one session for a root at a time.
+"""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+import warnings
+from typing import Any
+
+from .. import _signals
+from ..errors import CheckpointerClosed
+from ..events import Reporter, logger
+from ..policies import SavePolicy
+from .follower import Follower
+from .handle import SaveHandle
+from .leader import Leader
+from .ledger import Ledger
+from .options import Options
+from .ranks import Ranks
+from .steps import StepClock
+from .when import Decider, refuse_for_ranks
+
+EXIT_DEADLINE = 600.0  # seconds for pending saves at interpreter exit
+
+_OPEN: set[Session] = set()
+_LOST: list[str] = []  # what saves failed with that nobody could be told
+
+
+class Session:
+    """One root being saved to by this process."""
+
+    def __init__(self, options: Options) -> None:
+        """Ends an earlier session of the root in this process first, with a warning unless its checkpointer was dropped."""
+        self.options = options
+        self.closed = ""  # why no more saves are taken
+        self.ended = False  # and all is given back
+        self.dropped = False  # nobody has the checkpointer any more
+        self._closer = 0  # the thread that closes it
+        self._pid = os.getpid()
+        with _signals.held():
+            self._take_over()
+            self._begin(options.policy)
+
+    def _take_over(self) -> None:
+        for earlier in open_sessions():
+            if earlier.options.root == self.options.root:
+                earlier.give_way()
+
+    def give_way(self) -> None:
+        """Close, because another checkpointer is made for the same root. What a save failed with is logged."""
+        if not self.dropped:
+            self.closed = self.closed or "closed, because a later one was made for the same directory"
+            warnings.warn(
+                f"{self.options.root}: this process has a checkpointer for this directory, which was not closed. It is closed now, "
+                "its saves are finished",
+                stacklevel=5,
+            )
+        try:
+            self.close(EXIT_DEADLINE)
+        except Exception as error:
+            logger.error(
+                "%s: a checkpointer that was not closed: %s: %s", self.options.root, type(error).__name__, error
+            )
+
+    def _begin(self, policy: SavePolicy | None) -> None:
+        self.reporter = Reporter(self.options.sinks)
+        self.ledger = Ledger(self.options.on_error)
+        ranks = Ranks.of_this_process(self.options.root)
+        parts = (self.ledger, self.reporter, self.refuse_if_closed)
+        self.engine: Leader | Follower
+        self.decider: Decider | None = None
+        self.clock: StepClock | None = None
+        try:
+            refuse_for_ranks(policy, 1 if ranks is None else ranks.world_size)
+            if ranks is None or ranks.rank == 0:
+                self.engine = Leader(self.options, ranks, *parts)
+            else:
+                self.engine = Follower(self.options, ranks, *parts)
+        except BaseException:
+            self.reporter.close(1.0)
+            if ranks is not None:
+                ranks.close(1.0)
+            raise
+        try:
+            if policy is not None:
+                self.decider = Decider(policy, self.options.root, self.reporter)
+        except BaseException:
+            self._end(time.monotonic() + 10.0)
+            raise
+        if self.reporter.wants_steps:
+            self.clock = StepClock(self.reporter)
+            if self.decider is not None:
+                self.decider.time_steps_with(self.clock)
+        _OPEN.add(self)
+
+    def refuse_if_closed(self) -> None:
+        """Raise `CheckpointerClosed` if no more saves are taken."""
+        if self.closed:
+            raise CheckpointerClosed(f"{self.options.root}: the checkpointer is {self.closed}; make a new one")
+
+    def wait(self, timeout: float | None) -> None:
+        """See `AsyncCheckpointer.wait`."""
+        with _signals.held():
+            self.engine.refuse_inside_save("wait()")
+            self.ledger.wait(timeout, lambda: self.engine.prewarming, self.engine.check)
+
+    def in_flight(self) -> list[SaveHandle]:
+        """The saves that have not ended yet."""
+        with _signals.held():
+            return self.ledger.in_flight()
+
+    # -- the end
+
+    def close(self, timeout: float) -> None:
+        """See `AsyncCheckpointer.close`."""
+        with _signals.held():
+            self.engine.refuse_inside_save("close()")
+            deadline = time.monotonic() + timeout
+            if self._may_close(deadline):
+                self._close(timeout, deadline)
+
+    def _may_close(self, deadline: float) -> bool:
+        """Whether this thread is to close it: not if that is done, or once another thread has done it. A signal handler that
+        interrupted `close()` does it all the same."""
+        while True:
+            with self.ledger.changing():
+                if self.ended:
+                    return False
+                if self._closer in (0, threading.get_ident()):
+                    self._closer = threading.get_ident()
+                    self.closed = self.closed or "closed"
+                    return True
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{self.options.root}: another thread has not closed the checkpointer in time")
+            time.sleep(_signals.SLICE)
+            _signals.deliver()
+
+    def _close(self, timeout: float, deadline: float) -> None:
+        try:
+            try:
+                self.wait(timeout)
+            finally:
+                ended = self._end(deadline)
+                self.ended = True
+        finally:
+            self._closer = 0
+        if not ended:
+            raise TimeoutError(
+                f"{self.options.root}: the writer has not ended after {timeout} s; it finishes on its own"
+            )
+        self.ledger.raise_unread()
+
+    def _end(self, deadline: float) -> bool:
+        if self.decider is not None:
+            self.decider.close()
+        ended = self.engine.close(deadline)
+        if self.clock is not None:
+            self.clock.close()
+        self.reporter.close(max(deadline - time.monotonic(), 0.1))
+        _OPEN.discard(self)
+        return ended
+
+    def drop(self) -> None:
+        """The checkpointer is garbage: close in the background. This may run in the middle of anything, so it takes no lock."""
+        if self.ended or self._pid != os.getpid():
+            return
+        self.dropped = True
+        with contextlib.suppress(RuntimeError):  # no more threads: then it is closed at exit
+            _thread.start_new_thread(self._close_dropped, ())
+
+    def _close_dropped(self) -> None:
+        try:
+            self.close(EXIT_DEADLINE)
+        except Exception as error:
+            _LOST.append(f"{type(error).__name__}: {error}")
+            logger.error("a checkpointer that nobody has any more: %s", _LOST[-1])
+
+    def forget(self) -> None:
+        """In a forked child: the parent's writer, lock and memory are not ours."""
+        self.closed = "that of the parent process"
+        self.ended = True
+        self.engine.forget()
+
+
+def open_sessions() -> list[Session]:
+    """Those of this process that have not ended."""
+    return [session for session in list(_OPEN) if not session.ended]
+
+
+class _Unclean:
+    """A standard stream as it was, but the interpreter's last flush of it fails: that is how Python itself knows that cleaning up
+    went wrong, and ends with exit code 120 (see `sys.exit`) after everybody's exit handlers have run."""
+
+    closed = False
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def flush(self) -> None:
+        if self._stream is not None and not getattr(self._stream, "closed", False):
+            self._stream.flush()
+        if sys.is_finalizing():
+            raise OSError("checkpoints were lost at exit")
+
+
+@atexit.register
+def _drain_at_exit() -> None:
+    """What nobody closed is closed, within `EXIT_DEADLINE`. What failed is printed, and the exit code is 120, whatever it would
+    have been: no other way is left to say it, and a script that looks at the code must not go on as if all had been saved."""
+    interrupt: BaseException | None = None
+    for session in open_sessions():
+        try:
+            session.close(EXIT_DEADLINE)
+        except BaseException as error:  # every root gets its turn
+            interrupt = interrupt or (None if isinstance(error, Exception) else error)
+            _LOST.append(f"{type(error).__name__}: {error}")
+    for lost in _LOST:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, but the exit code still says it
+            if sys.stderr is not None:
+                print(f"vembed_async_ckpt: at exit: {lost}", file=sys.stderr)
+        if not isinstance(sys.stderr, _Unclean):
+            sys.stderr = _Unclean(sys.stderr)
+    if interrupt is not None:
+        raise interrupt
+
+
+def _forget_in_child() -> None:
+    for session in list(_OPEN):
+        session.forget()
+    _OPEN.clear()
+    _LOST.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
