@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import warnings
+
 
 class CheckpointError(Exception):
     """Base of all errors of this package."""
@@ -34,3 +39,14 @@ class CheckpointerBusy(CheckpointError):
 
 class CheckpointerClosed(CheckpointError):
     """`save()` after `close()`, or in a forked child of the process that owns the checkpointer."""
+
+
+_BETWEEN = (os.path.dirname(__file__) + os.sep, os.sep.join(("torch", "_dynamo", "")), contextlib.__file__)
+
+
+def warn(message: str) -> None:
+    """Warn of something at the line of the program that called into this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _BETWEEN):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -18,6 +18,7 @@ import anyio
 
 from .. import _signals
 from .._arena.profiling import recorded
+from .._request.modes import in_neutral_modes
 from .._request.request import Objects
 from .._store import names
 from .._store.retention import Policy
@@ -52,6 +53,7 @@ class AsyncCheckpointer:
     writer of a dead trainer to finish), and starts the writer, which sweeps what a crash left.
     """
 
+    @in_neutral_modes
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -148,6 +150,7 @@ class AsyncCheckpointer:
             raise PlanError("step is None; use a whole number of at least 0")
         return self.save_as(names.checkpoint(step), step, objects)
 
+    @in_neutral_modes
     def save_as(self, directory: str, step: int | None, objects: Objects) -> SaveHandle:
         """`save()` under any name: publish `objects` as `root/directory`. What the integrations build on."""
         begun = time.perf_counter()
@@ -170,6 +173,7 @@ class AsyncCheckpointer:
             raise ValueError("should_save() needs a policy: AsyncCheckpointer(root, policy=every(steps=500))")
         return decider.ask(step, metrics)
 
+    @in_neutral_modes
     def prewarm(self, *, model: Any = None, optimizer: Any = None) -> None:
         """Plan, allocate, and fault the pages in behind your back, so that the first save costs what every save costs.
 
@@ -182,6 +186,7 @@ class AsyncCheckpointer:
 
     # -- waiting and looking
 
+    @in_neutral_modes
     def wait(self, timeout: float | None = None) -> None:
         """Return when no save is in flight and prewarming is complete. Raises TimeoutError after `timeout` seconds.
 
@@ -231,6 +236,7 @@ class AsyncCheckpointer:
 
     # -- ending
 
+    @in_neutral_modes
     def close(self, timeout: float = 600.0) -> None:
         """Wait for the saves in flight, end the writer and let go of root and memory. May be called again.
 

@@ -7,7 +7,6 @@ import itertools
 import os
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_not
@@ -23,7 +22,7 @@ from .._plan.plan import Content, SavePlan, plan
 from .._request.optimizer import unwrap as unwrap_optimizer
 from .._request.request import Objects, Request, RequestReader, named
 from .._store.lock import RootLock
-from ..errors import CheckpointerBusy, CheckpointError, StageError, WriteError
+from ..errors import CheckpointerBusy, CheckpointError, StageError, WriteError, warn
 from ..events import Event, Reporter, logger
 from .assembly import required_bytes
 from .handle import SaveHandle, SaveState
@@ -247,10 +246,9 @@ class Leader:
     def _warn_of_waves(self, allowed: int, needed: int) -> None:
         if not self._warned_of_waves:
             self._warned_of_waves = True
-            warnings.warn(
+            warn(
                 f"the state needs an arena of {needed} bytes, {allowed} are allowed or available: every save passes through it "
-                "in parts while training waits",
-                stacklevel=6,
+                "in parts while training waits"
             )
 
     def prewarm(self, model: Any, optimizer: Any) -> None:

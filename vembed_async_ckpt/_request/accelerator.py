@@ -7,10 +7,11 @@ follows from their epoch, their sampler's seed, and the state of its generator.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
+
+from ..errors import warn
 
 
 def state(accelerator: Any) -> dict[str, Any]:
@@ -25,10 +26,9 @@ def restore(accelerator: Any, saved: dict[str, Any]) -> None:
     """Put back what `state` gave. Dataloaders are matched by their order."""
     accelerator.step = saved["step"]
     if len(saved["dataloaders"]) != len(accelerator._dataloaders):
-        warnings.warn(
+        warn(
             f"the accelerator has {len(accelerator._dataloaders)} dataloaders, saved were {len(saved['dataloaders'])}: "
-            "they stay where they are",
-            stacklevel=5,
+            "they stay where they are"
         )
         return
     for dataloader, position in zip(accelerator._dataloaders, saved["dataloaders"], strict=True):

@@ -8,11 +8,12 @@ import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from ..errors import warn
 
 _SECRET = re.compile(r"(?:^|_)(?:tokens?|secrets?|passwords?|passwd|api_?keys?|credentials?)$")
 _SPECIAL_TOKEN = re.compile(
@@ -33,7 +34,7 @@ def render(config: Any) -> bytes:
             f"config must be a mapping, a dataclass or an object with to_dict, not {type(config).__qualname__}"
         )
     if dropped:
-        warnings.warn(f"left out of the saved config (live objects or secrets): {', '.join(dropped)}", stacklevel=2)
+        warn(f"left out of the saved config (live objects or secrets): {', '.join(dropped)}")
     return json.dumps(body, indent=2, ensure_ascii=False).encode("utf-8", "replace")
 
 

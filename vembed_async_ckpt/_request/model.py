@@ -25,7 +25,7 @@ from .._store import names
 from ..errors import PlanError
 from .capture import SINK, Captured, Files
 from .pickles import Replay
-from .places import Book, Live, Part, changed_by_forward, has_no_storage, live_tensors, ties_of, uncovered
+from .places import Book, Live, Part, changed_by_forward, has_no_storage, is_fake, live_tensors, ties_of, uncovered
 from .processor import read_files
 from .sharding import refuse_share
 from .truth import Truth
@@ -161,6 +161,10 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
     for item in live:
         if is_lazy(item.tensor):
             raise PlanError(f"model: {item.name} is not initialized yet; run a forward pass first")
+        if is_fake(item.tensor):
+            raise PlanError(
+                f"model: {item.name} is a FakeTensor, which has no values; make the model without FakeTensorMode"
+            )
     with unwrapped_inside(module):
         captured, side_files = _files_of(module, options) if plain is None else (Captured(plain), ())
     book = Book(live, prefix + "/" if prefix else "")

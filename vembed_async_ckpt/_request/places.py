@@ -36,7 +36,14 @@ def live_tensors(module: torch.nn.Module) -> Iterator[Live]:
                     yield Live(f"{path}.{key}" if path else key, tensor, part)
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it is torch's stand-in for a tensor, without values."""
+    return type(tensor).__name__ == "FakeTensor"
+
+
 def has_no_storage(tensor: torch.Tensor) -> bool:
+    if is_fake(tensor):
+        return True
     try:
         return tensor.untyped_storage().data_ptr() == 0
     except (RuntimeError, NotImplementedError):

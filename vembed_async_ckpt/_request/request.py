@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,7 +15,7 @@ import torch
 
 from .._plan.plan import Content
 from .._store import names
-from ..errors import PlanError
+from ..errors import PlanError, warn
 from . import accelerator as accelerators
 from . import config as configs
 from . import training_state
@@ -233,10 +232,9 @@ class RequestReader:
         try:
             return reader.read(value)
         except PlanError as error:
-            warnings.warn(
+            warn(
                 f"the registered object {index}, a {type(value).__qualname__}, is pickled: only accelerator.load_state will "
-                f"restore it, not our load. {error}",
-                stacklevel=5,
+                f"restore it, not our load. {error}"
             )
             files.append((file, torch_save(value.state_dict())))
             return None
@@ -264,7 +262,7 @@ def _links(models: Mapping[str, ModelState], further_name: str | None) -> list[l
         return []
     weights = [file for model in models.values() for file in model.names["files"]]
     if len(weights) != 1 or "/" in weights[0]:
-        warnings.warn(f"{further_name} was left out: the weights are not one file at the top ({weights})", stacklevel=2)
+        warn(f"{further_name} was left out: the weights are not one file at the top ({weights})")
         return []
     return [[weights[0], further_name]]
 

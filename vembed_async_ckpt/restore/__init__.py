@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ import torch
 from .._request import accelerator as accelerators
 from .._request import random_state, tree
 from .._request.model import unwrap as unwrap_model
+from .._request.modes import in_neutral_modes
 from .._request.optimizer import unwrap as unwrap_optimizer
 from .._request.parameters import names_of
 from .._request.request import named
@@ -27,7 +27,7 @@ from .._request.training_state import parse_rank
 from .._store import latest_link, names
 from .._store.manifest import Verify
 from .._store.reader import has_changed, held, manifest_of
-from ..errors import CheckpointError
+from ..errors import CheckpointError, warn
 from .accelerated import by_name, load_hooks, models_to_load
 from .models import plan_model
 from .optimizers import plan_optimizer, rewritable_state
@@ -59,6 +59,7 @@ class _Planned:
     extra: Any
 
 
+@in_neutral_modes
 def load(
     path: str | os.PathLike[str],
     *,
@@ -120,6 +121,7 @@ def load(
         return _restore(source, planned)
 
 
+@in_neutral_modes
 def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict[str, torch.Tensor], Restored]:
     """A checkpoint for hosts that put states back themselves: copies of the weights under the names that their files have
     (of tied ones every name, sharing one tensor), and what `load` returns. Raises `CorruptCheckpoint` as `load` does."""
@@ -325,20 +327,18 @@ def _of_this_rank(source: Tensors, saved: Mapping[str, Any]) -> tuple[Any, Any]:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     if world_size != source.manifest.world_size:
-        warnings.warn(
+        warn(
             f"{source.directory}: was saved by {source.manifest.world_size} ranks and is loaded by {world_size}: "
-            "random states and the order of the data cannot go on exactly",
-            stacklevel=6,
+            "random states and the order of the data cannot go on exactly"
         )
     if rank == 0:
         get = source.training_tensor
         return tree.decode(saved["rng"], get), tree.decode(saved["dataloader"], get)
     if names.rank_state(rank) not in source.manifest.files:
         if rank < source.manifest.world_size:
-            warnings.warn(
+            warn(
                 f"{source.directory}: was saved without rank {rank}: its random states and its place in the data go on as they are "
-                "now, not as they were",
-                stacklevel=6,
+                "now, not as they were"
             )
         return None, None
     return parse_rank(source.json(names.rank_state(rank)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._request import places as live
-from .._request.places import by_storage, has_no_storage, resolve
+from .._request.places import by_storage, has_no_storage, is_fake, resolve
 from .._request.sharding import share_of
 from .._request.wrappers import spellings, unwrapped_inside
 from ..errors import CheckpointError
@@ -85,6 +85,9 @@ class _Places:
         place = self._live[name]
         if place.is_meta:
             self.wrong.append(f"{name} is on the meta device and has no memory")
+            return
+        if is_fake(place):
+            self.wrong.append(f"{name} is a FakeTensor and has no memory")
             return
         if part is not None:
             if not place.is_contiguous():

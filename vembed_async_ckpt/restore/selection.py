@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from ..errors import CheckpointError, CorruptCheckpoint
+from ..errors import CheckpointError, CorruptCheckpoint, warn
 
 OBJECTS = ("optimizer", "scheduler", "dataloader", "scaler", "rng")
 
@@ -71,7 +70,7 @@ class Selection:
             self._left.append(said)
         if self._left:
             left = "; ".join(said.removeprefix(f"{directory}: ") for said in self._left)
-            warnings.warn(f"{directory}: not loaded: {left}", stacklevel=6)
+            warn(f"{directory}: not loaded: {left}")
 
 
 def _matches(name: str, pattern: str) -> bool:
