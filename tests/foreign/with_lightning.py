@@ -1,5 +1,6 @@
 """A pytest plugin: every Trainer that is given no CheckpointIO saves with ours. Our checkpoints are directories, so `torch.load` of
-one, which many of the tests call, is `read_checkpoint` here; nothing else is hidden from them."""
+one, which many of the tests call, is `read_checkpoint` here, and `os.path.isfile` of one is true. Nothing else is hidden from them:
+tests that count the calls of `torch.save` fail, and those that save to another machine or save what is no data."""
 
 from __future__ import annotations
 
@@ -50,6 +51,14 @@ def load_or_read(file: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 torch.load = load_or_read
+isfile = os.path.isfile
+
+
+def is_file_or_checkpoint(path: Any) -> bool:
+    return isfile(path) or isfile(os.path.join(path, "vembed_manifest.json"))
+
+
+os.path.isfile = is_file_or_checkpoint
 
 
 @pytest.fixture(autouse=True)

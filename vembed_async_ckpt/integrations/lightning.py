@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .. import restore
+from .. import _signals, restore
 from .._engine.checkpointer import AsyncCheckpointer
 from .._engine.handle import SaveHandle, SaveState
 from .._engine.options import OnError, Options, WhenBusy, WriterKind
@@ -37,7 +37,7 @@ from .._store import names
 from .._store.fs import LocalFilesystem
 from .._store.lock import wait_for_orphan
 from .._writer import removal
-from ..errors import CheckpointerBusy, CheckpointError, CorruptCheckpoint, PlanError
+from ..errors import CheckpointError, CorruptCheckpoint, PlanError
 from ..events import Sink, logger
 from . import lightning_host as host
 from . import lightning_values as values
@@ -113,19 +113,20 @@ class VembedCheckpointIO:
         self._options = options
         self._roots: list[str] = []  # those with a checkpointer of ours, the one used last at the end
         self._handled_outside: BaseException | None = None  # what was being handled before the first of these saves
-        # Both may be taken once more by a signal handler that saves, in the middle of what the same thread does under them.
-        self._deleting = threading.RLock()  # one thread at a time deletes
-        self._lock = threading.RLock()
+        # Taken with signals held back: a handler that saves must not wait for the thread that it interrupts.
+        self._deleting = threading.Lock()  # one thread at a time deletes
+        self._lock = threading.Lock()
         # guarded by _lock:
         self._newest: SaveHandle | None = None
         self._saves: dict[str, SaveHandle] = {}  # the newest of each path, since the last teardown
         self._further_owners: Counter[str] = Counter()  # of paths that were chosen twice at one step
         self._doomed: dict[str, _Doomed] = {}
-        self._going: dict[str, int] = {}  # being deleted right now, by which thread
+        self._going: set[str] = set()  # being deleted right now
         host.adapt(VembedCheckpointIO, _opened)
 
     # -- what Lightning calls
 
+    @_signals.held()
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
@@ -176,6 +177,7 @@ class VembedCheckpointIO:
         further = {} if weights_only is None else {"weights_only": weights_only}
         return _stock().load_checkpoint(path, map_location=map_location, **further)  # type: ignore[no-any-return]
 
+    @_signals.held()
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete the checkpoint `path`, but not before the save made last is durable, and not at all if that fails."""
         target = _local(path)
@@ -193,6 +195,7 @@ class VembedCheckpointIO:
         if after is None or after.done():
             self._settle()
 
+    @_signals.held()
     def teardown(self) -> None:
         """Wait until everything is durable and what is to be deleted is deleted. May be called again.
 
@@ -222,6 +225,7 @@ class VembedCheckpointIO:
         """Raise `PlanError` for a URL of another machine."""
         _mounted(path)
 
+    @_signals.held()
     def is_under_way(self, path: str | os.PathLike[str]) -> bool:
         """Whether `path` is being saved: it is not there yet, and its name is taken."""
         with self._lock:
@@ -255,13 +259,11 @@ class VembedCheckpointIO:
         return shared(root, self._options)
 
     def _spare(self, target: str) -> None:
-        """Nothing deletes `target` from now on. Raises `CheckpointerBusy` to a signal handler that interrupted its deletion."""
+        """Nothing deletes `target` from now on."""
         with self._lock:
             self._doomed.pop(target, None)
-            going = self._going.get(target)
-        if going == threading.get_ident():
-            raise CheckpointerBusy(f"{target} was being deleted when the signal came; save under another name")
-        if going is not None:
+            going = target in self._going
+        if going:
             with self._deleting:
                 pass
 
@@ -282,17 +284,14 @@ class VembedCheckpointIO:
         with self._deleting:
             while due := self._take_due():
                 for path, doom in due.items():
-                    try:
-                        self._judge(path, doom)
-                    finally:
-                        self._going.pop(path, None)
+                    self._judge(path, doom)
 
     def _take_due(self) -> dict[str, _Doomed]:
         with self._lock:
-            due = {path: doom for path, doom in list(self._doomed.items()) if doom.after is None or doom.after.done()}
+            due = {path: doom for path, doom in self._doomed.items() if doom.after is None or doom.after.done()}
             for path in due:
-                self._doomed.pop(path, None)
-            self._going |= dict.fromkeys(due, threading.get_ident())
+                del self._doomed[path]
+            self._going = set(due)
             return due
 
     def _judge(self, path: str, doom: _Doomed) -> None:
@@ -314,6 +313,7 @@ class VembedCheckpointIO:
             elif not os.path.lexists(home):
                 os.rename(path, home)
 
+    @_signals.held()
     def _wait_for(self, target: str) -> None:
         with self._lock:
             handle = self._saves.get(target)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.training_args import ParallelMode
 from transformers.utils import is_peft_available, is_sagemaker_mp_enabled, is_torch_xla_available
 
+from .. import _signals
 from .._engine.checkpointer import AsyncCheckpointer
 from .._engine.handle import SaveHandle, SaveState
 from .._engine.options import Options
@@ -319,6 +320,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
 
     # -- a save
 
+    @_signals.held()
     def _save_in_background(self, run: _Run, later: bool) -> None:
         """`later`: whether Trainer's own loop asks for it. A callback or a signal handler wants it now, before the process is
         killed perhaps."""
