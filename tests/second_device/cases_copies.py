@@ -271,3 +271,102 @@ def test_a_loaded_state_does_not_pass_through_host_memory_as_a_whole(
     load(path, model=restored, optimizer=restored_optimizer)
     assert {value.device.type for value in made if value.numel() > 1} == {"second"}
     assert {value.device.type for value in made if value.numel() == 1} >= {"cpu"}
+
+
+def test_the_generators_of_every_device_come_back(root: Path) -> None:
+    """Those of this type of device too, one for each device."""
+    module = torch.second  # type: ignore[attr-defined]
+    model, optimizer, _ = trained(1)
+    module.set_rng_state_all([torch.full((16,), value, dtype=torch.uint8) for value in (7, 8)])
+    with AsyncCheckpointer(root) as checkpointer:
+        path = checkpointer.save(1, model=model, optimizer=optimizer).result(60).path
+    module.set_rng_state_all([torch.zeros(16, dtype=torch.uint8)] * 2)
+    load(path, model=model, optimizer=optimizer)
+    assert [state.unique().tolist() for state in module.get_rng_state_all()] == [[7], [8]]
+
+
+def test_devices_whose_generators_are_not_here_are_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer devices than were saved the first ones come back, and a warning says so."""
+    module = torch.second  # type: ignore[attr-defined]
+    model, optimizer, _ = trained(1)
+    module.set_rng_state_all([torch.full((16,), value, dtype=torch.uint8) for value in (7, 8)])
+    with AsyncCheckpointer(root) as checkpointer:
+        path = checkpointer.save(1, model=model, optimizer=optimizer).result(60).path
+    module.set_rng_state_all([torch.zeros(16, dtype=torch.uint8)] * 2)
+    monkeypatch.setattr(module, "device_count", lambda: 1)
+    with pytest.warns(UserWarning, match="of 2 second devices were saved, this process has 1"):
+        load(path, model=model, optimizer=optimizer)
+    assert [state.unique().tolist() for state in module.get_rng_state_all()] == [[7], [0]]
+
+
+def test_a_scaler_is_read_without_waiting_for_the_device(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers are copied as tensors are; the files say what they said before."""
+    model, optimizer, step = trained(2)
+    scaler = torch.amp.GradScaler("second", init_scale=64.0, growth_interval=3)
+    scaler.scale(torch.ones((), device="second"))
+    scaler._growth_tracker.fill_(2)  # type: ignore[union-attr]
+    expected = scaler.state_dict()
+    fetched: list[int] = []
+    item = torch.Tensor.item
+    with AsyncCheckpointer(root) as checkpointer:
+        step()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "item", lambda self: fetched.append(threading.get_ident()) or item(self))
+            handle = checkpointer.save(1, model=model, optimizer=optimizer, scaler=scaler)
+        assert threading.get_ident() not in fetched
+        scaler._scale.fill_(1.0)  # type: ignore[union-attr]
+        path = handle.result(60).path
+    fresh = torch.amp.GradScaler("second", init_scale=2.0)
+    load(path, scaler=fresh)
+    assert fresh.state_dict() == expected
+    assert torch.load(path / "scaler.pt", weights_only=True) == expected
+
+
+def test_a_scaler_in_a_save_that_passes_through_a_small_arena(root: Path) -> None:
+    model, optimizer, _ = trained(1)
+    model.large = torch.nn.Parameter(torch.rand(5 << 20, device="second"))
+    scaler = torch.amp.GradScaler("second", init_scale=64.0)
+    scaler.scale(torch.ones((), device="second"))
+    with pytest.warns(UserWarning, match="needs an arena"), AsyncCheckpointer(root, max_host_bytes=16 << 20) as saving:
+        path = saving.save(1, model=model, optimizer=optimizer, scaler=scaler).result(60).path
+    expected = model.large.detach().cpu()
+    model.large.data.zero_()
+    fresh = torch.amp.GradScaler("second", init_scale=2.0)
+    load(path, model=model, scaler=fresh)
+    assert torch.equal(model.large.detach().cpu(), expected)
+    assert fresh.state_dict() == scaler.state_dict()
+
+
+def test_a_device_without_streams_is_copied_while_the_call_waits(
+    root: Path, device: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is right, and the statistics do not claim an overlap."""
+    monkeypatch.setattr(devices, "_usable", {"second": False})
+    model, optimizer, step = trained(2)
+    with AsyncCheckpointer(root) as checkpointer:
+        step()
+        queued, expected = device.queued(), state_of(model, optimizer)
+        handle = checkpointer.save(1, model=model, optimizer=optimizer)
+        step()
+        path = handle.result(60).path
+        assert device.queued() == queued
+        assert checkpointer.statistics()["overlap"] is False
+    restored, restored_optimizer, _ = trained(1)
+    load(path, model=restored, optimizer=restored_optimizer)
+    assert differing(expected, state_of(restored, restored_optimizer)) == []
+
+
+def test_a_default_device_changes_nothing(root: Path) -> None:
+    """Saves and loads in a process whose new tensors are on the device by default."""
+    model, optimizer, step = trained(2)
+    torch.set_default_device("second")
+    try:
+        with AsyncCheckpointer(root) as checkpointer:
+            step()
+            expected = state_of(model, optimizer)
+            path = checkpointer.save(1, model=model, optimizer=optimizer, extra={"e": torch.ones(3)}).result(60).path
+        restored, restored_optimizer, _ = trained(0)
+        assert load(path, model=restored, optimizer=restored_optimizer).extra["e"].tolist() == [1, 1, 1]
+        assert differing(expected, state_of(restored, restored_optimizer)) == []
+    finally:
+        torch.set_default_device("cpu")

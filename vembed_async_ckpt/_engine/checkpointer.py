@@ -200,7 +200,7 @@ class AsyncCheckpointer:
 
     def statistics(self) -> dict[str, Any]:
         """Counts of saves (started, committed, failed, skipped), saves in flight, bytes still to be written, arenas free and busy,
-        host bytes held, whether overlap is on, and the last failure."""
+        host bytes held, whether the newest save was copied beside the training, and the last failure."""
         with _signals.held():
             return {**self._session.ledger.statistics(), **self._engine.statistics()}
 

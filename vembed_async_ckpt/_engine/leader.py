@@ -78,6 +78,7 @@ class Leader:
         self._plan: SavePlan | None = None
         self._planned: tuple[Content, ...] = ()
         self._overlap = options.staging == "overlap"
+        self._overlapped = self._overlap  # the newest save did, or the first is expected to
         self._warned_of_waves = False
         self.closed = False
         GATE.install()
@@ -161,7 +162,9 @@ class Leader:
             self._warn_of_waves(arena.size, needed)
             save.pass_in_waves()
             return
-        save.stage(self._divide(request), blocking=not self._overlap)
+        division = self._divide(request)
+        save.stage(division, blocking=not self._overlap)
+        self._overlapped = bool(division.late)
         self._staging_thread.submit(save.finish)
 
     @contextlib.contextmanager
@@ -279,7 +282,11 @@ class Leader:
         return self._supervisor.populating
 
     def statistics(self) -> dict[str, Any]:
-        return {**self._pool.statistics(), "overlap": self._overlap, "writer_pid": self._supervisor.writer_pid}
+        return {
+            **self._pool.statistics(),
+            "overlap": self._overlap and self._overlapped,
+            "writer_pid": self._supervisor.writer_pid,
+        }
 
     def close(self, deadline: float) -> bool:
         self.closed = True

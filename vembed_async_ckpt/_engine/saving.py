@@ -138,7 +138,9 @@ class Save:
         image = prepare(self.arena, self._plan, request)
         begun = time.perf_counter()
         places, tensors, state = image.places(division), request.tensors, request.state
-        to = [*image.training_places(self.arena, state), *places.now]
+        training = image.training_places(self.arena, state)
+        state.find_numbers(dict(zip(state.tensors, training, strict=True)))
+        to = [*training, *places.now]
         sources = [*state.tensors.values(), *pick(tensors, division.now)]
         late = pick(tensors, division.late)
         self._device = DeviceCopies.of([*sources, *late])
@@ -221,6 +223,7 @@ class Save:
             raise StageError(f"{self.handle.path}: the other ranks' state did not come") from None
         if isinstance(gathered, CheckpointError):
             raise gathered
+        self._request.state.find_numbers(self._request.state.tensors)
         assembly = self._assemble(FixedJson(self._plan, self._request), gathered, waves=True)
         waves = self._waves = Waves(arena, self._plan, self._request, assembly)
         self._job = waves.place_job()

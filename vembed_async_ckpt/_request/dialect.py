@@ -11,6 +11,7 @@ from typing import Any
 
 from .._store import names
 from ..errors import PlanError
+from .random_state import of_devices
 
 
 class Dialect(ABC):
@@ -53,8 +54,8 @@ class Accelerate(Dialect):
             "numpy_random_seed": state["numpy"],
             "torch_manual_seed": state["torch"],
         }
-        if "cuda" in state:
-            values["torch_cuda_manual_seed"] = state["cuda"]
+        for kind, states in of_devices(state).items():
+            values[f"torch_{kind}_manual_seed"] = states
         return values
 
 
@@ -77,8 +78,8 @@ class Trainer(Dialect):
 
     def random_values(self, state: dict[str, Any], world_size: int) -> dict[str, Any]:
         values = {"python": state["python"], "numpy": state["numpy"], "cpu": state["torch"]}
-        if "cuda" in state:
-            values["cuda"] = state["cuda"] if world_size > 1 or self.device is None else state["cuda"][self.device]
+        for kind, states in of_devices(state).items():
+            values[kind] = states if world_size > 1 or self.device is None else states[self.device]
         return values
 
 

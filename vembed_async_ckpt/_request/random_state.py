@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,13 @@ import torch
 
 from . import tree
 
+_OF_THE_HOST = ("python", "numpy", "torch")
+_warned: set[str] = set()
+
 
 def capture(put: tree.Put) -> dict[str, Any]:
-    """The generators of python, numpy, torch and its CUDA devices, as a captured tree; tensors go to `put`."""
+    """The generators of python, numpy, torch and its accelerators, as a captured tree; tensors go to `put`. Those of a type of
+    device stand under its name, one for each device."""
     kind, keys, *rest = np.random.get_state()
     put("rng.numpy", torch.from_numpy(keys))
     put("rng.torch", torch.get_rng_state())
@@ -21,17 +27,54 @@ def capture(put: tree.Put) -> dict[str, Any]:
         "numpy": (kind, tree.Ref("rng.numpy", numpy=True), *rest),
         "torch": tree.Ref("rng.torch"),
     }
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = [tree.Ref(f"rng.cuda.{n}") for n in range(torch.cuda.device_count())]
-        for ref, value in zip(state["cuda"], torch.cuda.get_rng_state_all(), strict=True):
+    device = torch.accelerator.current_accelerator()
+    if device is not None and _is_initialized(device.type):
+        values = _states(device.type)
+        state[device.type] = [tree.Ref(f"rng.{device.type}.{n}") for n in range(len(values))]
+        for ref, value in zip(state[device.type], values, strict=True):
             put(ref.name, value)
     return state
 
 
+def of_devices(state: dict[str, Any]) -> dict[str, Any]:
+    """By the type of device, the states of its generators."""
+    return {kind: value for kind, value in state.items() if kind not in _OF_THE_HOST}
+
+
+def _is_initialized(kind: str) -> bool:
+    module = getattr(torch, kind, None)
+    initialized = getattr(module, "is_initialized", None)
+    return module is not None and (initialized is None or bool(initialized()))
+
+
+def _states(kind: str) -> Sequence[torch.Tensor]:
+    get_all = getattr(getattr(torch, kind), "get_rng_state_all", None)
+    if get_all is not None:
+        return list(get_all())
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(
+            f"torch.{kind} does not give the states of its random generators: checkpoints go without them, and a resumed run draws "
+            f"other numbers on {kind} devices",
+            stacklevel=2,
+        )
+    return []
+
+
 def restore(state: dict[str, Any]) -> None:
-    """Set every generator that `state`, as decoded, has and this process has too."""
+    """Set every generator that `state`, as decoded, has and this process has too. Warns of the devices that it has not."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for kind, states in of_devices(state).items():
+        module = getattr(torch, kind, None)
+        available = getattr(module, "is_available", None)
+        here = int(module.device_count()) if module is not None and available is not None and available() else 0
+        for number, value in enumerate(states[:here]):
+            module.set_rng_state(value, number)  # type: ignore[union-attr]
+        if len(states) != here:
+            warnings.warn(
+                f"random generators of {len(states)} {kind} devices were saved, this process has {here}: those of the first "
+                f"{min(here, len(states))} were restored; on others it draws other numbers than the run that was saved",
+                stacklevel=4,
+            )

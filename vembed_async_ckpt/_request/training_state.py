@@ -22,7 +22,7 @@ from .._plan import safetensors
 from .._plan.safetensors import Layout, TensorSpec
 from .._store import names
 from ..errors import CorruptCheckpoint, PlanError
-from . import random_state, tree
+from . import random_state, scalers, tree
 from .dialect import Dialect
 from .dtypes import TO_TORCH, spec
 from .optimizer import OptimizerState, call_state_dict, kind_of
@@ -33,7 +33,8 @@ class TrainingState:
     """Captured values. `registered`: by name of its file, what was registered with an accelerator, None where only a pickle of it
     was possible. `accelerator`: what else an accelerator knows (see `accelerator.state`). `classes`: names of those of the
     schedulers and the scaler. `tensors` are those found in the values, by name: they are copied before `save()` returns, and then
-    let go. `copies` are copies of those that pickles for other programs need later. `layout` is the file that holds the tensors."""
+    let go. `copies` are copies of those that pickles for other programs need later. `layout` is the file that holds the tensors.
+    `scaler_numbers`: keys of the scaler's state that are tensors on a device now and numbers in the files."""
 
     dialect: Dialect
     world_size: int
@@ -48,8 +49,9 @@ class TrainingState:
     rng: dict[str, Any]
     classes: Mapping[str, Any]
     tensors: dict[str, torch.Tensor]
-    copies: Mapping[str, torch.Tensor]
+    copies: dict[str, torch.Tensor]
     layout: Layout
+    scaler_numbers: Sequence[str]
 
     def file_names(self) -> list[str]:
         """Names of all files that hold the training state."""
@@ -68,15 +70,24 @@ class TrainingState:
         for index, state in enumerate(self.schedulers.values()):
             files.append((self.dialect.scheduler(index), torch_save(tree.refill(state, get))))
         if self.scaler is not None:
-            files.append((names.SCALER, torch_save(tree.refill(self.scaler, get))))
+            files.append((names.SCALER, torch_save(tree.refill(self._whole_scaler(), get))))
         return files + _pickled_random_states(self.dialect, tree.refill(self.rng, get), 0, self.world_size)
+
+    def find_numbers(self, staged: Mapping[str, torch.Tensor]) -> None:
+        """`staged` are the tensors as they will be in host memory when `render` is called."""
+        self.copies.update({name: staged[name] for name in (f"scaler.{key}" for key in self.scaler_numbers)})
+
+    def _whole_scaler(self) -> Any:
+        if not self.scaler_numbers:
+            return self.scaler
+        return scalers.with_numbers(self.scaler, {key: self.copies[f"scaler.{key}"] for key in self.scaler_numbers})
 
     def _json(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "optimizers": {name: optimizer.described() for name, optimizer in self.optimizers.items()},
             "schedulers": {name: tree.encode(state) for name, state in self.schedulers.items()},
-            "scaler": tree.encode(self.scaler),
+            "scaler": tree.encode(self._whole_scaler()),
             "dataloader": tree.encode(self.dataloader),
             "extra": tree.encode(self.extra),
             "registered": [
@@ -121,7 +132,10 @@ def capture(
         name: tree.capture(_state_dict(f"scheduler {name}".rstrip(), scheduler), f"scheduler.{name}", put_copy)
         for name, scheduler in schedulers.items()
     }
-    saved_scaler = None if scaler is None else tree.capture(_state_dict("scaler", scaler), "scaler", put_copy)
+    numbers: Mapping[str, torch.Tensor] = {} if scaler is None else scalers.numbers_on_device(scaler)
+    saved_scaler = None if scaler is None else tree.capture(_scaler_state(scaler, numbers), "scaler", put_copy)
+    for key, number in numbers.items():
+        put(f"scaler.{key}", number)
     position = None if dataloader is None else tree.capture(_state_dict("dataloader", dataloader), "dataloader", put)
     captured_extra = tree.capture({} if extra is None else extra, "extra", put)
     captured_accelerator = tree.capture(accelerator, "accelerator", put)
@@ -146,7 +160,12 @@ def capture(
         tensors=tensors,
         copies=copies,
         layout=_layout(specs),
+        scaler_numbers=tuple(numbers),
     )
+
+
+def _scaler_state(scaler: Any, numbers: Mapping[str, torch.Tensor]) -> Any:
+    return scalers.without_numbers(scaler) if numbers else _state_dict("scaler", scaler)
 
 
 def unwrap_scheduler(scheduler: Any) -> Any:
