@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -28,6 +29,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from vembed_async_ckpt import PlanError, load, save_checkpoint, verify
+from vembed_async_ckpt._arena import arena
+from vembed_async_ckpt._arena.arena import ArenaPool
+from vembed_async_ckpt.integrations.shared import open_at
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -239,3 +243,33 @@ def test_a_stand_in_gets_the_training_state_too(tmp_path: Path) -> None:
     save_checkpoint(str(target), MagicMock(), MagicMock(), config={"topk_tokens": None}, training_state={"epoch": 1})
     assert json.loads((target / "training_state.json").read_text()) == {"epoch": 1}
     assert json.loads((target / "vembed_config.json").read_text())["topk_tokens"] == 0
+
+
+def test_a_step_and_an_epoch_are_saved_back_to_back(root: Path) -> None:
+    """The second call does not wait until the first checkpoint is written: it has memory of its own."""
+    accelerator, model, optimizer, scheduler = prepared()
+    train(accelerator, model, optimizer, scheduler)
+    save_checkpoint(root / "checkpoint-step-0", model, accelerator).result(60)
+    writer = open_at(os.path.realpath(root)).statistics()["writer_pid"]  # type: ignore[union-attr]
+    os.kill(writer, signal.SIGSTOP)
+    try:
+        train(accelerator, model, optimizer, scheduler)
+        handles = [save_checkpoint(root / f"checkpoint-{name}-1", model, accelerator) for name in ("step", "epoch")]
+        assert not any(handle.done() for handle in handles)
+    finally:
+        os.kill(writer, signal.SIGCONT)
+    for handle in handles:
+        verify(handle.result(60).path)
+    accelerator.end_training()
+
+
+def test_the_second_save_waits_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A further arena is taken only if as much stays free beside it."""
+    pool = ArenaPool(2, None, lambda arena: None, lambda arena: None)
+    monkeypatch.setattr(arena, "available_memory", lambda: 30 << 20)
+    first = pool.acquire(16 << 20)
+    assert first is not None
+    assert pool.acquire(16 << 20) is None
+    monkeypatch.setattr(arena, "available_memory", lambda: 64 << 20)
+    assert pool.acquire(16 << 20) is not None
+    pool.close()

@@ -137,6 +137,8 @@ class ArenaPool:
         """A new arena, or None while memory for it is held by a save in flight."""
         size = -(-capacity // _ROUND) * _ROUND
         allowed = self.limit()
+        if self._busy and self._max_bytes is None:
+            allowed //= 2  # a further one: it shortens a wait, and must not bring the training near the machine's limit
         if capacity <= allowed < size:
             size = capacity // -mmap.PAGESIZE * -mmap.PAGESIZE
         if size > allowed:

@@ -46,8 +46,8 @@ class AsyncCheckpointer:
     Performance. `staging`: "overlap" copies what only an optimizer changes while forward and backward run, and lets
     `optimizer.step()` wait for it; "blocking" copies all of it in `save()`. `writer`: a "process" of its own, which survives the
     trainer, or a "thread". `max_in_flight`: arenas, that is saves under way at once; each takes host memory of the size of the
-    state. `max_host_bytes`: for all arenas together; None is what the machine and its cgroup have left. A state that does not fit
-    passes through a smaller arena in parts while training waits.
+    state; a further one is taken only where as much stays free. `max_host_bytes`: for all arenas together; None is what the
+    machine and its cgroup have left. A state that does not fit passes through a smaller arena in parts while training waits.
 
     The constructor takes the root's lock (raises `CheckpointerBusy` if another process saves there; waits up to 60 s for the
     writer of a dead trainer to finish), and starts the writer, which sweeps what a crash left.

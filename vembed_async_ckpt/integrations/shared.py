@@ -21,7 +21,9 @@ _LOCK = threading.RLock()  # a signal handler may save in the middle of what the
 @_signals.held()
 def shared(root: str, options: dict[str, Any] | None = None) -> AsyncCheckpointer:
     """The open checkpointer of `root`, made with `options` (None: with any). One that was made with others is drained and
-    closed first. Raises what `AsyncCheckpointer` raises."""
+    closed first. Two saves may be under way, where memory allows: loops save a step and an epoch back to back.
+
+    Raises what `AsyncCheckpointer` raises."""
     with _LOCK:
         known, made_with = _SHARED.get(root, (None, {}))
         if known is not None and not known.closed and (options is None or options == made_with):
@@ -31,7 +33,7 @@ def shared(root: str, options: dict[str, Any] | None = None) -> AsyncCheckpointe
     with _LOCK:
         known, _ = _SHARED.get(root, (None, {}))
         if known is None or known.closed:
-            known = AsyncCheckpointer(root, **(options or {}))
+            known = AsyncCheckpointer(root, **{"max_in_flight": 2, **(options or {})})
             _SHARED[root] = known, options or {}
         return known
 
