@@ -27,6 +27,7 @@ from vembed_async_ckpt._arena.barrier import GATE
 from vembed_async_ckpt._engine import leader as engine
 from vembed_async_ckpt._engine import waves
 from vembed_async_ckpt._store.fs import LocalFilesystem
+from vembed_async_ckpt._writer import server
 
 GATE.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
 BOUND = 20  # seconds that a wait may take before it is a failure
@@ -895,6 +896,37 @@ def test_two_in_flight_share_the_memory_allowed(root: Path, disk: HeldUp):
 
 
 @pytest.mark.timeout(60)
+def test_a_part_is_filled_while_the_one_before_is_written(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first part is not written before the second has been filled."""
+    filled, fill, write_range = threading.Semaphore(0), waves.Waves._fill, server.write_range
+    written: list[int] = []
+
+    def fill_and_say_so(self: waves.Waves, start: int, end: int) -> None:
+        fill(self, start, end)
+        filled.release()
+
+    def write_later(writers: Any, memory: Any, start: int, end: int, *rest: Any) -> None:
+        if not written:
+            assert filled.acquire(timeout=20)
+            assert filled.acquire(timeout=20)
+        written.append(start)
+        write_range(writers, memory, start, end, *rest)
+
+    monkeypatch.setattr(waves.Waves, "_fill", fill_and_say_so)
+    monkeypatch.setattr(server, "write_range", write_later)
+    model = torch.nn.Linear(1, 6 << 20)
+    with (
+        pytest.warns(UserWarning, match="allowed"),
+        AsyncCheckpointer(root, writer="thread", max_host_bytes=16 << 20) as checkpointer,
+    ):
+        path = checkpointer.save(1, model=model).result(60).path
+    assert len(written) > 3
+    expected = model.weight.detach().clone()
+    model.weight.data.zero_()
+    load(path, model=model)
+    assert torch.equal(model.weight, expected)
+
+
 def test_a_save_in_waves_that_is_interrupted_gives_its_arena_back(root: Path, monkeypatch: pytest.MonkeyPatch):
     """An interrupt between two waves ends that save and is raised once; the next save is not locked out."""
     model = Wide()

@@ -68,7 +68,7 @@ def place(arena: Arena, n: int, step: int, keep: int) -> tuple[int, int]:
         "manifest": {},
         "retention": KeepLast(keep).spec(),
         "latest_link": False,
-        "waves": False,
+        "waves": 0,
     }
     encoded = json.dumps(job).encode()
     arena.write(start, encoded)

@@ -64,7 +64,7 @@ def assemble(
     fixed: FixedJson,
     *,
     without: Sequence[int] = (),
-    waves: bool = False,
+    waves: int = 0,
 ) -> Assembly:
     """Render what is known only now, give it and the `further` files their places, and describe the whole save to the writer.
     `after`: what the writer does once it is committed. `without`: the ranks whose state is not in it."""
@@ -104,7 +104,7 @@ def _job(
     checksums: Sequence[str],
     fixed: FixedJson,
     without: Sequence[int],
-    waves: bool,
+    waves: int,
 ) -> bytes:
     head = {
         "save_id": request.save_id,

@@ -15,7 +15,7 @@ import torch
 
 from .._arena.arena import Arena
 from .._arena.barrier import GATE, Division, pick
-from .._arena.devices import DeviceCopies, is_on_device
+from .._arena.devices import DeviceCopies, any_on_device, is_on_device
 from .._arena.host_copy import SmallPlaces, copy_blocking
 from .._arena.staging import Destinations, Late, Snapshot
 from .._plan.plan import SavePlan, pages
@@ -31,7 +31,7 @@ from .frozen import FrozenDict
 from .handle import CheckpointInfo, SaveHandle, SaveState, Timings
 from .meeting import Gathered, Meeting, Parts, merge
 from .supervisor import LIVES, Supervisor
-from .waves import Waves
+from .waves import Waves, part_size
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,8 @@ class Save:
         """
         begun = time.perf_counter()
         self.arena.image = None
+        if any_on_device(self._request.tensors):
+            self.arena.pin()
         waves = self._place_first(self.arena)
         supervisor = self._context.supervisor
         self._handed_over = True
@@ -224,7 +226,7 @@ class Save:
         if isinstance(gathered, CheckpointError):
             raise gathered
         self._request.state.find_numbers(self._request.state.tensors)
-        assembly = self._assemble(FixedJson(self._plan, self._request), gathered, waves=True)
+        assembly = self._assemble(FixedJson(self._plan, self._request), gathered, waves=part_size(arena))
         waves = self._waves = Waves(arena, self._plan, self._request, assembly)
         self._job = waves.place_job()
         self._show_progress(assembly)
@@ -286,7 +288,7 @@ class Save:
         failure.__cause__ = error
         self.failed(failure)
 
-    def _assemble(self, fixed: FixedJson, gathered: Parts, *, waves: bool = False) -> Assembly:
+    def _assemble(self, fixed: FixedJson, gathered: Parts, *, waves: int = 0) -> Assembly:
         files = merge(self._request.files, gathered.files)
         after = self._context.after
         return assemble(self._request, files, self._plan, after, fixed, without=gathered.without, waves=waves)

@@ -1,10 +1,12 @@
-"""A state that is larger than the memory allowed passes through a small arena: fill it, have it written, fill it again.
+"""A state that is larger than the memory allowed passes through a small arena in parts: one half is filled while the other is
+written.
 
 The training thread is blocked all the while, and nothing of the save is staged before its last part is in the arena.
 """
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +15,10 @@ import torch
 
 from .. import _signals
 from .._arena.arena import Arena
+from .._arena.devices import DeviceCopies, is_on_device
 from .._plan.plan import START, SavePlan
 from .._request.request import Request
+from .._writer.protocol import wave_base
 from ..errors import StageError
 from .assembly import Assembly
 
@@ -29,7 +33,9 @@ class Waves:
         self._pieces += zip(plan.offsets, request.tensors, strict=True)
         state = request.state
         self._pieces += [(plan.end + state.layout.offsets[name], tensor) for name, tensor in state.tensors.items()]
-        self._turn = threading.Semaphore(0)
+        self._turn = threading.Semaphore(0)  # halves that may be filled
+        self._accepted = False
+        self._flat: tuple[int, torch.Tensor] | None = None  # of the tensor that the last part ended in, by its position
 
     def place_job(self) -> tuple[int, int]:
         """Put the job where the first wave will go; the writer reads it before it accepts. Returns offset and length."""
@@ -42,12 +48,13 @@ class Waves:
         return START, len(job)
 
     def go_on(self) -> None:
-        """The writer is ready for the next part, or the save has ended."""
-        self._turn.release()
+        """The writer has taken the job or written a part, or the save has ended."""
+        self._turn.release(1 if self._accepted else 2)
+        self._accepted = True
 
     def run(self, send: Callable[[int, int], None], ended: Callable[[], bool], alive: Callable[[], None]) -> None:
         """Pass every part through. Returns early when the save has `ended`; `alive` raises when nobody would ever answer."""
-        window = self._arena.size - START
+        window = part_size(self._arena)
         for start in range(START, self._assembly.end, window):
             end = min(start + window, self._assembly.end)
             while not self._turn.acquire(timeout=_signals.SLICE):
@@ -57,18 +64,43 @@ class Waves:
                 return
             self._fill(start, end)
             send(start, end)
+        self._flat = None
 
     def _fill(self, start: int, end: int) -> None:
-        self._arena.clear(START, START + end - start)
+        base = wave_base(start, part_size(self._arena))
+        self._arena.clear(base, base + end - start)
         memory = torch.frombuffer(self._arena.memory, dtype=torch.uint8)
+        by_device: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for position, what in self._pieces:
             size = what.nbytes if isinstance(what, torch.Tensor) else len(what)
             low, high = max(position, start), min(position + size, end)
             if low >= high:
                 continue
-            at = START + low - start
+            at = base + low - start
             if isinstance(what, torch.Tensor):
-                flat = what.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-                memory[at : at + high - low].copy_(flat[low - position : high - position])
+                to, of = memory[at : at + high - low], self._bytes_of(what, position)[low - position : high - position]
+                if is_on_device(what):
+                    by_device[0].append(to)
+                    by_device[1].append(of)
+                else:
+                    to.copy_(of)
             else:
                 self._arena.write(at, what[low - position : high - position])
+        copies = DeviceCopies.of(by_device[1])
+        if copies is not None:
+            try:
+                copies.issue(*by_device)
+            finally:
+                copies.wait()
+
+    def _bytes_of(self, tensor: torch.Tensor, position: int) -> torch.Tensor:
+        """Its elements in order, kept while parts begin or end in it: to put them in order may take a copy of all of it."""
+        if self._flat is None or self._flat[0] != position:
+            flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+            self._flat = position, flat
+        return self._flat[1]
+
+
+def part_size(arena: Arena) -> int:
+    """Bytes of each part, but for the last."""
+    return (arena.size - START) // 2 // mmap.PAGESIZE * mmap.PAGESIZE

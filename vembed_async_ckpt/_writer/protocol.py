@@ -23,11 +23,19 @@ _COMMAND = struct.Struct("<B3xIQQQ")
 _LENGTH = struct.Struct("<I")
 
 
+def wave_base(start: int, size: int) -> int:
+    """Where in the arena the part of the plan lies that begins at `start`: parts of `size` bytes take turns in two places, so that
+    one is filled while the other is written."""
+    return DATA_START + (start - DATA_START) // size % 2 * size
+
+
 class Kind(IntEnum):
     ARENA = 1  # arena, size; one descriptor travels along
     DROP = 2  # arena
     JOB = 3  # arena, serial, offset and length of the job's JSON in the arena
-    WAVE = 4  # arena, serial, start and end of the part of the plan that now lies at DATA_START; end 0: there will be no more
+    WAVE = (
+        4  # arena, serial, start and end of the part of the plan that lies at `wave_base`; end 0: there will be no more
+    )
     SPACE = 5  # 0, number of the question: how much room has the root's file system now?
 
 
@@ -70,7 +78,9 @@ class Job(TypedDict):
     manifest: dict[str, Any]  # world_size, time, versions, metrics, names, tensors
     retention: list[dict[str, Any]] | None
     latest_link: bool  # move the link `latest` to this checkpoint
-    waves: bool  # the arena is smaller than the plan: parts follow as WAVE commands
+    waves: (
+        int  # 0, or the arena is smaller than the plan: parts of so many bytes follow as WAVE commands, see `wave_base`
+    )
 
 
 def send_command(sock: socket.socket, command: Command, fds: Sequence[int] = ()) -> None:

@@ -30,7 +30,7 @@ from . import commit as commits
 from . import latest_link, removal
 from .direct_io import CHUNK, STEP, FileWriter, IOThreads, sync_all, write_range
 from .memory import map_arena, populate
-from .protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply
+from .protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply, wave_base
 
 TRIES = 3  # a failed write is repeated from the arena into new files
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -312,7 +312,8 @@ class Server:
                 self._make_parents(work, slot["name"])
                 writers.append(FileWriter(self._fs, path, slot, job["checksums"].get(slot["name"]), self._step))
             for start, end in self._ranges(pending):
-                write_range(writers, memory, start, end, DATA_START, self._threads, wrote)
+                base = wave_base(start, job["waves"]) if job["waves"] else DATA_START
+                write_range(writers, memory, start, end, base, self._threads, wrote)
                 if job["waves"]:
                     self._send(event="wave", serial=pending.serial)
             sync_all(writers, self._threads)
