@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -404,6 +406,19 @@ def test_what_a_model_leaves_out_comes_back(root: Path, tmp_path: Path, leave_ou
         expected = stock(model, tmp_path / "stock")
         assert len(first["model.safetensors"]) < len(expected["model.safetensors"])
         assert written(checkpointer.save(2, model=model).result(BOUND).path) == expected
+
+
+@pytest.mark.parametrize("make", [llama, Sentences, lora], ids=lambda make: make.__name__)
+def test_a_model_that_is_gone_is_not_held(root: Path, make: Callable[[], Any]):
+    """Whatever was remembered of it."""
+    model = make()
+    gone = weakref.ref(model)
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, model=model).result(BOUND)
+        del model
+        gc.collect()
+        assert gone() is None
 
 
 def test_a_hook_that_decides_each_time(root: Path, tmp_path: Path):

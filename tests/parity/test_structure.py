@@ -79,20 +79,32 @@ def net(seed: int, wrap: str) -> torch.nn.Module:
     return module
 
 
+def take_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for number, parameter in enumerate(module.parameters(), 1):
+        parameter.grad = torch.full_like(parameter, number)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("after", WRAPS)
 @pytest.mark.parametrize("before", WRAPS)
 def test_wrappers_around_parts(root: Path, before: str, after: str):
-    """Saved with one and loaded with another, in every pair: same tensors, and clean names in the file."""
+    """Saved with one and loaded with another, in every pair: same tensors, clean names in the file, and the same next step."""
     module, fresh = net(1, before), net(2, after)
+    optimizer, again = (torch.optim.Adam(each.parameters(), lr=0.1) for each in (module, fresh))
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
         for step in (1, 2):
-            path = checkpointer.save(step, model=module).result(BOUND).path
+            take_step(module, optimizer)
+            path = checkpointer.save(step, model=module, optimizer=optimizer).result(BOUND).path
             expected = [tensor.clone() for tensor in (*module.parameters(), *module.buffers())]
-            change(module)
+            if step == 1:
+                change(module)
     assert sorted(load_file(path / "model.safetensors")) == sorted(plain_net(0).state_dict())
-    load(path, model=fresh)
+    load(path, model=fresh, optimizer=again)
     for tensor, saved in zip((*fresh.parameters(), *fresh.buffers()), expected, strict=True):
         assert torch.equal(tensor, saved)
+    take_step(module, optimizer)
+    take_step(fresh, again)
+    assert all(map(torch.equal, fresh.parameters(), module.parameters()))
 
 
 def test_a_wrapper_put_on_between_two_saves(root: Path):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from . import memory_format
-from .wrappers import named_parts
+from .places import live_tensors, shown
+from .wrappers import unwrapped_inside
 
 Parameter = list[Any]  # [name or None, shape], and the strides if it is not contiguous; as it stands in JSON
 
@@ -48,15 +49,22 @@ class Names:
 
 
 def names_of(models: Sequence[tuple[str, torch.nn.Module]]) -> dict[str, torch.nn.Parameter]:
-    """Every parameter of these models by its name, one with several names by each. A model that has a name itself puts it before
-    those of its parameters."""
+    """Every parameter of these models by its name, one with several names by each: first by those that the state_dict shows, where
+    hooks of it rename. A model that has a name itself puts it before those of its parameters."""
     return {
-        (f"{model}/" if model else "") + (f"{path}." if path else "") + key: parameter
+        f"{model}/{name}" if model else name: parameter
         for model, module in models
-        for path, part in named_parts(module)
-        for key, parameter in part._parameters.items()
-        if parameter is not None
+        for name, parameter in _names_in(module).items()
     }
+
+
+def _names_in(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    live = {item.name: item.tensor for item in live_tensors(module) if isinstance(item.tensor, torch.nn.Parameter)}
+    if not any(part._state_dict_hooks for part in module.modules()):
+        return live
+    with unwrapped_inside(module):
+        renamed = {key: live[name] for key, (name, part) in shown(module).items() if part is None and name in live}
+    return renamed | live
 
 
 def groups_of(optimizer: Any) -> list[Mapping[str, Any]] | None:

@@ -80,6 +80,21 @@ def resolve(name: str, tensor: torch.Tensor, by_storage: Mapping[int, list[Live]
     return None
 
 
+def shown(module: torch.nn.Module) -> dict[str, tuple[str, Part | None]]:
+    """For each name in the module's state_dict the parameter or buffer that it shows, and which part of it (None: all)."""
+    tensors = list(live_tensors(module))
+    known, storages = {item.name for item in tensors}, by_storage(tensors)
+    found: dict[str, tuple[str, Part | None]] = {}
+    for key, value in module.state_dict().items():
+        if key in known:
+            found[key] = key, None
+        elif isinstance(value, torch.Tensor) and value.numel():
+            item = resolve(key, value, storages)
+            if item is not None:
+                found[key] = item[0].name, item[1]
+    return found
+
+
 def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
     """Elements from the first to the last one of a strided tensor, both included."""
     return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))

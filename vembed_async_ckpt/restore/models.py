@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._request import places as live
-from .._request.places import by_storage, has_no_storage, is_fake, resolve
+from .._request.places import has_no_storage, is_fake, shown
 from .._request.sharding import share_of
 from .._request.wrappers import spellings, unwrapped_inside
 from ..errors import CheckpointError
@@ -52,7 +52,7 @@ class _Places:
         self._module = module
         self._excluded = excluded
         self._live = dict(live_tensors(module))
-        self._shown = _shown(module)
+        self._shown = shown(module)
         self._tied: dict[str, list[str]] = {}
         for alias, kept in ties.items():
             self._tied.setdefault(self._here(kept), []).append(self._here(alias))
@@ -70,12 +70,12 @@ class _Places:
         has no such parameter, what its state_dict shows under the `key` of the file."""
         name = self._here(name)
         if name not in self._live:
-            shown = next((spelling for spelling in spellings(key) if spelling in self._shown), None)
-            if shown is None:
+            found = next((spelling for spelling in spellings(key) if spelling in self._shown), None)
+            if found is None:
                 if not self._excluded(name):
                     self.wrong.append(f"{name} is not in the model")
                 return
-            name, part = self._shown[shown]
+            name, part = self._shown[found]
         for target in (name, *(alias for alias in self._tied.get(name, ()) if alias in self._live)):
             self._covered.add(target)
             if (target == name or self._memory(target) != self._memory(name)) and not self._excluded(target):
@@ -141,21 +141,6 @@ class _Places:
 def live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for item in live.live_tensors(module):
         yield item.name, item.tensor.detach()
-
-
-def _shown(module: torch.nn.Module) -> dict[str, tuple[str, Any]]:
-    """For each name in the module's state_dict the parameter or buffer that it shows, and which part of it (None: all)."""
-    tensors = list(live.live_tensors(module))
-    known, storages = {item.name for item in tensors}, by_storage(tensors)
-    shown: dict[str, tuple[str, Any]] = {}
-    for key, value in module.state_dict().items():
-        if key in known:
-            shown[key] = key, None
-        elif isinstance(value, torch.Tensor) and value.numel():
-            found = resolve(key, value, storages)
-            if found is not None:
-                shown[key] = found[0].name, found[1]
-    return shown
 
 
 def _plan_computed(
