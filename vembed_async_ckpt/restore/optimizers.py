@@ -181,28 +181,33 @@ def _restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         optimizer.load_state_dict(state)
         return
     numbers = [number for group in state["param_groups"] for number in group["params"]]
-    aside: dict[Any, dict[Any, Any]] = {}
     entries = state["state"]
+    # torch makes other values of texts, deques and nested tensors of another dtype: they are put there afterwards.
+    aside = {number: entries[number] for number in numbers if _is_more_than_tensors(entries.get(number))}
     if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
-        # torch makes other values of texts, deques and nested tensors of another dtype.
-        aside = {number: entries[number] for number in numbers if _is_more_than_tensors(entries.get(number))}
-        entries = {
+        given = {
             key: {name: value for name, value in entry.items() if isinstance(value, _PLAIN)} if key in aside else entry
             for key, entry in entries.items()
         }
-    optimizer.load_state_dict({**state, "state": entries})
+    else:  # it may need them; what it makes values of another type of is its own
+        given = entries
+    optimizer.load_state_dict({**state, "state": given})
     for number, parameter in zip(numbers, _parameters(optimizer), strict=True):
-        held = optimizer.state[parameter] if number in entries else {}
-        # torch casts floating point state to its parameter's dtype; what was saved in another one comes back as it was.
-        for key, value in entries.get(number, {}).items():
+        held, saved = _entry(optimizer, parameter), entries.get(number)
+        result = {}
+        for key, value in saved.items() if isinstance(saved, dict) else ():
             now = held.get(key)
-            if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype is not value.dtype:
-                held[key] = value.to(now.device)
-        if number in aside:
+            if isinstance(value, torch.Tensor):
+                # torch casts floating point state to its parameter's dtype; what was saved in another one comes back as it was.
+                if isinstance(now, torch.Tensor) and now.dtype is not value.dtype:
+                    result[key] = value.to(now.device)
+            elif not isinstance(value, _PLAIN) and (key not in held or type(now) is type(value)):
+                result[key] = tree.moved(value, parameter.device)
+        if result:
+            order = dict.fromkeys([*saved, *held])
             optimizer.state[parameter] = {
-                key: held[key] if key in held else tree.moved(value, parameter.device)
-                for key, value in aside[number].items()
-            } | {key: value for key, value in held.items() if key not in aside[number]}
+                key: result.get(key, held.get(key)) for key in order if key in result or key in held
+            }
 
 
 _PLAIN = (torch.Tensor, bool, int, float, complex, type(None))
