@@ -88,6 +88,29 @@ def test_names_of_the_optimizer_itself_do_without_the_model(root: Path):
     assert other.state_dict()["param_groups"][0]["param_names"] == [name for name, _ in fresh.named_parameters()][::-1]
 
 
+@pytest.mark.parametrize("wrapped", [True, False], ids=["compiled now", "compiled then"])
+@pytest.mark.parametrize("named", [True, False])
+def test_wrappers_that_come_or_go_change_no_name(root: Path, named: bool, wrapped: bool):
+    """torch.compile of one layer, at one end only, with names from the models or from the optimizer."""
+
+    def made(seed: int, is_wrapped: bool, order: int) -> tuple[torch.nn.Sequential, Any]:
+        model = net(seed)
+        if is_wrapped:
+            model[1] = torch.compile(model[1], backend="eager")
+        parameters = list(model.named_parameters() if named else model.parameters())[::order]
+        return model, AdamW(parameters, lr=0.01)
+
+    model, optimizer = made(0, not wrapped, 1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    path = save(root, model=model, optimizer=optimizer)
+    resumed, other = made(1, wrapped, -1)
+    load(path, optimizer=other) if named else load(path, model=resumed, optimizer=other)
+    for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(optimizer.state[ours]["exp_avg"], other.state[theirs]["exp_avg"])
+
+
 def test_several_models_keep_their_parameters_apart(root: Path):
     """One optimizer of two models that call their parameters the same."""
     models = {"query": net(0), "document": net(1)}

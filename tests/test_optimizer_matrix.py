@@ -297,7 +297,7 @@ def differences(root: Path, cases: Sequence[Trained]) -> tuple[list[str], set[st
     return wrong, own
 
 
-def run(root: Path, wanted: Sequence[Sequence[Case]], chunk: int = 150) -> tuple[int, list[str], set[str]]:
+def run(root: Path, wanted: Sequence[Sequence[Case]], chunk: int = 24) -> tuple[int, list[str], set[str]]:
     """Of each sequence of cases the first that trains. Returns their number, and what `differences` says of all."""
     cases = [
         found for cases in wanted for found in [next(filter(None, map(trained, cases)), None)] if found is not None

@@ -14,7 +14,7 @@ import torch
 
 from . import memory_format
 from .places import live_tensors, shown
-from .wrappers import unwrapped_inside
+from .wrappers import spellings, unwrapped_inside
 
 Parameter = list[Any]  # [name or None, shape], and the strides if it is not contiguous; as it stands in JSON
 
@@ -65,6 +65,15 @@ def _names_in(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     with unwrapped_inside(module):
         renamed = {key: live[name] for key, (name, part) in shown(module).items() if part is None and name in live}
     return renamed | live
+
+
+def given_names(group: Mapping[str, Any]) -> list[str | None]:
+    """The names that an optimizer itself was given for the parameters of a group, without the parts of wrappers; None for each
+    if it was given none."""
+    names = group.get("param_names")
+    if names is None:
+        return [None] * len(group["params"])
+    return [list(spellings(name))[-1] for name in names]
 
 
 def groups_of(optimizer: Any) -> list[Mapping[str, Any]] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._request import memory_format
-from .._request.parameters import groups_of
+from .._request.parameters import given_names, groups_of
 from ..errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -87,22 +87,21 @@ def _by_name(
 ) -> list[SavedParameter] | None:
     """None where names are not known on both sides."""
     of_models = _unique([each.name for each in saved])
-    of_groups = _unique([name for group in groups for name in group.get("param_names", [None] * len(group["params"]))])
-    here_models = [list(names.get(id(parameter), ())) for parameter in live]
-    here_groups = [[name] for group in live_groups for name in group.get("param_names", [None] * len(group["params"]))]
-    wanted: list[list[str]]
-    for there, wanted in (
-        (of_models, here_models),
-        (of_groups, here_groups),
-        (of_models, here_groups),
-        (of_groups, here_models),
+    of_groups = _unique([name for group in groups for name in given_names(group)])
+    here_models = _complete([names.get(id(parameter), ()) for parameter in live])
+    here_groups = _complete([[name] for group in live_groups for name in given_names(group)])
+    for of_one_kind, there, wanted in (
+        (True, of_models, here_models),
+        (True, of_groups, here_groups),
+        (False, of_models, here_groups),
+        (False, of_groups, here_models),
     ):
-        if there is None or not all(wanted) or any(None in each for each in wanted):
+        if there is None or wanted is None:
             continue
         by_name = dict(zip(there, saved, strict=True))
         found = [next((by_name[name] for name in each if name in by_name), None) for each in wanted]
         known = [each for each in found if each is not None]
-        if not known and (there, wanted) not in ((of_models, here_models), (of_groups, here_groups)):
+        if not known and not of_one_kind:
             continue  # names of two kinds that say nothing of each other
         missing = [each[0] for each, one in zip(wanted, found, strict=True) if one is None]
         taken = {one.number for one in known}
@@ -116,6 +115,12 @@ def _by_name(
             )
         return known
     return None
+
+
+def _complete(names: Sequence[Sequence[str | None]]) -> list[list[str]] | None:
+    """The names of each parameter; None if there is one without."""
+    known = [[name for name in each if name is not None] for each in names]
+    return known if known and all(known) else None
 
 
 def _unique(names: Sequence[str | None]) -> list[str] | None:
