@@ -71,10 +71,12 @@ class Signals:
             self._handled.wait()
 
     def _await_our_code(self) -> None:
-        """Wait until the main thread is inside a call of ours, then for a random moment more."""
+        """Wait until the main thread is inside a save."""
         for _ in range(100_000):
-            if is_ours(sys._current_frames().get(threading.main_thread().ident or 0)):
-                threading.Event().wait(self._random.uniform(0, 0.0005))
+            frame = sys._current_frames().get(threading.main_thread().ident or 0)
+            while frame is not None and frame.f_code.co_name not in ("save_as", "_save_in_background"):
+                frame = frame.f_back
+            if frame is not None:
                 return
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
@@ -180,6 +182,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    sys.setswitchinterval(0.0001)  # else the thread that sends sees the main thread between its saves only
     faulthandler.dump_traceback_later(HANG, exit=True)
     signals = Signals(options.signals, options.seed)
     with tempfile.TemporaryDirectory() as directory:

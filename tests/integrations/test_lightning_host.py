@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.connectors import signal_connector
 
-from vembed_async_ckpt import PlanError, WriteError, verify
+from vembed_async_ckpt import PlanError, WriteError, latest, verify
 from vembed_async_ckpt.integrations import lightning as plugin_module
 from vembed_async_ckpt.integrations.lightning import VembedCheckpointIO, load_from_checkpoint, read_checkpoint
 from vembed_async_ckpt.integrations.shared import open_at
@@ -289,3 +289,10 @@ def test_another_machine_is_refused_when_training_begins(where: str, monkeypatch
     assert begun == []
     trainer(None, ModelCheckpoint(directory), Begun(), **options).fit(Net(), batches())
     assert begun == [1]
+
+
+def test_nothing_of_ours_is_left_after_fit(root: Path) -> None:
+    """`latest` finds the checkpoints; no directory of ours stays among them."""
+    trainer(VembedCheckpointIO(), every(4, root, save_top_k=-1)).fit(Net(), batches())
+    assert sorted(os.listdir(root)) == ["step=4.ckpt", "step=8.ckpt"]
+    assert latest(root) == root / "step=8.ckpt"

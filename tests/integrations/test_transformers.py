@@ -1177,6 +1177,15 @@ def test_a_save_during_on_save_is_of_the_present(root: Path, monkeypatch: pytest
     assert trainer.state.global_step == 4
 
 
+def test_nothing_of_ours_is_left_when_the_training_is_over(root: Path) -> None:
+    """Whoever lists the output directory, as transformers' own tests do, finds checkpoints only."""
+    trainer = make(root, save_steps=1, save_total_limit=2)
+    trainer.train()
+    assert sorted(os.listdir(root)) == ["checkpoint-3", "checkpoint-4"]
+    trainer.train(resume_from_checkpoint=True)  # which takes one step more
+    assert sorted(os.listdir(root)) == ["checkpoint-4", "checkpoint-5"]
+
+
 # -- just-in-time checkpoints
 
 
