@@ -24,7 +24,7 @@ from .machine import facts
 from .measures import cost, durable, memory, restore, scaling, stall
 from .measures.common import Sample, Setting
 from .models import pretrained
-from .options import Options, default_engines
+from .options import Options, Refused, default_engines
 from .progress import Line
 from .state import StateSpec, lasting
 from .visits import Failed, Say, Visits
@@ -175,7 +175,7 @@ class Session:
             found, peaks = self._visits.call(function, self.setting, engine, directory, *arguments)
             took = {"seconds": round(time.monotonic() - begun, 1)}
             return {"engine": engine, **found, **took, **({"proportional": peaks} if peaks else {})}
-        except Failed as error:
+        except (Failed, Refused) as error:  # one that cannot be imported has failed as well
             self._console.print(f"[red]{engine} failed:[/] {str(error).strip().splitlines()[-1]}", highlight=False)
             return {"engine": engine, "error": str(error)}
         finally:
