@@ -51,7 +51,7 @@ def test_what_an_engine_saves_is_what_it_loads(tmp_path: Path, name: str):
         engine.close()
 
 
-@pytest.mark.parametrize("name", ["original", "torch-save", "safetensors", "accelerate", "dcp-save"])
+@pytest.mark.parametrize("name", ["original", "torch-save", "safetensors", "accelerate", "trainer", "dcp-save"])
 def test_an_engine_that_waits_has_written_when_save_returns(tmp_path: Path, name: str):
     """`Listed.waits` is true of it: a checkpoint can be loaded without its handle."""
     assert ENGINES[name].waits

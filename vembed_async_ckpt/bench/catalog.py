@@ -95,6 +95,13 @@ ENGINES: dict[str, Listed] = {
             "Accelerator.save_state of model and optimizer, safetensors",
             f"{_NO_SAFETY}, files in place",
         ),
+        _waiting(
+            "trainer",
+            "HF Trainer",
+            "HuggingFaceTrainer",
+            "transformers' Trainer at a save step: model.safetensors, optimizer.pt, scheduler, random states",
+            f"{_NO_SAFETY}, files in place",
+        ),
         _dcp("dcp-save", "DCP save", "DcpSave", "dcp.save, FileSystemWriter as it comes, no process group", waits=True),
         _dcp("dcp", "DCP async_save", "Dcp", "as it comes: staged in the call, a thread writes"),
         _dcp(
