@@ -131,7 +131,8 @@ class AsyncCheckpointer:
 
         `model`, `optimizer` and `scheduler` are one object or a mapping of names to objects (each named model gets a directory of
         its name). `dataloader` and `scaler` have `state_dict()`. `processor` has `save_pretrained(directory)`. `config` becomes
-        `vembed_config.json`. `extra` is nested dicts, lists and tuples of JSON scalars, tensors, numpy arrays and bytes.
+        `vembed_config.json`. `extra` is nested dicts, lists and tuples of JSON scalars, tensors, numpy arrays, bytes
+        and other data: enums, dataclasses, paths, dates, dtypes, deques, sets. `metrics` are numbers by name, NaN included.
 
         When this returns, everything may be changed by the next `optimizer.step()` (with `staging="blocking"`: by anything), and
         the checkpoint will be what it was at the call. Other changes before `handle.wait_staged()` returns are noticed where
