@@ -22,7 +22,8 @@ def inner_name(module: torch.nn.Module) -> str | None:
     for name in ("_orig_mod", "_checkpoint_wrapped_module"):
         if held.get(name) is not None:
             return name
-    if isinstance(module, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+    kinds = type(module).__mro__  # isinstance takes long: the class of DistributedDataParallel is abstract
+    if torch.nn.parallel.DistributedDataParallel in kinds or torch.nn.DataParallel in kinds:
         return "module"
     return "_original_module" if type(module).__name__ == "_FabricModule" else None  # Lightning Fabric's
 
