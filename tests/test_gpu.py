@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, load
+from vembed_async_ckpt._arena.barrier import GATE
+from vembed_async_ckpt._arena.devices import DeviceCopies
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +34,17 @@ def trained(
     return model, optimizer, step
 
 
+@pytest.fixture(autouse=True)
+def hooked() -> None:
+    """The hook is there before anything is trained: without it no optimizer is seen, and nothing is copied late."""
+    GATE.install()
+
+
+def backlog() -> None:
+    """Work for 60 ms: what comes next on the stream finds the copies issued, and not arrived."""
+    torch.cuda._sleep(100_000_000)
+
+
 def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.1, **options)
 
@@ -47,6 +60,7 @@ def test_saves_beside_a_training(root: Path, staging: Any, options: dict[str, bo
         for number in range(1, 8):
             expected = {key: value.clone() for key, value in model.state_dict().items()}
             moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+            backlog()
             handle = checkpointer.save(number, model=model, optimizer=optimizer)
             step()
             step()
@@ -60,18 +74,40 @@ def test_saves_beside_a_training(root: Path, staging: Any, options: dict[str, bo
         assert checkpointer.statistics()["overlap"] is (staging == "overlap")
 
 
+@pytest.mark.parametrize("left_out", ["hold_back", "wait"])
+def test_a_wait_that_is_left_out_shows(root: Path, monkeypatch: pytest.MonkeyPatch, left_out: str) -> None:
+    """The tests above are worth believing: with a backlog on the device, copies without this wait are not the state at the call."""
+    model, optimizer, step = trained(2, adamw)
+    monkeypatch.setattr(DeviceCopies, left_out, lambda self: None)
+    with AsyncCheckpointer(root) as checkpointer:
+        expected = {key: value.clone() for key, value in model.state_dict().items()}
+        backlog()
+        handle = checkpointer.save(1, model=model, optimizer=optimizer)
+        if left_out == "hold_back":
+            with torch.cuda.stream(torch.cuda.Stream()):
+                step()
+        handle.result(60)
+        torch.cuda.synchronize()
+    restored, _, _ = trained(0, adamw)
+    load(handle.path, model=restored)
+    assert not all(torch.equal(value, expected[key]) for key, value in restored.state_dict().items())
+
+
 def test_a_replayed_step_is_not_overlapped(root: Path) -> None:
     """A step inside a CUDA graph runs without its hook: its tensors are copied before the caller's stream goes on."""
     model, optimizer, _ = trained(3, lambda parameters: adamw(parameters, capturable=True))
+    assert optimizer in GATE.optimizers()
     graph = torch.cuda.CUDAGraph()
     inputs = torch.randn(64, 512, device="cuda")
     optimizer.zero_grad(set_to_none=False)
     with torch.cuda.graph(graph):
         model(inputs).pow(2).mean().backward()
         optimizer.step()
+    assert optimizer not in GATE.optimizers()
     with AsyncCheckpointer(root) as checkpointer:
         for number in range(1, 6):
             expected = {key: value.clone() for key, value in model.state_dict().items()}
+            backlog()
             handle = checkpointer.save(number, model=model, optimizer=optimizer)
             graph.replay()
             handle.result(60)
