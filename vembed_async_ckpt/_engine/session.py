@@ -13,11 +13,10 @@ import os
 import sys
 import threading
 import time
-import warnings
 from typing import Any
 
 from .. import _signals
-from ..errors import CheckpointerClosed
+from ..errors import CheckpointerClosed, warn
 from ..events import Reporter, logger
 from ..policies import SavePolicy
 from .follower import Follower
@@ -59,10 +58,9 @@ class Session:
         """Close, because another checkpointer is made for the same root. What a save failed with is logged."""
         if not self.dropped:
             self.closed = self.closed or "closed, because a later one was made for the same directory"
-            warnings.warn(
+            warn(
                 f"{self.options.root}: this process has a checkpointer for this directory, which was not closed. It is closed now, "
-                "its saves are finished",
-                stacklevel=5,
+                "its saves are finished"
             )
         try:
             self.close(EXIT_DEADLINE)

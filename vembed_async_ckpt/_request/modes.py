@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from .. import _signals
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -46,7 +48,7 @@ def in_neutral_modes(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Let a function run in `neutral()` modes, and outside of what torch.compile records where it is called in such a region."""
 
     def neutrally(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with neutral():
+        with _signals.held(), neutral():
             return function(*args, **kwargs)
 
     @functools.cache
