@@ -354,7 +354,7 @@ async def test_a_stream_that_ends_never_writes_to_a_descriptor_of_others(
         handle = checkpointer.save(1, model=model)
         assert await asyncio.to_thread(entered.wait, BOUND)  # an event is on its way to both
         assert await asyncio.to_thread(disk.writing.wait, BOUND)  # and nobody opens or closes anything
-        bell = events.ag_frame.f_locals["bell"]  # type: ignore[attr-defined]
+        bell = events.ag_frame.f_locals["bell"]._other  # type: ignore[attr-defined]
         await events.aclose()  # type: ignore[attr-defined]
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(bell)

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from vembed_async_ckpt import AsyncCheckpointer, CorruptCheckpoint, KeepLast, checkpoints, delete, latest, load, verify
+from vembed_async_ckpt import (
+    AsyncCheckpointer,
+    CheckpointError,
+    KeepLast,
+    checkpoints,
+    delete,
+    latest,
+    load,
+    verify,
+)
 from vembed_async_ckpt._store import names
 from vembed_async_ckpt._store.fs import LocalFilesystem
 from vembed_async_ckpt._writer import latest_link, removal
@@ -82,7 +91,7 @@ def test_what_is_not_ours_is_never_touched(root: Path, make: Callable[[Path], An
     assert status(root / "latest") == before
     assert latest(root) == root / "checkpoint-2"
     assert caplog.text.count("latest is not a link of ours to a checkpoint; it was left alone") == 1
-    with pytest.raises((CorruptCheckpoint, OSError)):
+    with pytest.raises((CheckpointError, OSError)):
         verify(root / "latest")
 
 

@@ -6,6 +6,7 @@ with the last process that has it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -33,7 +34,8 @@ class Arena:
         try:
             os.ftruncate(self.fd, size)
             # With its size sealed, no process can make the other's mapping fault (SIGBUS).
-            fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+            with contextlib.suppress(OSError):  # a precaution, which a sandbox may refuse
+                fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
             self.memory: mmap.mmap = map_arena(self.fd, size)
         except BaseException:
             os.close(self.fd)

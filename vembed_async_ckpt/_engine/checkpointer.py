@@ -25,6 +25,7 @@ from .._store.retention import Policy
 from ..errors import CheckpointError, PlanError
 from ..events import Event, Sink
 from ..policies import SavePolicy
+from .bell import Bell
 from .handle import SaveHandle, SaveState
 from .options import OnError, Options, Staging, WhenBusy, WriterKind, root_path
 from .session import Session
@@ -72,7 +73,7 @@ class AsyncCheckpointer:
         latest_link: bool = False,
     ) -> None:
         if not sys.platform.startswith("linux"):
-            raise CheckpointError("saving needs Linux (memfd, pidfd, renameat2); checkpoints can be loaded everywhere")
+            raise CheckpointError("saving needs Linux (memfd, flock, O_DIRECT); checkpoints can be loaded everywhere")
         self._options = Options(
             root=root_path(root),
             retention=retention,
@@ -207,7 +208,7 @@ class AsyncCheckpointer:
 
     async def events(self) -> AsyncIterator[Event]:
         """Every event from now on, until `close()`. Works on any anyio backend; holds no thread."""
-        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        bell = Bell()
         received: deque[Event] = deque(maxlen=10_000)
 
         ringing = threading.Lock()
@@ -217,7 +218,7 @@ class AsyncCheckpointer:
             received.append(event)
             with ringing:
                 if not over:  # else the number may be somebody else's file by now
-                    os.eventfd_write(bell, 1)
+                    bell.ring()
 
         self._reporter.add_sink(sink)
         try:
@@ -227,13 +228,13 @@ class AsyncCheckpointer:
                 if self._reporter.closed:
                     return
                 with anyio.move_on_after(0.5):
-                    await anyio.wait_readable(bell)
-                    os.eventfd_read(bell)
+                    await anyio.wait_readable(bell.fd)
+                    bell.clear()
         finally:
             self._reporter.remove_sink(sink)
             with _signals.held(), ringing:
                 over = True
-                os.close(bell)
+                bell.close()
 
     # -- ending
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import os
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -15,6 +14,7 @@ import anyio
 
 from .. import _signals
 from ..errors import CheckpointError
+from .bell import Bell
 from .frozen import FrozenDict
 
 
@@ -91,7 +91,7 @@ class SaveHandle:
         self._error: CheckpointError | None = None
         self._read = False  # the failure was seen by whoever holds this handle
         self._callbacks: list[Callable[[SaveHandle], None]] = []
-        self._wakers: set[int] = set()
+        self._wakers: set[Bell] = set()
         self._progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._saver = threading.get_ident()
         self._called = False  # `save()` has returned
@@ -154,17 +154,17 @@ class SaveHandle:
         return self._await().__await__()
 
     async def _await(self) -> CheckpointInfo:
-        waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        waker = Bell()
         try:
             with _signals.held(), self._changed:
                 if not self.done():
                     self._wakers.add(waker)
             while not self.done():
-                await anyio.wait_readable(waker)
+                await anyio.wait_readable(waker.fd)
         finally:
             with _signals.held(), self._changed:
                 self._wakers.discard(waker)
-                os.close(waker)
+                waker.close()
         return self.result(0)
 
     # -- for the engine
@@ -210,7 +210,7 @@ class SaveHandle:
             if state in _ENDS:
                 callbacks, self._callbacks = self._callbacks, []
                 for waker in self._wakers:
-                    os.eventfd_write(waker, 1)
+                    waker.ring()
             self._changed.notify_all()
         for callback in callbacks:
             self._call(lambda callback=callback: callback(self))  # type: ignore[misc]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 import time
 import weakref
@@ -50,14 +49,25 @@ class Leader:
         self._ledger = ledger
         self._reporter = reporter
         self._allowed = allowed
-        os.makedirs(options.root, exist_ok=True)
-        self._lock = RootLock.acquire(options.root)
+        try:
+            self._lock = RootLock.acquire(options.root)
+        except OSError as error:
+            raise CheckpointError(
+                f"{options.root}: cannot be prepared for saving: {error.strerror or error}"
+            ) from error
         world_size = 1 if ranks is None else ranks.world_size
         self._reader = RequestReader(options.max_shard_size, options.save_original_format, world_size)
         self._earned = Earned()
         self._staging_thread = StagingThread()
         self._pool = ArenaPool(options.max_in_flight, options.max_host_bytes, self._arena_added, self._arena_dropped)
         self._supervisor = Supervisor(options.root, self._lock, options.writer, self._pool.arenas, reporter)
+        try:
+            self._supervisor.refuse_without_writer()
+        except BaseException:
+            self._staging_thread.close(1.0)
+            self._supervisor.close(1.0)
+            self._lock.release()
+            raise
         self._context = Context(
             root=Path(options.root),
             after={

@@ -6,6 +6,7 @@ post, or with a deadline.
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import subprocess
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import anyio
-import xxhash
 
 from .. import _signals
 from .._arena.arena import Arena
@@ -27,17 +27,17 @@ from .._store.lock import RootLock
 from .._writer import server
 from .._writer.memory import populate
 from .._writer.protocol import Command, Kind, ReplyReader, send_command
-from ..errors import CommitError, WriteError
+from ..errors import CheckpointError, CommitError, WriteError
 from ..events import Event, Reporter, logger
+from . import process as processes
+from .bell import Bell
 from .options import WriterKind
+from .process import calling
 
 LIVES = 3  # writers that may die of one job
 _EXIT_DEADLINE = 10.0  # seconds between a writer's end of file and its death
-
-# The user's folder must not reach the writer (a json.py in it): stdlib first, then what is named, nothing else.
-_BOOTSTRAP = (
-    "import sys; sys.path += sys.argv[5:]; from vembed_async_ckpt._writer.__main__ import main; main(sys.argv[1:5])"
-)
+_START_DEADLINE = 60.0  # seconds until the first writer answers: on a busy machine a python takes some to start
+_PROBE = 0  # number of the arena by which a writer shows that it works; those of saves start at 1
 
 
 class Job(Protocol):
@@ -65,11 +65,11 @@ class Job(Protocol):
 
 @dataclass
 class _Writer:
-    """A running writer: its socket, and for a process its Popen, pidfd and log."""
+    """A running writer: its socket, and for a process its Popen, a descriptor that is readable when it has ended, and its log."""
 
     sock: socket.socket
     process: subprocess.Popen[bytes] | None = None
-    pidfd: int = -1
+    end: int = -1
     log: int = -1
     started: float = field(default_factory=time.monotonic)
 
@@ -85,10 +85,10 @@ class _Writer:
 
     def close(self) -> None:
         self.sock.close()
-        for fd in (self.pidfd, self.log):
+        for fd in (self.end, self.log):
             if fd >= 0:
                 os.close(fd)
-        self.pidfd = self.log = -1
+        self.end = self.log = -1
 
 
 class Supervisor:
@@ -110,7 +110,7 @@ class Supervisor:
         self._reporter = reporter
         self._filesystem = filesystem or INSTEAD.get() or LocalFilesystem()
         self._inbox: deque[Callable[[], None]] = deque()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._bell = Bell()
         self._posting = threading.Lock()
         self._over = False
         self._writer: _Writer | None = None
@@ -119,12 +119,22 @@ class Supervisor:
         self._space: int | None = None  # bytes free where the root is, when the writer last looked
         self._questions = 0
         self._told = threading.Event()  # the last question was answered
+        self._begun = threading.Event()  # the first writer is at work, or could not be started
+        self._refusal: str | None = None  # why it could not
+        self._ends = 0
         self._closing = False
         self._broken: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="vembed-ckpt-supervisor", daemon=True)
         self._thread.start()
 
     # -- from other threads
+
+    def refuse_without_writer(self) -> None:
+        """Wait for the first writer to be at work. Raises `CheckpointError` saying why, if it cannot be."""
+        if not self._begun.wait(_START_DEADLINE):
+            self._refusal = f"it has not answered for {_START_DEADLINE:.0f} s"
+        if self._refusal is not None:
+            raise CheckpointError(f"{self._root}: nothing can be saved: {self._refusal}")
 
     @property
     def writer_pid(self) -> int | None:
@@ -182,11 +192,11 @@ class Supervisor:
         """In a forked child: close what belongs to the parent, touch nothing else."""
         if self._writer is not None:
             os.close(self._writer.sock.detach())
-            for fd in (self._writer.pidfd, self._writer.log):
+            for fd in (self._writer.end, self._writer.log):
                 if fd >= 0:
                     os.close(fd)
         if not self._over:
-            os.close(self._bell)
+            self._bell.close()
 
     def _post(self, call: Callable[[], None]) -> bool:
         """Have `call` run on the supervisor's thread; False if that has ended."""
@@ -194,7 +204,7 @@ class Supervisor:
             if self._over:
                 return False
             self._inbox.append(call)
-            os.eventfd_write(self._bell, 1)
+            self._bell.ring()
             return True
 
     # -- on the supervisor's thread
@@ -208,9 +218,10 @@ class Supervisor:
         finally:
             with self._posting:
                 self._over = True
-                os.close(self._bell)
+                self._bell.close()
             while self._inbox:  # what was posted and not taken: jobs among it fail below
                 self._inbox.popleft()()
+            self._refuse(f"the supervisor of the writer broke: {self._broken!r}")
             for job in list(self._jobs.values()):
                 job.failed(WriteError(f"the supervisor of the writer ended: {self._broken!r}"))
 
@@ -222,8 +233,8 @@ class Supervisor:
 
     async def _answer_inbox(self) -> None:
         while True:
-            await anyio.wait_readable(self._bell)
-            os.eventfd_read(self._bell)
+            await anyio.wait_readable(self._bell.fd)
+            self._bell.clear()
             while self._inbox:
                 self._inbox.popleft()()
             self._wanted.set()
@@ -233,7 +244,7 @@ class Supervisor:
         while True:
             if await self._run_one_writer():
                 return
-            while not self._jobs and not self._closing:
+            while not self._jobs and not self._closing and self._begun.is_set():
                 self._wanted = anyio.Event()
                 await self._wanted.wait()  # a dead writer with nothing to do is replaced when there is something
             if self._closing and not self._jobs:
@@ -244,6 +255,7 @@ class Supervisor:
         try:
             writer = self._start()
         except OSError as error:
+            self._refuse(error.strerror or str(error))
             self._populating.clear()
             self._bury(WriteError(f"no writer could be started: {error}"), again=False)
             return False
@@ -251,6 +263,7 @@ class Supervisor:
         orderly = False
         self._report("started", f"pid {writer.process.pid}" if writer.process else "thread")
         try:
+            self._send_probe(writer)
             for arena in self._arenas():
                 self._send_arena(arena)
             for job in list(self._jobs.values()):
@@ -267,12 +280,41 @@ class Supervisor:
         if self._closing and not self._jobs:
             self._report("complete", epitaph)
             return True
+        self._ends += 1
+        killed = writer.process is not None and (writer.process.returncode or 0) < 0
+        if not killed or self._ends >= LIVES:  # one that somebody killed says nothing about the next
+            self._refuse(f"{epitaph}; {processes.INSTEAD}" if writer.process else epitaph)
         self._report("failed", epitaph)
         self._bury(WriteError(f"{epitaph}. The previous checkpoints are untouched"), again=True)
         return False
 
+    def _refuse(self, why: str) -> None:
+        """The first writer, if it is still that one, does not come to work."""
+        if not self._begun.is_set():
+            self._refusal = why
+            self._begun.set()
+
+    def _send_probe(self, writer: _Writer) -> None:
+        """Have a writer map a page of memory, as it maps arenas: when it says that it has, all that a save needs is there."""
+        if self._begun.is_set():
+            return
+        try:
+            with calling("memfd_create"):
+                page = os.memfd_create("vembed_async_ckpt_probe", os.MFD_CLOEXEC)
+            try:
+                os.ftruncate(page, mmap.PAGESIZE)
+                with calling("sendmsg with a descriptor (SCM_RIGHTS)"):
+                    send_command(writer.sock, Command(Kind.ARENA, _PROBE, mmap.PAGESIZE), (page,))
+            finally:
+                os.close(page)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has ended already: how is said by what it leaves
+        except OSError as error:
+            self._refuse(error.strerror or str(error))
+
     def _start(self) -> _Writer:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with calling("socketpair"):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
         if self._kind == "thread":
             threading.Thread(
@@ -282,24 +324,14 @@ class Supervisor:
                 daemon=True,
             ).start()
             return _Writer(ours)
-        log = os.memfd_create("vembed_async_ckpt_writer_log", os.MFD_CLOEXEC)
-        packages = {os.path.dirname(os.path.dirname(os.path.abspath(module.__file__))) for module in _packages()}
+        log = -1
         try:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-S", "-c", _BOOTSTRAP),
-                    *(self._root, str(os.getpid()), str(theirs.fileno()), str(self._lock.fd)),
-                    *sorted(packages),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                cwd="/",
-                pass_fds=(theirs.fileno(), self._lock.fd),
-                start_new_session=True,
-            )
+            with calling("memfd_create"):
+                log = os.memfd_create("vembed_async_ckpt_writer_log", os.MFD_CLOEXEC)
+            process = processes.start(self._root, theirs.fileno(), self._lock.fd, log)
         except BaseException:
-            os.close(log)
+            if log >= 0:
+                os.close(log)
             ours.close()
             raise
         finally:
@@ -308,7 +340,7 @@ class Supervisor:
             self._lock.name(process.pid)
         except OSError as error:
             logger.warning("%s: the writer's name could not be written to the lock: %s", self._root, error)
-        return _Writer(ours, process, os.pidfd_open(process.pid), log)
+        return _Writer(ours, process, processes.end_of(process), log)
 
     async def _listen(self, writer: _Writer) -> None:
         """Handle replies until the writer is gone, then what it had still said."""
@@ -316,7 +348,7 @@ class Supervisor:
         async with anyio.create_task_group() as tasks:
 
             async def watch() -> None:
-                await anyio.wait_readable(writer.pidfd)
+                await anyio.wait_readable(writer.end)
                 tasks.cancel_scope.cancel()
 
             if writer.process is not None:
@@ -350,11 +382,11 @@ class Supervisor:
             return "the supervisor broke off"
         if writer.process is not None:
             with anyio.move_on_after(_EXIT_DEADLINE):
-                await anyio.wait_readable(writer.pidfd)
+                await anyio.wait_readable(writer.end)
             if writer.process.poll() is None:
                 writer.process.kill()  # it closed its socket and did not end
                 with anyio.move_on_after(_EXIT_DEADLINE):
-                    await anyio.wait_readable(writer.pidfd)
+                    await anyio.wait_readable(writer.end)
                 writer.process.poll()
         epitaph = writer.epitaph()
         writer.close()
@@ -382,6 +414,9 @@ class Supervisor:
             self._space = reply["free"]
             if reply["question"] == self._questions:
                 self._told.set()
+        elif event == "populated" and reply["arena"] == _PROBE:
+            self._begun.set()
+            self._send(Command(Kind.DROP, _PROBE))
         elif event == "populated":
             self._populate_here(reply["arena"])
         elif event == "warning":
@@ -455,9 +490,3 @@ class Supervisor:
 
     def _report(self, phase: Any, detail: str) -> None:
         self._reporter.emit(Event("writer", phase, detail=detail))
-
-
-def _packages() -> list[Any]:
-    import vembed_async_ckpt
-
-    return [vembed_async_ckpt, xxhash]

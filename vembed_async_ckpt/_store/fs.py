@@ -161,7 +161,7 @@ class LocalFilesystem:
 
     def sync(self, fd: int) -> None:
         with _naming(fd):
-            os.fsync(fd)
+            _fsync(fd)
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -171,7 +171,7 @@ class LocalFilesystem:
             fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
             with _naming(fd):
-                os.fsync(fd)
+                _fsync(fd)
         finally:
             os.close(fd)
 
@@ -202,6 +202,16 @@ class LocalFilesystem:
     def remove_directory(self, path: str) -> None:
         with parent_of(path) as (parent, name):
             os.rmdir(name, dir_fd=parent)
+
+
+def _fsync(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EPERM):
+            why = f"fsync is refused by this kernel or sandbox ({error.strerror}), so nothing would survive a power cut"
+            raise OSError(error.errno, why) from error
+        raise
 
 
 # What thread writers started in this context use instead of the real one; set by `testing.use_filesystem`.
@@ -245,8 +255,9 @@ def make_directories_durable(path: str) -> None:
                 raise
     try:
         LocalFilesystem().sync_directory(parent)
-    except PermissionError:
-        pass  # somebody else's directory, where we cannot have made this one
+    except OSError as error:
+        if error.errno != errno.EACCES:  # somebody else's directory, where we cannot have made this one
+            raise
 
 
 def walk_files(directory: str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:

@@ -5,6 +5,7 @@ Its session is its own, so that Ctrl-C and group kills spare it; its standard st
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import sys
 from .._store.fs import LocalFilesystem
 from .._store.lock import RootLock
 from .server import serve
+from .trainer import Trainer
 
 NICENESS = 10  # a tenth of a training thread's share where they compete for a core; writing waits for the disk anyway
 
@@ -23,14 +25,10 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Schedulers send these to everybody first; the end of the trainer is what ends this process.
         signal.signal(number, signal.SIG_IGN)
-    os.nice(NICENESS)
+    with contextlib.suppress(OSError):  # a sandbox may refuse it; it is a courtesy
+        os.nice(NICENESS)
     sock = socket.socket(fileno=socket_fd)
-    try:
-        trainer = os.pidfd_open(trainer_pid)
-    except ProcessLookupError:
-        trainer = None
-        sock.shutdown(socket.SHUT_RD)  # dead already: what it queued can still be read, then it ends
-    serve(sock, RootLock(root, lock_fd), LocalFilesystem(), trainer)
+    serve(sock, RootLock(root, lock_fd), LocalFilesystem(), Trainer(trainer_pid))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ..errors import CommitError, CorruptCheckpoint, WriteError
 from .removal import foreign_files, make_directories
 
 _COPY_CHUNK = 16 << 20
-_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM)
 
 
 def commit(fs: Filesystem, root: str, name: str, work: str, manifest: Manifest) -> str | None:

@@ -161,7 +161,7 @@ class FileWriter:
         try:
             return self._fs.create(self.path, direct=True), True
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
                 raise
         return self._fs.create(self.path, direct=False), False
 

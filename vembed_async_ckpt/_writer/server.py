@@ -31,6 +31,7 @@ from . import latest_link, removal
 from .direct_io import CHUNK, STEP, FileWriter, IOThreads, sync_all, write_range
 from .memory import map_arena, populate
 from .protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply, wave_base
+from .trainer import Trainer
 
 TRIES = 3  # a failed write is repeated from the arena into new files
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -56,9 +57,8 @@ class _Pending:
 class Server:
     """Serves one root over one socket until the trainer is gone and every accepted job has ended."""
 
-    def __init__(self, sock: socket.socket, lock: RootLock, fs: Filesystem, trainer: int | None) -> None:
-        """`lock`: this writer's share of the root's. `trainer` is a pidfd of the trainer, or None for a writer that lives in its
-        process."""
+    def __init__(self, sock: socket.socket, lock: RootLock, fs: Filesystem, trainer: Trainer | None) -> None:
+        """`lock`: this writer's share of the root's. `trainer` is None for a writer that lives in its process."""
         self._sock = sock
         self._lock = lock
         self._taken: Taken | None = None  # another process has the root now
@@ -87,15 +87,14 @@ class Server:
         reader = CommandReader(self._sock)
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        if self._trainer is not None:
-            poll.register(self._trainer, select.POLLIN)
+        patience = None if self._trainer is None else self._trainer.register(poll)
         self._sock.setblocking(False)
         try:
             while not reader.closed:
-                if self._trainer in {fd for fd, _ in poll.poll()}:
+                poll.poll(patience)
+                if self._trainer is not None and not self._orphaned and self._trainer.is_dead():
                     # A forked child of the trainer may keep the socket open: what is queued can still be read, then it ends.
                     self._sock.shutdown(socket.SHUT_RD)
-                    poll.unregister(self._trainer)
                     self._orphaned = True
                 for command, fd in reader.read():
                     self._handle(command, fd)
@@ -434,7 +433,7 @@ def _said(error: Exception) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
-def serve(sock: socket.socket, lock: RootLock, fs: Filesystem, trainer: int | None) -> None:
+def serve(sock: socket.socket, lock: RootLock, fs: Filesystem, trainer: Trainer | None) -> None:
     """Run a server to its end, then close the socket and its share of the lock."""
     try:
         Server(sock, lock, fs, trainer).serve()

@@ -1,0 +1,82 @@
+"""Starting the writer process, and hearing of its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import isal
+import xxhash
+
+# The user's folder must not reach the writer (a json.py in it): stdlib first, then what is named, nothing else.
+_BOOTSTRAP = (
+    "import sys; sys.path += sys.argv[5:]; from vembed_async_ckpt._writer.__main__ import main; main(sys.argv[1:5])"
+)
+INSTEAD = "use writer='thread', which needs no process of its own"
+
+
+def start(root: str, sock: int, lock: int, log: int) -> subprocess.Popen[bytes]:
+    """A writer process on `root` that inherits the descriptors of its socket and of the lock. Raises OSError."""
+    try:
+        return _popen(root, sock, lock, log)
+    except OSError as error:
+        what = sys.executable or "python, whose path is unknown,"
+        raise OSError(error.errno, f"{what} cannot be started ({error.strerror}); {INSTEAD}") from error
+
+
+def _popen(root: str, sock: int, lock: int, log: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-I", "-S", "-c", _BOOTSTRAP),
+            *(root, str(os.getpid()), str(sock), str(lock)),
+            *_packages(),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=log,
+        cwd="/",
+        pass_fds=(sock, lock),
+        start_new_session=True,
+    )
+
+
+def _packages() -> list[str]:
+    """Where this package and what the writer needs are installed, each where this process found it, in the order of its path."""
+    import vembed_async_ckpt
+
+    modules = (vembed_async_ckpt, xxhash, isal)
+    found = {os.path.dirname(os.path.dirname(os.path.abspath(str(module.__file__)))) for module in modules}
+    known = [os.path.abspath(path) for path in sys.path]
+    return sorted(found, key=lambda path: (known.index(path) if path in known else len(known), path))
+
+
+def end_of(process: subprocess.Popen[bytes]) -> int:
+    """A descriptor that is readable when the process has ended: a pidfd, or a pipe where the kernel has none to give."""
+    try:
+        return os.pidfd_open(process.pid)
+    except (OSError, AttributeError):
+        pass  # kernels before 5.3, gVisor, older seccomp profiles
+    fd, other = os.pipe2(os.O_CLOEXEC)
+
+    def wait() -> None:
+        process.wait()
+        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+            os.write(other, b"\0")  # not the closing alone: a forked child may hold that end
+        os.close(other)
+
+    threading.Thread(target=wait, name="vembed-ckpt-writer-end", daemon=True).start()
+    return fd
+
+
+@contextlib.contextmanager
+def calling(call: str) -> Iterator[None]:
+    """An OSError says which call failed: a kernel or a sandbox may not have it."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{call} is refused by this kernel or sandbox ({error.strerror}); allow the call, every writer needs it"
+        raise OSError(error.errno, why) from error
