@@ -155,3 +155,23 @@ def test_failures_and_what_was_left_out_are_said():
 def test_the_order_is_that_of_the_cost():
     """Cheapest first, whoever that is."""
     assert list(of(result({"dcp": SLOW, "ours": FAST})).engines) == ["ours", "dcp"]
+
+
+def test_the_heading_says_what_was_saved():
+    """A workload by its title and scale, equal tensors as made up, a model by its class."""
+    found = result({"ours": FAST})
+    assert (
+        answer(found, Assumptions())
+        .heading[0]
+        .startswith("200 MiB in 400 tensors (made up; --model for yours), 2 CPUs")
+    )
+    found["state"]["model"], found["options"]["scale"] = "clip", "1/8"
+    assert "(sizes of CLIP ViT-B/32 at 1/8; --model for yours)" in answer(found, Assumptions()).heading[0]
+    found["state"]["model"] = "BertModel"
+    assert "in 400 tensors (BertModel)," in answer(found, Assumptions()).heading[0]
+
+
+def test_what_is_written_to_a_terminal_is_short():
+    """Ten sentences at most without --overhead and --price."""
+    everything = answer(result({"ours": FAST, "dcp": SLOW}), Assumptions())
+    assert len(everything.sentences) <= 10

@@ -241,6 +241,42 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, signal_: int):
     assert [line for line in _command_lines() if os.fspath(disk) in line] == []
 
 
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path: Path):
+    """Every visit that had ended is in the file, with a summary, and its name is printed."""
+    command = ["bench", "--engines", "ours", "--size", "1MiB", "--tensors", "12", "--rounds", "1000", "--saves", "1"]
+    process = subprocess.Popen(
+        [
+            *_PROGRAM,
+            *command,
+            "--patience",
+            "0",
+            "--dir",
+            os.fspath(tmp_path / "disk"),
+            "--out",
+            os.fspath(tmp_path / "out"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while not any(file.stat().st_size for file in tmp_path.glob("out/*.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    (file,) = (tmp_path / "out").glob("*.json")
+    result = results.read(file)
+    visits = len(result["measures"]["cost"]["samples"])
+    assert f"interrupted; {visits} visits are in {file}" in printed
+    assert visits >= 1
+    assert not result["complete"]
+    assert result["summary"]["cost"]["rounds"] >= 1
+    assert not (tmp_path / "disk").exists()
+
+
 # A shell that runs the suite in the background has its children ignore SIGINT; a terminal does not.
 _MAIN = """
 import signal

@@ -17,6 +17,7 @@ from .catalog import title_of
 from .figures import FACTOR, Measured
 from .options import DISK
 from .samples import BUSY
+from .workloads import WORKLOADS
 
 Format = Callable[[float], str]
 NAMED = 5  # peers that a sentence names one by one
@@ -67,8 +68,10 @@ def heading(result: dict[str, Any]) -> list[str]:
     state, machine, options = result["state"], result["machine"], result["options"]
     saved = f"{words.size(state['bytes'])} in {words.amount(state['tensors'], 'tensor')}"
     kind = state["model"]
-    named = f"the sizes of {kind} at {options.get('scale')}" if kind == options.get("workload") else kind
-    saved += " (made up; --model for yours)" if kind == "synthetic" else f" ({named})"
+    if kind in WORKLOADS:
+        saved += f" (sizes of {WORKLOADS[kind].title} at {options['scale']}; --model for yours)"
+    else:
+        saved += " (made up; --model for yours)" if kind == "synthetic" else f" ({kind})"
     place = f"{words.amount(machine['cpus'], 'CPU')}, {machine['gpu'] or 'no GPU'}, {machine['file_system']}"
     seconds = sum(measure["seconds"] for measure in result["measures"].values())
     count = words.amount(
