@@ -18,11 +18,12 @@ import anyio
 
 from .. import _signals
 from .._arena.profiling import recorded
+from .._request.arguments import step_number
 from .._request.modes import in_neutral_modes
 from .._request.request import Objects
 from .._store import names
 from .._store.retention import Policy
-from ..errors import CheckpointError, PlanError
+from ..errors import CheckpointError
 from ..events import Event, Sink
 from ..policies import SavePolicy
 from .bell import Bell
@@ -148,8 +149,7 @@ class AsyncCheckpointer:
         and the call may be repeated.
         """
         objects = Objects(model, optimizer, scheduler, dataloader, scaler, processor, config, extra, metrics)
-        if step is None:
-            raise PlanError("step is None; use a whole number of at least 0")
+        step = step_number(step)
         return self.save_as(names.checkpoint(step), step, objects)
 
     @in_neutral_modes

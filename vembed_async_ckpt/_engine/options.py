@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from .._request.arguments import size_in_bytes
 from .._store.fs import INSTEAD
 from .._store.retention import Policy
 from ..events import Sink
@@ -62,6 +63,9 @@ class Options:
             )
         if type(self.max_in_flight) is not int or not 1 <= self.max_in_flight <= 16:
             raise ValueError(f"max_in_flight is {self.max_in_flight!r}; use a whole number from 1 to 16")
+        size_in_bytes("max_shard_size", self.max_shard_size)
+        if self.max_host_bytes is not None:
+            object.__setattr__(self, "max_host_bytes", size_in_bytes("max_host_bytes", self.max_host_bytes))
         if self.max_host_bytes is not None and self.max_host_bytes < MIN_HOST_BYTES:
             raise ValueError(f"max_host_bytes is {self.max_host_bytes}; at least {MIN_HOST_BYTES} are needed, or None")
 

@@ -364,7 +364,8 @@ class Save:
 
     def failed(self, error: CheckpointError) -> None:
         if isinstance(error, CommitError | WriteError):
-            error = type(error)(f"{self.handle.path} was not saved: {error}")
+            reason = str(error).removeprefix(f"{self.handle.path}: ")  # a message says a thing once
+            error = type(error)(f"{self.handle.path} was not saved: {reason}")
         self._end(error)
 
     def _end(self, error: CheckpointError | None, info: CheckpointInfo | None = None) -> None:

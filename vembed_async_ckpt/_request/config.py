@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import enum
 import json
 import math
 import os
 import re
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +56,8 @@ def _convert(value: Any, where: str, dropped: list[str]) -> Any:
         return str(value).removeprefix("torch.")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif isinstance(value, argparse.Namespace | types.SimpleNamespace):
+        value = vars(value)
     elif not isinstance(value, Mapping | list | tuple | set | frozenset) and callable(getattr(value, "to_dict", None)):
         value = value.to_dict()
     if isinstance(value, Mapping):

@@ -15,6 +15,7 @@ from .._engine.checkpointer import AsyncCheckpointer
 from .._engine.frozen import FrozenDict
 from .._engine.handle import CheckpointInfo, SaveHandle, SaveState, Timings
 from .._request import config as configs
+from .._request.arguments import step_number
 from .._request.dialect import Accelerate
 from .._request.request import Objects
 from .._store import names
@@ -82,8 +83,7 @@ def save_checkpoint(
     root, directory = os.path.split(os.path.realpath(os.fspath(path)))
     if not directory or directory.startswith(names.WORK):
         raise PlanError(f"path is {os.fspath(path)!r}, which cannot be the directory of a checkpoint; name another one")
-    if step is None:
-        step = names.trailing_number(directory)
+    step = names.trailing_number(directory) if step is None else step_number(step)
     if not _is_accelerator(accelerator):
         return _save_at_once(os.fspath(path), model, accelerator, processor, config, training_state, step)
     accelerates.refuse_what_is_sharded(accelerator)
