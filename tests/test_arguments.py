@@ -45,6 +45,14 @@ def test_what_is_no_step_is_refused(root: Path) -> None:
     assert list(root.iterdir()) == []
 
 
+def test_nothing_to_save_is_refused(root: Path) -> None:
+    """`save(9)` forgot the model."""
+    said = pytest.raises(PlanError, match="step 9: nothing was given to save")
+    with AsyncCheckpointer(root, writer="thread") as checkpointer, said:
+        checkpointer.save(9)
+    assert list(root.iterdir()) == []
+
+
 @dataclasses.dataclass
 class Config:
     lr: float = 0.1

@@ -23,7 +23,7 @@ from .._request.modes import in_neutral_modes
 from .._request.request import Objects
 from .._store import names
 from .._store.retention import Policy
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PlanError
 from ..events import Event, Sink
 from ..policies import SavePolicy
 from .bell import Bell
@@ -150,6 +150,10 @@ class AsyncCheckpointer:
         """
         objects = Objects(model, optimizer, scheduler, dataloader, scaler, processor, config, extra, metrics)
         step = step_number(step)
+        if all(what is None for what in (model, optimizer, scheduler, dataloader, scaler, processor, config, extra)):
+            raise PlanError(
+                f"step {step}: nothing was given to save; pass model=, optimizer= and what else the training holds"
+            )
         return self.save_as(names.checkpoint(step), step, objects)
 
     @in_neutral_modes
