@@ -88,7 +88,7 @@ def test_errors_have_one_root():
 SAVE = ["step", "model", "optimizer", "scheduler", "dataloader", "scaler", "processor", "config", "extra", "metrics"]
 OPTIONS = [
     *("root", "retention", "when_busy", "on_error", "staging", "writer", "max_in_flight", "max_host_bytes"),
-    *("max_shard_size", "save_original_format", "sinks", "policy", "latest_link"),
+    *("max_shard_size", "save_original_format", "sinks", "policy", "latest_link", "progress"),
 ]
 SIGNATURES = {
     "AsyncCheckpointer": OPTIONS,

@@ -44,6 +44,7 @@ class AsyncCheckpointer:
     `max_shard_size`: as `save_pretrained` has them. `sinks`: called with every `Event`, on a thread of their own. `policy`: when
     `should_save()` says so (`every(steps=500) | on_request()`, see `vembed_async_ckpt.policies`). `latest_link`: keep a
     relative link `latest` in the root that points to the newest checkpoint; something else of that name is left alone.
+    `progress`: show each save that is being written in the last line, where standard error is a terminal.
 
     Performance. `staging`: "overlap" copies what only an optimizer changes while forward and backward run, and lets
     `optimizer.step()` wait for it; "blocking" copies all of it in `save()`. `writer`: a "process" of its own, which survives the
@@ -72,6 +73,7 @@ class AsyncCheckpointer:
         sinks: Sequence[Sink] = (),
         policy: SavePolicy | None = None,
         latest_link: bool = False,
+        progress: bool = False,
     ) -> None:
         if not sys.platform.startswith("linux"):
             raise CheckpointError("saving needs Linux (memfd, flock, O_DIRECT); checkpoints can be loaded everywhere")
@@ -89,6 +91,7 @@ class AsyncCheckpointer:
             sinks=tuple(sinks),
             policy=policy,
             latest_link=latest_link,
+            progress=progress,
         )
         self._session = Session(self._options)
         self._engine, self._reporter, self._decider = (
@@ -166,6 +169,8 @@ class AsyncCheckpointer:
                 handle = self._engine.save(directory, step, objects, begun)
             if self._decider is not None and handle.state is not SaveState.SKIPPED:
                 self._decider.saved(step, objects.metrics, begun)
+            if self._session.progress is not None:
+                self._session.progress.show(handle)
             return handle
 
     def should_save(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:

@@ -36,6 +36,7 @@ class Options:
     sinks: Sequence[Sink]
     policy: SavePolicy | None = None
     latest_link: bool = False
+    progress: bool = False
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError naming the option, its value and what it may be."""
@@ -55,8 +56,9 @@ class Options:
             raise TypeError(
                 f"retention is {self.retention!r}; use KeepLast, KeepEvery, KeepBest, combined with |, or None"
             )
-        if not isinstance(self.latest_link, bool):
-            raise TypeError(f"latest_link is {self.latest_link!r}; use True or False")
+        for name in ("latest_link", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; use True or False")
         if self.policy is not None and not isinstance(self.policy, SavePolicy):
             raise TypeError(
                 f"policy is {self.policy!r}; use those of vembed_async_ckpt.policies, combined with |, or None"

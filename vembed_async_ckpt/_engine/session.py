@@ -24,6 +24,7 @@ from .handle import SaveHandle
 from .leader import Leader
 from .ledger import Ledger
 from .options import Options
+from .progress import ProgressLine
 from .ranks import Ranks
 from .steps import StepClock
 from .when import Decider, refuse_for_ranks
@@ -77,6 +78,7 @@ class Session:
         self.engine: Leader | Follower
         self.decider: Decider | None = None
         self.clock: StepClock | None = None
+        self.progress = ProgressLine() if self.options.progress else None
         try:
             refuse_for_ranks(policy, 1 if ranks is None else ranks.world_size)
             if ranks is None or ranks.rank == 0:
@@ -160,6 +162,8 @@ class Session:
     def _end(self, deadline: float) -> bool:
         if self.decider is not None:
             self.decider.close()
+        if self.progress is not None:
+            self.progress.close()
         ended = self.engine.close(deadline)
         if self.clock is not None:
             self.clock.close()
