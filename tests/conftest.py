@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vembed_async_ckpt import verify
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 
 
 def leftovers(root: Path) -> list[str]:
@@ -22,7 +22,7 @@ def leftovers(root: Path) -> list[str]:
 
 def check_root(root: Path) -> list[int | None]:
     """Verify every visible checkpoint by content; returns their steps, oldest first."""
-    from vembed_async_ckpt._store.catalog import scan
+    from vembed_async_ckpt._disk.catalog import scan
 
     entries = scan(os.fspath(root))
     for entry in entries:
@@ -34,7 +34,7 @@ def check_root(root: Path) -> list[int | None]:
 @pytest.fixture
 def small_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of a few bytes may be copied late, as large ones are: so tests of late copies do with small models."""
-    from vembed_async_ckpt._arena import host_copy
+    from vembed_async_ckpt._memory import host_copy
 
     monkeypatch.setattr(host_copy, "SMALL_BYTES", 7)  # one less than a late tensor must have
 

@@ -15,11 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 from vembed_async_ckpt import AsyncCheckpointer, CorruptCheckpoint
-from vembed_async_ckpt._plan.safetensors import TensorSpec, layout
-from vembed_async_ckpt._request.dtypes import TO_TORCH
-from vembed_async_ckpt._store import names
-from vembed_async_ckpt._store.manifest import FileRecord, Manifest
-from vembed_async_ckpt._store.tensors import StoredTensor
+from vembed_async_ckpt._capture.dtypes import TO_TORCH
+from vembed_async_ckpt._disk.stored_tensors import StoredTensor
+from vembed_async_ckpt._format import names
+from vembed_async_ckpt._format.manifest import FileRecord, Manifest
+from vembed_async_ckpt._format.safetensors import TensorSpec, layout
 from vembed_async_ckpt.cli import app, inspecting
 
 runner = CliRunner()

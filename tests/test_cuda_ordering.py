@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vembed_async_ckpt._arena.devices import DeviceCopies
+from vembed_async_ckpt._memory.devices import DeviceCopies
 
 DEVICE = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from vembed_async_ckpt import AsyncCheckpointer
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 from vembed_async_ckpt.cli import app
 
 runner = CliRunner()

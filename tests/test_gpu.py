@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, load
-from vembed_async_ckpt._arena.barrier import GATE
-from vembed_async_ckpt._arena.devices import DeviceCopies
+from vembed_async_ckpt._memory.barrier import STEP_BARRIER
+from vembed_async_ckpt._memory.devices import DeviceCopies
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +37,7 @@ def trained(
 @pytest.fixture(autouse=True)
 def hooked() -> None:
     """The hook is there before anything is trained: without it no optimizer is seen, and nothing is copied late."""
-    GATE.install()
+    STEP_BARRIER.install()
 
 
 def backlog() -> None:
@@ -96,14 +96,14 @@ def test_a_wait_that_is_left_out_shows(root: Path, monkeypatch: pytest.MonkeyPat
 def test_a_replayed_step_is_not_overlapped(root: Path) -> None:
     """A step inside a CUDA graph runs without its hook: its tensors are copied before the caller's stream goes on."""
     model, optimizer, _ = trained(3, lambda parameters: adamw(parameters, capturable=True))
-    assert optimizer in GATE.optimizers()
+    assert optimizer in STEP_BARRIER.optimizers()
     graph = torch.cuda.CUDAGraph()
     inputs = torch.randn(64, 512, device="cuda")
     optimizer.zero_grad(set_to_none=False)
     with torch.cuda.graph(graph):
         model(inputs).pow(2).mean().backward()
         optimizer.step()
-    assert optimizer not in GATE.optimizers()
+    assert optimizer not in STEP_BARRIER.optimizers()
     with AsyncCheckpointer(root) as checkpointer:
         for number in range(1, 6):
             expected = {key: value.clone() for key, value in model.state_dict().items()}

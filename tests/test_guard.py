@@ -28,10 +28,10 @@ from torch.optim.sgd import sgd as functional_sgd
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vembed_async_ckpt import AsyncCheckpointer, SaveHandle, StageError, load
-from vembed_async_ckpt._arena import staging
-from vembed_async_ckpt._arena.barrier import GATE, Division, Earned
+from vembed_async_ckpt._memory import staging
+from vembed_async_ckpt._memory.barrier import STEP_BARRIER, CopyPlan, OverlapPolicy
 
-GATE.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
+STEP_BARRIER.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
 BOUND = 20  # seconds that a wait may take before it is a failure
 
 Tensors = dict[str, torch.Tensor]
@@ -54,7 +54,7 @@ class LateCopy:
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch, small_is_late: None) -> Iterator[LateCopy]:
     state = LateCopy()
-    real_copy, real_barrier, real_divide = staging.copy_group, staging.Snapshot.barrier, Earned.divide
+    real_copy, real_barrier, real_divide = staging.copy_group, staging.Snapshot.barrier, OverlapPolicy.divide
 
     def held_copy(destinations: Any, sources: Any) -> None:
         middles = [tensor.numel() // 2 if state.midway else 0 for tensor in destinations]
@@ -75,14 +75,14 @@ def late(monkeypatch: pytest.MonkeyPatch, small_is_late: None) -> Iterator[LateC
         state.go.set()
         real_barrier(self)
 
-    def divide(*arguments: Any) -> Division:
+    def divide(*arguments: Any) -> CopyPlan:
         division = real_divide(*arguments)
         state.labels += division.names
         return division
 
     monkeypatch.setattr(staging, "copy_group", held_copy)
     monkeypatch.setattr(staging.Snapshot, "barrier", barrier)
-    monkeypatch.setattr(Earned, "divide", divide)
+    monkeypatch.setattr(OverlapPolicy, "divide", divide)
     yield state
     state.go.set()
 
@@ -969,8 +969,8 @@ def test_the_remedies(root: Path, late: LateCopy, name: str, how: str):
 FREED = """
 import os, sys, threading, torch
 from vembed_async_ckpt import AsyncCheckpointer, StageError
-from vembed_async_ckpt._arena import staging
-from vembed_async_ckpt._arena.barrier import GATE
+from vembed_async_ckpt._memory import staging
+from vembed_async_ckpt._memory.barrier import GATE
 
 GATE.install()
 model = torch.nn.Linear(2048, 2048)

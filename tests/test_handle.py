@@ -28,8 +28,8 @@ from vembed_async_ckpt import (
     WriteError,
     latest,
 )
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem
 from vembed_async_ckpt._engine import leader as engine
-from vembed_async_ckpt._store.fs import LocalFilesystem
 
 BOUND = 20
 

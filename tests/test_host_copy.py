@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vembed_async_ckpt import StageError
-from vembed_async_ckpt._arena import host_copy
-from vembed_async_ckpt._arena.host_copy import (
+from vembed_async_ckpt._memory import host_copy
+from vembed_async_ckpt._memory.host_copy import (
     PIECE_BYTES,
     SERIAL,
     SMALL_BYTES,

@@ -13,19 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from vembed_async_ckpt import (
-    AsyncCheckpointer,
-    CheckpointError,
-    KeepLast,
-    checkpoints,
-    delete,
-    latest,
-    load,
-    verify,
-)
-from vembed_async_ckpt._store import names
-from vembed_async_ckpt._store.fs import LocalFilesystem
-from vembed_async_ckpt._writer import latest_link, removal
+from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, KeepLast, checkpoints, delete, latest, load, verify
+from vembed_async_ckpt._disk import deletion as removal
+from vembed_async_ckpt._disk import link_update as latest_link
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem
+from vembed_async_ckpt._format import names
 
 ID = "0" * 32
 

@@ -167,7 +167,7 @@ def test_failed_and_refused_saves_leave_nothing_behind(root: Path):
 
 GARBAGE = """
 import gc, mmap, os
-from vembed_async_ckpt._writer.memory import MEMFD, address_of, map_arena
+from vembed_async_ckpt._shared.memory import MEMFD, address_of, map_arena
 
 gc.disable()
 SIZE = 1 << 20

@@ -12,7 +12,7 @@ import torch
 
 import vembed_async_ckpt
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointerBusy, CheckpointError, best, checkpoints, delete, verify
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 
 
 def save(root: Path, metrics: Mapping[int, Mapping[str, float]]) -> torch.nn.Module:

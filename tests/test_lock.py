@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, CommitError, KeepLast, delete, latest, verify
-from vembed_async_ckpt._store import names
-from vembed_async_ckpt._store.lock import RootLock
+from vembed_async_ckpt._disk.lock import RootLock
+from vembed_async_ckpt._format import names
 
 WRITERS = ["process", "thread"]
 MODEL = torch.nn.Linear(4, 4)
@@ -276,7 +276,7 @@ TURNS = 60
 def test_a_lock_that_is_removed_by_its_holder_is_held_by_one(tmp_path: Path) -> None:
     """Two processes take the lock and remove it again and again: never is one there in the other's turn."""
     script = (
-        "import os, sys, time\nfrom vembed_async_ckpt._store.lock import RootLock\n"
+        "import os, sys, time\nfrom vembed_async_ckpt._disk.lock import RootLock\n"
         f"for turn in range({TURNS}):\n"
         "    lock = RootLock.acquire(sys.argv[1])\n"
         "    os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))\n"

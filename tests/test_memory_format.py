@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vembed_async_ckpt import AsyncCheckpointer, CorruptCheckpoint, load
-from vembed_async_ckpt._request import memory_format
-from vembed_async_ckpt._store import manifest as manifests
+from vembed_async_ckpt._capture import memory_format
+from vembed_async_ckpt._disk import manifests
 
 BOUND = 30
 

@@ -14,8 +14,8 @@ import torch
 import transformers as hf
 
 from vembed_async_ckpt import AsyncCheckpointer, PlanError, load
-from vembed_async_ckpt._request import model as models
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._capture import model as models
+from vembed_async_ckpt._format import names
 
 from .parity.architectures import build
 from .parity.checks import BOUND, change, files, stock

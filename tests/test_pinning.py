@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer
-from vembed_async_ckpt._arena import captures, devices, numa, pinning
-from vembed_async_ckpt._arena.arena import Arena, ArenaPool, available_memory
-from vembed_async_ckpt._arena.barrier import GATE
 from vembed_async_ckpt._engine.supervisor import Supervisor
+from vembed_async_ckpt._memory import captures, devices, numa, pinning
+from vembed_async_ckpt._memory.arena import Arena, ArenaPool, available_memory
+from vembed_async_ckpt._memory.barrier import STEP_BARRIER
 
 CUDA = torch.device("cuda", 3)
 
@@ -149,7 +149,7 @@ def test_arenas_that_are_pinned_take_less_of_the_machine() -> None:
 
 def test_an_optimizer_inside_a_cuda_graph_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its step is repeated without the hook, so nothing of it is ever copied late."""
-    GATE.install()
+    STEP_BARRIER.install()
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters())
 
@@ -158,10 +158,10 @@ def test_an_optimizer_inside_a_cuda_graph_earns_nothing(monkeypatch: pytest.Monk
         optimizer.step()
 
     step()
-    assert optimizer in GATE.optimizers()
-    monkeypatch.setattr("vembed_async_ckpt._arena.barrier.is_capturing", lambda: True)
+    assert optimizer in STEP_BARRIER.optimizers()
+    monkeypatch.setattr("vembed_async_ckpt._memory.barrier.is_capturing", lambda: True)
     step()
-    assert optimizer not in GATE.optimizers()
+    assert optimizer not in STEP_BARRIER.optimizers()
 
 
 def node_of(directory: Path, monkeypatch: pytest.MonkeyPatch, **properties: int) -> int | None:

@@ -24,8 +24,8 @@ from vembed_async_ckpt import (
     load,
     verify,
 )
-from vembed_async_ckpt._store import manifest as manifests
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._disk import manifests
+from vembed_async_ckpt._format import names
 from vembed_async_ckpt.cli import app
 
 runner = CliRunner()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vembed_async_ckpt import PlanError
-from vembed_async_ckpt._plan.plan import (
+from vembed_async_ckpt._format.plan import (
     PAGE,
     START,
     BytesContent,
@@ -21,7 +21,7 @@ from vembed_async_ckpt._plan.plan import (
     pages,
     plan,
 )
-from vembed_async_ckpt._plan.safetensors import TensorSpec
+from vembed_async_ckpt._format.safetensors import TensorSpec
 
 WEIGHTS = TensorContent(
     "model.safetensors", (TensorSpec("b", "F32", (3, 5)), TensorSpec("a", "U8", (7,))), {"format": "pt"}

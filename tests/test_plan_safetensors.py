@@ -14,8 +14,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vembed_async_ckpt import CorruptCheckpoint, PlanError
-from vembed_async_ckpt._plan.safetensors import BITS, MAX_HEADER_BYTES, Entry, TensorSpec, header_length, layout, parse
-from vembed_async_ckpt._request.dtypes import FROM_TORCH, TO_TORCH, spec
+from vembed_async_ckpt._capture.dtypes import FROM_TORCH, TO_TORCH, spec
+from vembed_async_ckpt._format.safetensors import (
+    BITS,
+    MAX_HEADER_BYTES,
+    Entry,
+    TensorSpec,
+    header_length,
+    layout,
+    parse,
+)
 
 ODD_NAMES = [
     '"',
@@ -120,7 +128,7 @@ def test_what_could_not_be_read_back_is_refused(specs, reason):
 
 def test_a_header_longer_than_safetensors_reads_is_refused(monkeypatch):
     """The limit of safetensors' reader is a PlanError at save, not a surprise at load."""
-    monkeypatch.setattr("vembed_async_ckpt._plan.safetensors.MAX_HEADER_BYTES", 48)
+    monkeypatch.setattr("vembed_async_ckpt._format.safetensors.MAX_HEADER_BYTES", 48)
     layout([], file="f")
     with pytest.raises(PlanError, match="header"):
         layout([TensorSpec("name", "F32", (1,))], file="f")

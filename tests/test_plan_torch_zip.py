@@ -20,12 +20,12 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, PlanError, load
-from vembed_async_ckpt._plan import torch_zip
-from vembed_async_ckpt._request import optimizer as optimizers
-from vembed_async_ckpt._request import optimizer_pickle
-from vembed_async_ckpt._request.optimizer import OptimizerReader
-from vembed_async_ckpt._request.optimizer_pickle import Kind
-from vembed_async_ckpt._writer.direct_io import _Crc
+from vembed_async_ckpt._capture import optimizer as optimizers
+from vembed_async_ckpt._capture import optimizer_pickle
+from vembed_async_ckpt._capture.optimizer import OptimizerReader
+from vembed_async_ckpt._capture.optimizer_pickle import Kind
+from vembed_async_ckpt._disk.direct_io import _Crc
+from vembed_async_ckpt._format import torch_zip
 
 
 def model() -> torch.nn.Module:

@@ -27,7 +27,7 @@ import logging, sys, time
 import torch
 from tqdm import tqdm
 from vembed_async_ckpt import AsyncCheckpointer
-from vembed_async_ckpt._store.fs import LocalFilesystem
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem
 from vembed_async_ckpt.testing import use_filesystem
 
 class Slow(LocalFilesystem):

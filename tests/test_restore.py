@@ -24,10 +24,12 @@ import torch
 import transformers as hf
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, load, verify
-from vembed_async_ckpt._request import model as models
-from vembed_async_ckpt._request.dtypes import TO_TORCH
-from vembed_async_ckpt._store import fs, names, reader, reading
-from vembed_async_ckpt.restore import tensors
+from vembed_async_ckpt._capture import model as models
+from vembed_async_ckpt._capture.dtypes import TO_TORCH
+from vembed_async_ckpt._disk import filesystem as fs
+from vembed_async_ckpt._disk import reader, reading
+from vembed_async_ckpt._format import names
+from vembed_async_ckpt._restore import tensors
 
 BOUND = 30
 

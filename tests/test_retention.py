@@ -14,9 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 from vembed_async_ckpt import AsyncCheckpointer, KeepBest, KeepEvery, KeepLast
-from vembed_async_ckpt._store.manifest import Manifest
-from vembed_async_ckpt._store.retention import Policy, from_spec
+from vembed_async_ckpt._format.manifest import Manifest
 from vembed_async_ckpt.cli import app
+from vembed_async_ckpt.retention import Policy, from_spec
 
 NAN, INF = math.nan, math.inf
 runner = CliRunner()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, load
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 
 BOUND = 30
 

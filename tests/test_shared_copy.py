@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, StageError, load
-from vembed_async_ckpt._arena import host_copy, staging
-from vembed_async_ckpt._arena.barrier import GATE
-from vembed_async_ckpt._arena.staging import SharedCopy
+from vembed_async_ckpt._memory import host_copy, staging
+from vembed_async_ckpt._memory.barrier import STEP_BARRIER
+from vembed_async_ckpt._memory.staging import SharedCopy
 
-GATE.install()  # as a checkpointer does: the optimizer steps before one is made
+STEP_BARRIER.install()  # as a checkpointer does: the optimizer steps before one is made
 BOUND = 20  # seconds that a wait may take before it is a failure
 GROUPS = 18
 
@@ -160,9 +160,9 @@ def test_other_threads_that_wait_leave_the_cores_to_the_training(root: Path, hel
 
 def test_a_copy_that_has_not_begun_begins_with_all(root: Path, held: Held, monkeypatch: pytest.MonkeyPatch):
     """The step came first."""
-    hurried, moved, hurry = threading.Event(), staging.Late.moved, staging.Snapshot.hurry
+    hurried, moved, hurry = threading.Event(), staging.DeferredCopy.moved, staging.Snapshot.hurry
 
-    def late_start(late: staging.Late) -> str | None:
+    def late_start(late: staging.DeferredCopy) -> str | None:
         assert hurried.wait(BOUND)
         return moved(late)
 
@@ -170,7 +170,7 @@ def test_a_copy_that_has_not_begun_begins_with_all(root: Path, held: Held, monke
         hurry(snapshot)
         hurried.set()
 
-    monkeypatch.setattr(staging.Late, "moved", late_start)
+    monkeypatch.setattr(staging.DeferredCopy, "moved", late_start)
     monkeypatch.setattr(staging.Snapshot, "hurry", noted)
     training = Training()
     with AsyncCheckpointer(root, writer="thread") as checkpointer:

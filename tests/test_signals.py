@@ -29,7 +29,7 @@ from vembed_async_ckpt import (
     _signals,
     load,
 )
-from vembed_async_ckpt._store.fs import LocalFilesystem
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem
 from vembed_async_ckpt.testing import use_filesystem
 
 BOUND = 20.0

@@ -80,13 +80,13 @@ def test_steps_are_reported_in_bulk_to_those_who_want_them(root: Path):
 
 def test_without_such_a_sink_no_step_is_timed(root: Path):
     """Nothing of ours runs at the optimizer's step."""
-    from vembed_async_ckpt._arena.barrier import GATE
+    from vembed_async_ckpt._memory.barrier import STEP_BARRIER
 
     with AsyncCheckpointer(root, sinks=[print], writer="thread"):
-        assert GATE.pending == ()
+        assert STEP_BARRIER.pending == ()
     with AsyncCheckpointer(root, sinks=[Spy()], writer="thread"):
-        assert len(GATE.pending) == 1
-    assert GATE.pending == ()
+        assert len(STEP_BARRIER.pending) == 1
+    assert STEP_BARRIER.pending == ()
 
 
 def test_events_tell_write_commit_and_retention_apart(root: Path):

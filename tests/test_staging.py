@@ -22,14 +22,14 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointerBusy, Event, PlanError, SaveState, StageError, load
-from vembed_async_ckpt._arena import staging
-from vembed_async_ckpt._arena.barrier import GATE
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem
 from vembed_async_ckpt._engine import leader as engine
 from vembed_async_ckpt._engine import waves
-from vembed_async_ckpt._store.fs import LocalFilesystem
+from vembed_async_ckpt._memory import staging
+from vembed_async_ckpt._memory.barrier import STEP_BARRIER
 from vembed_async_ckpt._writer import server
 
-GATE.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
+STEP_BARRIER.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
 BOUND = 20  # seconds that a wait may take before it is a failure
 
 
@@ -45,7 +45,7 @@ class LateCopies:
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch, small_is_late: None) -> Iterator[LateCopies]:
     state = LateCopies()
-    real_copy, real_barrier, real_init = staging.copy_group, staging.Snapshot.barrier, staging.Late.__init__
+    real_copy, real_barrier, real_init = staging.copy_group, staging.Snapshot.barrier, staging.DeferredCopy.__init__
 
     def held_copy(destinations: Any, sources: Any) -> None:
         assert state.go.wait(BOUND), "nothing ever waited for the copy"
@@ -56,13 +56,13 @@ def late(monkeypatch: pytest.MonkeyPatch, small_is_late: None) -> Iterator[LateC
         state.go.set()
         real_barrier(self)
 
-    def init(self: staging.Late, *arguments: Any, **options: Any) -> None:
+    def init(self: staging.DeferredCopy, *arguments: Any, **options: Any) -> None:
         real_init(self, *arguments, **options)
         state.labels += self.names
 
     monkeypatch.setattr(staging, "copy_group", held_copy)
     monkeypatch.setattr(staging.Snapshot, "barrier", barrier)
-    monkeypatch.setattr(staging.Late, "__init__", init)
+    monkeypatch.setattr(staging.DeferredCopy, "__init__", init)
     yield state
     state.go.set()
 

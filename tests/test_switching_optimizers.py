@@ -15,13 +15,13 @@ import torch
 from accelerate import Accelerator
 
 from vembed_async_ckpt import AsyncCheckpointer, StageError, load, save_checkpoint
-from vembed_async_ckpt._arena import staging
-from vembed_async_ckpt._arena.barrier import GATE
+from vembed_async_ckpt._memory import staging
+from vembed_async_ckpt._memory.barrier import STEP_BARRIER
 from vembed_async_ckpt.integrations.vembed import close_shared
 
 from .parity.checks import differing, state
 
-GATE.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
+STEP_BARRIER.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
 BOUND = 30
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {

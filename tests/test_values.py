@@ -29,8 +29,9 @@ import torch
 import xxhash
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, KeepBest, PlanError, latest, load
-from vembed_async_ckpt._request import tree, values
-from vembed_async_ckpt._store import manifest as manifests
+from vembed_async_ckpt._capture import tree, values
+from vembed_async_ckpt._disk import manifests
+from vembed_async_ckpt._format.manifest import parse
 
 BOUND = 30
 
@@ -457,4 +458,4 @@ def test_a_metric_that_no_save_writes_is_corrupt(root: Path, value: Any):
     )
     content = before + b'"self":"' + xxhash.xxh3_128_hexdigest(before).encode() + b'"}'
     with pytest.raises(CorruptCheckpoint, match="a metric is"):
-        manifests.parse(content, file="manifest")
+        parse(content, file="manifest")

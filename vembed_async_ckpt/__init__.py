@@ -3,6 +3,10 @@
     training thread:   host objects -> request -> plan -> arena (staging)                  save() returns a SaveHandle
     background:        writer: write -> commit -> retention                                events all along
 
+The folders, in the order in which a save passes through them: `_capture` makes the request, `_format` plans the files, `_memory`
+copies the tensors, `_engine` drives the save, `_writer` is the process that writes, with what `_shared` connects it by, and `_disk`
+publishes. `_restore` is the way back. `tests/test_layers.py` has the order of imports.
+
 Names are resolved when they are first used: looking at checkpoints (`latest`, `verify`, the command line) loads no torch.
 """
 
@@ -12,10 +16,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._engine.checkpointer import AsyncCheckpointer
-    from ._engine.handle import CheckpointInfo, SaveHandle, SaveState, Timings
-    from ._store.catalog import latest, verify
-    from ._store.retention import KeepBest, KeepEvery, KeepLast
+    from ._disk.catalog import latest, verify
+    from .checkpointer import AsyncCheckpointer
     from .errors import (
         CheckpointerBusy,
         CheckpointerClosed,
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
         WriteError,
     )
     from .events import Event
+    from .handle import CheckpointInfo, SaveHandle, SaveState, Timings
     from .integrations.vembed import save_checkpoint
     from .listing import CheckpointEntry, best, checkpoints, delete
-    from .restore import Restored, load
+    from .loading import Restored, load
+    from .retention import KeepBest, KeepEvery, KeepLast
     from .stall import StallMeter, StallReport
 
 __all__ = [
@@ -70,17 +74,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "._engine.checkpointer": ("AsyncCheckpointer",),
-    "._engine.handle": ("SaveHandle", "SaveState", "CheckpointInfo", "Timings"),
-    "._store.catalog": ("latest", "verify"),
-    "._store.retention": ("KeepLast", "KeepEvery", "KeepBest"),
+    ".checkpointer": ("AsyncCheckpointer",),
+    ".handle": ("SaveHandle", "SaveState", "CheckpointInfo", "Timings"),
+    "._disk.catalog": ("latest", "verify"),
+    ".retention": ("KeepLast", "KeepEvery", "KeepBest"),
     ".errors": (
         "CheckpointError", "PlanError", "StageError", "WriteError", "CommitError", "CorruptCheckpoint",
         "CheckpointerBusy", "CheckpointerClosed",
     ),
     ".events": ("Event",),
     ".listing": ("CheckpointEntry", "checkpoints", "best", "delete"),
-    ".restore": ("load", "Restored"),
+    ".loading": ("load", "Restored"),
     ".stall": ("StallMeter", "StallReport"),
     ".integrations.vembed": ("save_checkpoint",),
 }  # fmt: skip

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ._store import catalog
-from ._store import manifest as manifests
-from ._store.fs import LocalFilesystem
-from ._store.lock import RootLock
-from ._store.reader import manifest_of
-from ._writer import latest_link, removal
+from ._disk import catalog
+from ._disk import deletion as removal
+from ._disk import link_update as latest_link
+from ._disk.filesystem import LocalFilesystem
+from ._disk.lock import RootLock
+from ._disk.reader import manifest_of
+from ._format.manifest import Manifest
 from .errors import CheckpointerBusy
 
 
@@ -99,7 +100,7 @@ def _entry(found: catalog.Entry) -> CheckpointEntry:
     )
 
 
-def _total_bytes(directory: str, manifest: manifests.Manifest) -> int:
+def _total_bytes(directory: str, manifest: Manifest) -> int:
     sizes: dict[object, int] = {}
     for name, record in manifest.files.items():
         try:

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
-from ._store import catalog, names
-from ._store.retention import is_rated
+from ._disk import catalog
+from ._format import names
+from .retention import is_rated
 
 __all__ = ["every", "budget", "before_time_limit", "on_request", "on_best", "SavePolicy"]
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from ._store.fs import INSTEAD, Filesystem, LocalFilesystem, RenameMode, read_regular
+from ._disk.filesystem import FILESYSTEM_OVERRIDE, Filesystem, LocalFilesystem, RenameMode, read_regular
 
 __all__ = [
     "use_filesystem",
@@ -52,11 +52,11 @@ def use_filesystem(filesystem: Filesystem) -> Iterator[None]:
 
     They must have `writer="thread"`; another one is refused (ValueError).
     """
-    token = INSTEAD.set(filesystem)
+    token = FILESYSTEM_OVERRIDE.set(filesystem)
     try:
         yield
     finally:
-        INSTEAD.reset(token)
+        FILESYSTEM_OVERRIDE.reset(token)
 
 
 # -- power

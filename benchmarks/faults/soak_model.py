@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from vembed_async_ckpt import verify
-from vembed_async_ckpt._store import names
-from vembed_async_ckpt._store.catalog import scan
-from vembed_async_ckpt._store.manifest import Manifest
+from vembed_async_ckpt._disk.catalog import scan
+from vembed_async_ckpt._format import names
+from vembed_async_ckpt._format.manifest import Manifest
 
 Rule = list[list[Any]]  # [["last", 2], ["best", 1]]: what any of these keeps
 

@@ -21,7 +21,7 @@ import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, Event, KeepBest, KeepEvery, KeepLast, SaveHandle, latest, load
-from vembed_async_ckpt._store.fs import LocalFilesystem
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem
 from vembed_async_ckpt.testing import use_filesystem
 
 FLOATS = 1 << 16  # per tensor: 1.8 MB in all

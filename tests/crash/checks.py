@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator
 
 from vembed_async_ckpt import CheckpointError, latest, verify
-from vembed_async_ckpt._store import names
-from vembed_async_ckpt._store.catalog import scan
-from vembed_async_ckpt._store.manifest import Manifest
+from vembed_async_ckpt._disk.catalog import scan
+from vembed_async_ckpt._format import names
+from vembed_async_ckpt._format.manifest import Manifest
 
 from .nursery import Child, Nursery
 from .victims import LINK, contents

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from vembed_async_ckpt._arena.arena import Arena
-from vembed_async_ckpt._store.fs import Filesystem, LocalFilesystem, RenameMode
-from vembed_async_ckpt._store.lock import RootLock
-from vembed_async_ckpt._writer import removal, server
-from vembed_async_ckpt._writer.protocol import Command, Kind, ReplyReader, send_command
+from vembed_async_ckpt._disk import deletion as removal
+from vembed_async_ckpt._disk.filesystem import Filesystem, LocalFilesystem, RenameMode
+from vembed_async_ckpt._disk.lock import RootLock
+from vembed_async_ckpt._memory.arena import Arena
+from vembed_async_ckpt._shared.protocol import Command, Kind, ReplyReader, send_command
+from vembed_async_ckpt._writer import server
 
 from . import checks
 from .victims import place

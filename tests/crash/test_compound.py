@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from vembed_async_ckpt import CorruptCheckpoint, latest, verify
-from vembed_async_ckpt._store import names
-from vembed_async_ckpt._store.catalog import scan
+from vembed_async_ckpt._disk.catalog import scan
+from vembed_async_ckpt._format import names
 from vembed_async_ckpt.testing import Choose, FailingFilesystem, PowerCutFilesystem, at_random, kept, lost
 
 from . import checks

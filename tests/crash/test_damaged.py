@@ -28,8 +28,8 @@ from vembed_async_ckpt import (
     load,
     verify,
 )
-from vembed_async_ckpt._store import manifest as manifests
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._disk import manifests
+from vembed_async_ckpt._format import names
 from vembed_async_ckpt.testing import FailingFilesystem, use_filesystem
 
 from .conftest import Tally

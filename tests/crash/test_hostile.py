@@ -27,11 +27,13 @@ import pytest
 import xxhash
 
 from vembed_async_ckpt import CheckpointError, CorruptCheckpoint, cli, latest, verify
-from vembed_async_ckpt._store import catalog, fs, names
-from vembed_async_ckpt._store.lock import RootLock
-from vembed_async_ckpt._store.manifest import MAX_CONTAINERS
-from vembed_async_ckpt._store.tensors import stored_tensors
-from vembed_async_ckpt._writer import commit, removal
+from vembed_async_ckpt._disk import catalog, commit
+from vembed_async_ckpt._disk import deletion as removal
+from vembed_async_ckpt._disk import filesystem as fs
+from vembed_async_ckpt._disk.lock import RootLock
+from vembed_async_ckpt._disk.stored_tensors import stored_tensors
+from vembed_async_ckpt._format import names
+from vembed_async_ckpt._format.manifest import MAX_CONTAINERS
 
 from .conftest import Tally
 from .inprocess import Hasty, Outcome, Writer, without_exchange

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vembed_async_ckpt._store.fs import LocalFilesystem
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem
 from vembed_async_ckpt.testing import FailingFilesystem
 
 from . import checks

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from vembed_async_ckpt import CorruptCheckpoint, verify
-from vembed_async_ckpt._store import manifest
-from vembed_async_ckpt._writer import commit, direct_io, removal, server
+from vembed_async_ckpt._disk import commit, direct_io
+from vembed_async_ckpt._disk import deletion as removal
+from vembed_async_ckpt._format import manifest
+from vembed_async_ckpt._writer import server
 from vembed_async_ckpt.testing import (
     Change,
     Choose,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 
 from .conftest import Tally
 from .faults import Call, needs_strace

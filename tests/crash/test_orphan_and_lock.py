@@ -14,7 +14,7 @@ import pytest
 
 import vembed_async_ckpt
 from vembed_async_ckpt import latest
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 
 from .dialogue import ask, assert_resumable, delayed, staged
 from .faults import needs_strace, tracer_script

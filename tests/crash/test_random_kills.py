@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vembed_async_ckpt import latest, verify
-from vembed_async_ckpt._store.catalog import scan
+from vembed_async_ckpt._disk.catalog import scan
 
 from .checks import leftovers
 from .conftest import Tally

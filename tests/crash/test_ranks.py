@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from vembed_async_ckpt import latest, verify
-from vembed_async_ckpt._store.catalog import scan
-from vembed_async_ckpt._store.manifest import Manifest, read
+from vembed_async_ckpt._disk.catalog import scan
+from vembed_async_ckpt._disk.manifests import read
+from vembed_async_ckpt._format.manifest import Manifest
 
 from .nursery import Child, Nursery
 

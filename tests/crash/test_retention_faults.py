@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from vembed_async_ckpt import KeepBest, KeepLast, latest, verify
-from vembed_async_ckpt._store import names
-from vembed_async_ckpt._store.catalog import scan
-from vembed_async_ckpt._store.fs import LocalFilesystem, RenameMode
-from vembed_async_ckpt._writer import removal
+from vembed_async_ckpt._disk import deletion as removal
+from vembed_async_ckpt._disk.catalog import scan
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem, RenameMode
+from vembed_async_ckpt._format import names
 from vembed_async_ckpt.integrations.rotation import Rotation
 from vembed_async_ckpt.testing import (
     Change,

@@ -18,15 +18,15 @@ import torch
 import xxhash
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointerBusy, KeepLast, SaveHandle, latest, load, verify
-from vembed_async_ckpt._arena import host_copy
-from vembed_async_ckpt._arena.barrier import GATE
-from vembed_async_ckpt._store import lock
-from vembed_async_ckpt._store import manifest as manifests
-from vembed_async_ckpt._store.catalog import scan
+from vembed_async_ckpt._disk import lock, manifests
+from vembed_async_ckpt._disk.catalog import scan
+from vembed_async_ckpt._format.manifest import Manifest
+from vembed_async_ckpt._memory import host_copy
+from vembed_async_ckpt._memory.barrier import STEP_BARRIER
 
 from .conftest import Tally
 
-GATE.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
+STEP_BARRIER.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
 PATIENCE = 60.0
 SAVES = 250  # for each of four ways
 LOOKS = 3000  # of `latest`
@@ -228,7 +228,7 @@ def test_latest_of_a_name_that_is_given_again_while_it_looks(
     newest = root / "checkpoint-1"
     spares = [shutil.copytree(newest, memory / f"spare-{n}") for n in range(2)]
 
-    def unlucky(directory: str) -> manifests.Manifest:
+    def unlucky(directory: str) -> Manifest:
         if directory != str(newest) or not spares:
             return read(directory)
         newest.rename(memory / f"gone-{len(spares)}")

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from vembed_async_ckpt._store.catalog import scan
+from vembed_async_ckpt._disk.catalog import scan
 
 from .faults import missing
 from .nursery import Nursery

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
 
-from vembed_async_ckpt._arena.arena import Arena
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem
+from vembed_async_ckpt._disk.lock import RootLock
 from vembed_async_ckpt._engine.supervisor import LIVES, Supervisor
-from vembed_async_ckpt._plan.plan import pages
-from vembed_async_ckpt._store.fs import LocalFilesystem
-from vembed_async_ckpt._store.lock import RootLock
-from vembed_async_ckpt._store.retention import KeepLast
-from vembed_async_ckpt._writer.protocol import DATA_START
+from vembed_async_ckpt._format.plan import pages
+from vembed_async_ckpt._memory.arena import Arena
+from vembed_async_ckpt._shared.protocol import DATA_START
 from vembed_async_ckpt.events import Reporter
+from vembed_async_ckpt.retention import KeepLast
 
 if TYPE_CHECKING:
     from .nursery import Talk

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from trainings import Retriever, Training
 
-import vembed_async_ckpt._engine.checkpointer  # noqa: F401
+import vembed_async_ckpt.checkpointer  # noqa: F401
 from vembed_async_ckpt import SaveState
 from vembed_async_ckpt.integrations.accelerate import save_state
 from vembed_async_ckpt.integrations.shared import open_at

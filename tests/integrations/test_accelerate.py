@@ -25,7 +25,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader, TensorDataset
 
 from vembed_async_ckpt import CheckpointError, PlanError, SaveHandle, latest, load, save_checkpoint, verify
-from vembed_async_ckpt._arena.staging import Snapshot
+from vembed_async_ckpt._memory.staging import Snapshot
 from vembed_async_ckpt.integrations.accelerate import save_state
 from vembed_async_ckpt.integrations.shared import close_shared, open_at
 

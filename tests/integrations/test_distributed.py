@@ -19,7 +19,7 @@ import pytest
 
 import vembed_async_ckpt
 from vembed_async_ckpt import latest, verify
-from vembed_async_ckpt._store.manifest import read
+from vembed_async_ckpt._disk.manifests import read
 
 SCRIPT = Path(__file__).parent / "scripts" / "ddp.py"
 PACKAGE = str(Path(vembed_async_ckpt.__file__).parents[1])  # the ranks import what this process imports

@@ -40,8 +40,8 @@ from vembed_async_ckpt import (
     latest,
     load,
 )
-from vembed_async_ckpt._store.fs import LocalFilesystem
-from vembed_async_ckpt._store.lock import wait_for_orphan
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem
+from vembed_async_ckpt._disk.lock import wait_for_orphan
 from vembed_async_ckpt.integrations import lightning as plugin_module
 from vembed_async_ckpt.integrations.lightning import VembedCheckpointIO, load_from_checkpoint, read_checkpoint
 from vembed_async_ckpt.integrations.shared import close_shared, open_at

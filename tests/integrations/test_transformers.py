@@ -50,9 +50,9 @@ from vembed_async_ckpt import (
     SaveHandle,
     verify,
 )
-from vembed_async_ckpt._store import manifest as manifests
-from vembed_async_ckpt._store import names
-from vembed_async_ckpt._store.fs import LocalFilesystem, RenameMode, walk_files
+from vembed_async_ckpt._disk import manifests
+from vembed_async_ckpt._disk.filesystem import LocalFilesystem, RenameMode, walk_files
+from vembed_async_ckpt._format import names
 from vembed_async_ckpt.integrations import trainer_state
 from vembed_async_ckpt.integrations.transformers import AsyncCheckpointMixin, _Run
 from vembed_async_ckpt.policies import every, on_best
@@ -749,11 +749,11 @@ def test_on_save_is_not_missed_at_the_end(root: Path) -> None:
     """Saves that are committed after the last step are announced before on_train_end."""
     recorder = Recorder(root)
 
-    class Late(Async):
+    class DeferredCopy(Async):
         def _ended_everywhere(self, run: Any) -> int:
             return 0
 
-    make(root, cls=Late, max_steps=6, save_total_limit=1, callbacks=[recorder]).train()
+    make(root, cls=DeferredCopy, max_steps=6, save_total_limit=1, callbacks=[recorder]).train()
     assert recorder.events[-4:] == [("save", 2), ("save", 4), ("save", 6), ("end", 6)]
     assert steps(root) == [6], "on_save found all three, then two of them went"
 
@@ -1429,7 +1429,7 @@ def test_a_trainer_with_a_save_checkpoint_of_its_own(root: Path) -> None:
 def test_a_save_checkpoint_that_replaces_ours_is_left_alone(root: Path) -> None:
     """Whoever does all of it himself has his on_save at once."""
 
-    class Alone(Async):
+    class SingleRank(Async):
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             written.append(self.state.global_step)
 
@@ -1439,7 +1439,7 @@ def test_a_save_checkpoint_that_replaces_ours_is_left_alone(root: Path) -> None:
             written.append(-state.global_step)
 
     written: list[int] = []
-    make(root, cls=Alone, callbacks=[Announced()]).train()
+    make(root, cls=SingleRank, callbacks=[Announced()]).train()
     assert written == [2, -2, 4, -4]
 
 

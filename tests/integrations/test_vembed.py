@@ -29,8 +29,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from vembed_async_ckpt import PlanError, load, save_checkpoint, verify
-from vembed_async_ckpt._arena import arena
-from vembed_async_ckpt._arena.arena import ArenaPool
+from vembed_async_ckpt._memory import arena
+from vembed_async_ckpt._memory.arena import ArenaPool
 from vembed_async_ckpt.integrations.shared import open_at
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers.models.bert import modeling_bert  # noqa: F401
 from transformers.optimization import Adafactor
 
-import vembed_async_ckpt._engine.checkpointer  # noqa: F401
+import vembed_async_ckpt.checkpointer  # noqa: F401
 from vembed_async_ckpt import SaveHandle, load, save_checkpoint
 from vembed_async_ckpt.integrations.accelerate import attach, save_state
 

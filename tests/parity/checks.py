@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 
 BOUND = 30
 OURS = {names.MANIFEST, names.TRAINING_STATE, names.TRAINING_TENSORS, names.random_states(0), names.optimizer(0)}

@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 
 from vembed_async_ckpt import CheckpointError, load
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 
 from .architectures import ARCHITECTURES, EXPERT_MODELS, build
 from .checks import BOUND, differing, files, state, stock, ties

@@ -20,7 +20,7 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from vembed_async_ckpt import AsyncCheckpointer
-from vembed_async_ckpt._request.processor import ProcessorFiles
+from vembed_async_ckpt._capture.processor import ProcessorFiles
 
 from .architectures import build
 from .checks import BOUND, files, stock

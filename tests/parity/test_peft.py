@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from vembed_async_ckpt import CheckpointError, load
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 
 from .architectures import build
 from .checks import BOUND, differing, files, state, stock

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from vembed_async_ckpt import AsyncCheckpointer, load, save_checkpoint
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 from vembed_async_ckpt.integrations.vembed import close_shared
 
 from .architectures import build
@@ -181,8 +181,9 @@ def test_save_checkpoint_under_regional_compilation(root: Path):
 
 def test_a_directory_with_the_wrappers_names(root: Path, monkeypatch: pytest.MonkeyPatch):
     """As releases before wrote it: their files and manifests name the wrappers, and still load into anything."""
-    from vembed_async_ckpt._request import model as models
-    from vembed_async_ckpt._request import places, wrappers
+    from vembed_async_ckpt._capture import model as models
+    from vembed_async_ckpt._capture import tensor_map as places
+    from vembed_async_ckpt._capture import wrappers
 
     module = net(1, "compile")
     expected = [tensor.clone() for tensor in (*module.parameters(), *module.buffers())]

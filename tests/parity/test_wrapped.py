@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from vembed_async_ckpt import AsyncCheckpointer, load, save_checkpoint
-from vembed_async_ckpt._store import names
+from vembed_async_ckpt._format import names
 from vembed_async_ckpt.integrations.vembed import close_shared
 
 from .architectures import build

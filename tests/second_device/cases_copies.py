@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, StageError, load
-from vembed_async_ckpt._arena import devices
-from vembed_async_ckpt._arena.barrier import GATE
-from vembed_async_ckpt._arena.devices import DeviceCopies
+from vembed_async_ckpt._memory import devices
+from vembed_async_ckpt._memory.barrier import STEP_BARRIER
+from vembed_async_ckpt._memory.devices import DeviceCopies
 
 from .device import Control
 
@@ -83,7 +83,7 @@ def test_saves_beside_a_training(root: Path, device: Control, staging: Any, opti
                 assert found.extra["ema"].tolist() == list(range(9))
                 on = {key: value.device for key, value in next(iter(restored_optimizer.state.values())).items()}
                 assert on == {k: v.device for k, v in next(iter(optimizer.state.values())).items()}
-    assert GATE.pending == ()
+    assert STEP_BARRIER.pending == ()
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, load
-from vembed_async_ckpt._arena import devices
+from vembed_async_ckpt._memory import devices
 
 from .cases_copies import trained
 from .device import Control

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, load
-from vembed_async_ckpt._arena import devices
-from vembed_async_ckpt._arena.devices import DeviceCopies
+from vembed_async_ckpt._memory import devices
+from vembed_async_ckpt._memory.devices import DeviceCopies
 
 from .cases_copies import differing, state_of, trained
 from .device import Control

@@ -1,1 +1,5 @@
-"""The engine: options, handles, the supervisor of the writer, one save's way, and the checkpointer that wires them."""
+"""The life of a save, from the call to its end.
+
+`leader` runs a save on the rank that writes, `follower` on the others, `ranks` and `rank_exchange` connect them. `saving` has the
+steps of one save, `supervisor` starts and watches the writer.
+"""

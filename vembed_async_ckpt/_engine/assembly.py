@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .._plan import torch_zip
-from .._plan.plan import PlannedFile, SavePlan, pages
-from .._request.request import Request
-from .._request.training_state import rough_size
-from .._store import names
-from .._writer.protocol import FileSlot
+from .._capture.request import Request
+from .._capture.training_state import rough_size
+from .._format import names, torch_zip
+from .._format.plan import PlannedFile, SavePlan, pages
+from .._shared.protocol import FileSlot
 from ..errors import StageError
 
 

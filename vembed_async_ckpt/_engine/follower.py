@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .._request.request import Objects
-from .._request.training_state import capture_rank
+from .._capture.request import Objects
+from .._capture.training_state import capture_rank
 from ..errors import CheckpointError, StageError
 from ..events import Event, Phase, Reporter
+from ..handle import CheckpointInfo, SaveHandle, SaveState
 from .following import Following
-from .handle import CheckpointInfo, SaveHandle, SaveState
 from .ledger import Ledger
 from .messages import Files
 from .options import Options

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from ..errors import CheckpointError, StageError
 from ..events import logger
+from ..handle import CheckpointInfo, SaveState
 from . import messages, patience
-from .handle import CheckpointInfo, SaveState
 from .messages import ENDS, Entry, Files
 from .ranks import Ranks
 

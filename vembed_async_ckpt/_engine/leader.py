@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from .. import _signals
-from .._arena import devices, numa, pinning
-from .._arena.arena import Arena, ArenaPool
-from .._arena.barrier import GATE, Division, Earned, all_now
-from .._arena.staging import StagingThread, TornSnapshot
-from .._plan.plan import Content, SavePlan, plan
-from .._request.optimizer import unwrap as unwrap_optimizer
-from .._request.request import Objects, Request, RequestReader, named
-from .._store.lock import RootLock
+from .._capture.optimizer import unwrap as unwrap_optimizer
+from .._capture.request import Objects, Request, RequestReader, named
+from .._disk.lock import RootLock
+from .._format.plan import Content, SavePlan, plan
+from .._memory import devices, numa, pinning
+from .._memory.arena import Arena, ArenaPool
+from .._memory.barrier import STEP_BARRIER, CopyPlan, OverlapPolicy, all_now
+from .._memory.staging import StagingThread, TornSnapshot
 from ..errors import CheckpointerBusy, CheckpointError, StageError, WriteError, warn
 from ..events import Event, Reporter, logger
+from ..handle import SaveHandle, SaveState
 from .assembly import required_bytes
-from .handle import SaveHandle, SaveState
 from .ledger import Ledger
-from .meeting import Alone, Meeting, Meetings
 from .messages import RaisedElsewhere
 from .options import MIN_HOST_BYTES, Options
+from .rank_exchange import RankExchange, RankExchanges, SingleRank
 from .ranks import Ranks
 from .saving import Context, Save
 from .supervisor import Supervisor
@@ -45,7 +45,7 @@ class Leader:
         """`allowed` raises if nothing may begin any more."""
         self._options = options
         self._ranks = ranks
-        self._meetings = None if ranks is None else Meetings(ranks, options.root)
+        self._exchanges = None if ranks is None else RankExchanges(ranks, options.root)
         self._ledger = ledger
         self._reporter = reporter
         self._allowed = allowed
@@ -57,7 +57,7 @@ class Leader:
             ) from error
         world_size = 1 if ranks is None else ranks.world_size
         self._reader = RequestReader(options.max_shard_size, options.save_original_format, world_size)
-        self._earned = Earned()
+        self._overlap_policy = OverlapPolicy()
         self._staging_thread = StagingThread()
         self._pool = ArenaPool(options.max_in_flight, options.max_host_bytes, self._arena_added, self._arena_dropped)
         self._supervisor = Supervisor(options.root, self._lock, options.writer, self._pool.arenas, reporter)
@@ -91,37 +91,39 @@ class Leader:
         self._overlapped = self._overlap  # the newest save did, or the first is expected to
         self._warned_of_waves = False
         self.closed = False
-        GATE.install()
+        STEP_BARRIER.install()
 
     def save(self, directory: str, step: int | None, objects: Objects, begun: float) -> SaveHandle:
         """`begun`: time.perf_counter() of the call."""
         with self._alone():
-            meeting = self._meeting(directory, step, objects)
+            exchange = self._exchange(directory, step, objects)
             try:
                 self._ledger.raise_unread()
-                return self._save(directory, step, objects, begun, meeting)
+                return self._save(directory, step, objects, begun, exchange)
             except BaseException as error:
                 failure = RaisedElsewhere(f"rank 0 did not save {directory}: {type(error).__name__}: {error}")
-                meeting.say(SaveState.FAILED, error=failure)
+                exchange.say(SaveState.FAILED, error=failure)
                 raise
 
-    def _meeting(self, directory: str, step: int | None, objects: Objects) -> Meeting:
-        return Alone() if self._meetings is None else self._meetings.meet(directory, step, objects.of_every_rank)
+    def _exchange(self, directory: str, step: int | None, objects: Objects) -> RankExchange:
+        return SingleRank() if self._exchanges is None else self._exchanges.meet(directory, step, objects.of_every_rank)
 
-    def _save(self, directory: str, step: int | None, objects: Objects, begun: float, meeting: Meeting) -> SaveHandle:
+    def _save(
+        self, directory: str, step: int | None, objects: Objects, begun: float, exchange: RankExchange
+    ) -> SaveHandle:
         request = self._reader.read(directory, step, objects)
         save_plan = self._plan_for(request)
-        save = Save(next(self._serials), request, save_plan, begun, self._context, meeting)
+        save = Save(next(self._serials), request, save_plan, begun, self._context, exchange)
         self._ledger.begun(save.handle, self._allowed)
         try:
-            self._start(save, request, save_plan, meeting.room)
+            self._start(save, request, save_plan, exchange.room)
         except _NoArena as error:
             self._ledger.skipped(save.handle)
             busy = CheckpointerBusy(str(error))
             if self._options.when_busy == "error":
                 raise busy from None
             save.handle._skip(busy)
-            meeting.say(SaveState.SKIPPED, error=busy)
+            exchange.say(SaveState.SKIPPED, error=busy)
             self._reporter.emit(Event("backpressure", "failed", request.save_id, step, detail=str(busy)))
         except (StageError, WriteError) as error:
             if self._options.on_error == "raise" or _signals.from_handler(error):
@@ -129,7 +131,7 @@ class Leader:
                 raise
             self._save_ended(save.handle, error)
             save.handle._move(SaveState.FAILED, error=error)
-            meeting.say(SaveState.FAILED, error=error)
+            exchange.say(SaveState.FAILED, error=error)
             took = time.perf_counter() - begun
             self._reporter.emit(Event("save", "failed", request.save_id, step, seconds=took, detail=str(error)))
         except BaseException:
@@ -172,9 +174,9 @@ class Leader:
             self._warn_of_waves(arena.size, needed)
             save.pass_in_waves()
             return
-        division = self._divide(request)
-        save.stage(division, blocking=not self._overlap)
-        self._overlapped = bool(division.late)
+        copy_plan = self._divide(request)
+        save.stage(copy_plan, blocking=not self._overlap)
+        self._overlapped = bool(copy_plan.late)
         self._staging_thread.submit(save.finish)
 
     @contextlib.contextmanager
@@ -219,12 +221,16 @@ class Leader:
             self._allowed()
         self.check()
 
-    def _divide(self, request: Request) -> Division:
-        if not self._overlap or GATE.stepping:  # a signal handler saves in the middle of a step, which then goes on
+    def _divide(self, request: Request) -> CopyPlan:
+        if (
+            not self._overlap or STEP_BARRIER.stepping
+        ):  # a signal handler saves in the middle of a step, which then goes on
             return all_now(len(request.tensors))
         key = tuple(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
         stepped = [state for state in request.optimizers if state.optimizer is not None]
-        return self._earned.divide(key, request.tensors, request.labels, request.owners, request.volatile, stepped)
+        return self._overlap_policy.divide(
+            key, request.tensors, request.labels, request.owners, request.volatile, stepped
+        )
 
     def _plan_for(self, request: Request) -> SavePlan:
         known = self._planned
@@ -244,8 +250,8 @@ class Leader:
         if arena is None:
             if self._options.when_busy != "wait":
                 raise _NoArena(f"all {self._options.max_in_flight} arenas hold saves that are still being written")
-            if self._meetings is not None:
-                self._meetings.hurry()
+            if self._exchanges is not None:
+                self._exchanges.stop_holding()
             with self._reporter.stage("backpressure", request.save_id, request.step, needed), self._interruptible():
                 arena = self._pool.wait(needed, self._refuse_if_ended)
         if arena.size < min(needed, MIN_HOST_BYTES):
@@ -271,7 +277,7 @@ class Leader:
             o for o in map(unwrap_optimizer, named("optimizer", optimizer).values()) if not getattr(o, "state", True)
         ]
         if waiting:
-            GATE.add(_AfterFirstStep(self, model, optimizer, waiting))
+            STEP_BARRIER.add(_AfterFirstStep(self, model, optimizer, waiting))
 
     def reserve(self, model: Any, optimizer: Any) -> None:
         with self._reporter.stage("prewarm"):
@@ -354,7 +360,7 @@ class _AfterFirstStep:
         over = leader is None or leader.closed
         if not over and any(inner is not None and not inner.state for inner in (ref() for ref in self._waiting)):
             return
-        GATE.remove(self)
+        STEP_BARRIER.remove(self)
         alive = [(name, ref()) for name, ref in self._objects]
         if leader is None or over or any(value is None for _, value in alive):
             return

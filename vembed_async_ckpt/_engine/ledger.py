@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import _signals
 from ..errors import CheckpointError
-from .handle import SaveHandle
+from ..handle import SaveHandle
 from .messages import RaisedElsewhere
 from .options import OnError
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import errors
+from .._frozen import FrozenDict
 from ..errors import CheckpointError, StageError
-from .frozen import FrozenDict
-from .handle import CheckpointInfo, SaveState, Timings
+from ..handle import CheckpointInfo, SaveState, Timings
 
 Files = list[tuple[str, bytes]]
 

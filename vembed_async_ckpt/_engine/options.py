@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .._request.arguments import size_in_bytes
-from .._store.fs import INSTEAD
-from .._store.retention import Policy
+from .._capture.arguments import size_in_bytes
+from .._disk.filesystem import FILESYSTEM_OVERRIDE
 from ..events import Sink
 from ..policies import SavePolicy
+from ..retention import Policy
 
 WhenBusy = Literal["wait", "skip", "error"]
 OnError = Literal["raise", "warn"]
@@ -50,7 +50,7 @@ class Options:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, get_args(allowed)))}"
                 )
-        if self.writer == "process" and INSTEAD.get() is not None:
+        if self.writer == "process" and FILESYSTEM_OVERRIDE.get() is not None:
             raise ValueError("writer is 'process', which use_filesystem() does not reach; use writer='thread'")
         if self.retention is not None and not isinstance(self.retention, Policy):
             raise TypeError(

@@ -16,7 +16,7 @@ import xxhash
 _BOOTSTRAP = (
     "import sys; sys.path += sys.argv[5:]; from vembed_async_ckpt._writer.__main__ import main; main(sys.argv[1:5])"
 )
-INSTEAD = "use writer='thread', which needs no process of its own"
+REMEDY = "use writer='thread', which needs no process of its own"
 
 
 def start(root: str, sock: int, lock: int, log: int) -> subprocess.Popen[bytes]:
@@ -25,7 +25,7 @@ def start(root: str, sock: int, lock: int, log: int) -> subprocess.Popen[bytes]:
         return _popen(root, sock, lock, log)
     except OSError as error:
         what = sys.executable or "python, whose path is unknown,"
-        raise OSError(error.errno, f"{what} cannot be started ({error.strerror}); {INSTEAD}") from error
+        raise OSError(error.errno, f"{what} cannot be started ({error.strerror}); {REMEDY}") from error
 
 
 def _popen(root: str, sock: int, lock: int, log: int) -> subprocess.Popen[bytes]:

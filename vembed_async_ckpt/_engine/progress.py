@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from .handle import SaveHandle
+from ..handle import SaveHandle
 
 _LOOK = 0.1  # seconds between looks at a save under way
 _LINE = threading.Lock()  # held by the one that has the last line

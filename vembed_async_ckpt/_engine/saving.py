@@ -13,23 +13,23 @@ from typing import Any
 
 import torch
 
-from .._arena.arena import Arena
-from .._arena.barrier import GATE, Division, pick
-from .._arena.devices import DeviceCopies, any_on_device, is_on_device
-from .._arena.host_copy import SmallPlaces, copy_blocking
-from .._arena.staging import Destinations, Late, Snapshot
-from .._plan.plan import SavePlan, pages
-from .._plan.safetensors import Layout
-from .._request.request import Request
-from .._request.training_state import TrainingState
-from .._writer.protocol import PROGRESS
+from .._capture.request import Request
+from .._capture.training_state import TrainingState
+from .._format.plan import SavePlan, pages
+from .._format.safetensors import Layout
+from .._frozen import FrozenDict
+from .._memory.arena import Arena
+from .._memory.barrier import STEP_BARRIER, CopyPlan, pick
+from .._memory.devices import DeviceCopies, any_on_device, is_on_device
+from .._memory.host_copy import SmallPlaces, copy_blocking
+from .._memory.staging import DeferredCopy, Destinations, Snapshot
+from .._shared.protocol import PROGRESS
 from ..errors import CheckpointError, CommitError, StageError, WriteError
 from ..events import Event, Phase, Reporter, Stage
+from ..handle import CheckpointInfo, SaveHandle, SaveState, Timings
 from . import patience
 from .assembly import Assembly, FixedJson, assemble
-from .frozen import FrozenDict
-from .handle import CheckpointInfo, SaveHandle, SaveState, Timings
-from .meeting import Gathered, Meeting, Parts, merge
+from .rank_exchange import Gathered, Parts, RankExchange, merge
 from .supervisor import LIVES, Supervisor
 from .waves import Waves, part_size
 
@@ -50,7 +50,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tensors of a `Division` go."""
+    """Where the tensors of a `CopyPlan` go."""
 
     small: SmallPlaces
     now: list[torch.Tensor]
@@ -66,13 +66,13 @@ class Image:
     destinations: Destinations
     fixed: FixedJson
     training: tuple[Layout, Destinations] | None = None
-    divided: tuple[Division, Places] | None = None
+    divided: tuple[CopyPlan, Places] | None = None
 
-    def places(self, division: Division) -> Places:
-        if self.divided is None or self.divided[0] is not division:
+    def places(self, copy_plan: CopyPlan) -> Places:
+        if self.divided is None or self.divided[0] is not copy_plan:
             tensors = self.destinations.tensors
-            small = SmallPlaces(pick(tensors, division.small))
-            self.divided = division, Places(small, pick(tensors, division.now), pick(tensors, division.late))
+            small = SmallPlaces(pick(tensors, copy_plan.small))
+            self.divided = copy_plan, Places(small, pick(tensors, copy_plan.now), pick(tensors, copy_plan.late))
         return self.divided[1]
 
     def training_places(self, arena: Arena, state: TrainingState) -> list[torch.Tensor]:
@@ -103,14 +103,14 @@ class Save:
     arena: Arena
 
     def __init__(
-        self, serial: int, request: Request, plan: SavePlan, begun: float, context: Context, meeting: Meeting
+        self, serial: int, request: Request, plan: SavePlan, begun: float, context: Context, exchange: RankExchange
     ) -> None:
         """`begun`: time.perf_counter() of the call."""
         self.serial = serial
         self._request = request
         self._plan = plan
         self._context = context
-        self._meeting = meeting
+        self._exchange = exchange
         self._begun = begun
         self._stall = 0.0
         self._staging = 0.0
@@ -128,7 +128,7 @@ class Save:
 
     # -- training thread
 
-    def stage(self, division: Division, *, blocking: bool) -> None:
+    def stage(self, copy_plan: CopyPlan, *, blocking: bool) -> None:
         """Copy into the arena everything but the tensors that are late; `finish` copies those. Raises what a copy raises.
 
         Copies from devices are under way when this returns, and the caller's streams come after them; with `blocking`
@@ -137,27 +137,27 @@ class Save:
         request = self._request
         image = prepare(self.arena, self._plan, request)
         begun = time.perf_counter()
-        places, tensors, state = image.places(division), request.tensors, request.state
+        places, tensors, state = image.places(copy_plan), request.tensors, request.state
         training = image.training_places(self.arena, state)
         state.find_numbers(dict(zip(state.tensors, training, strict=True)))
         to = [*training, *places.now]
-        sources = [*state.tensors.values(), *pick(tensors, division.now)]
-        late = pick(tensors, division.late)
+        sources = [*state.tensors.values(), *pick(tensors, copy_plan.now)]
+        late = pick(tensors, copy_plan.late)
         self._device = DeviceCopies.of([*sources, *late])
         if self._device is not None:
             self.arena.pin()
             to, sources = self._issue(self._device, to, sources)
-        places.small.fill(pick(tensors, division.small))
+        places.small.fill(pick(tensors, copy_plan.small))
         copy_blocking(to, sources)
         if late:
-            later = Late(division, places.late, late)
+            later = DeferredCopy(copy_plan, places.late, late)
             self._snapshot = Snapshot(later, self._device)
-            self.handle._hurry = self._snapshot.hurry
-            GATE.add(self._snapshot)
+            self.handle._copy_with_more_threads = self._snapshot.copy_with_more_threads
+            STEP_BARRIER.add(self._snapshot)
         elif self._device is not None and blocking:
             self._device.wait()
         self._staging = time.perf_counter() - begun
-        request.let_go()
+        request.release_tensors()
 
     def _issue(
         self, device: DeviceCopies, to: list[torch.Tensor], sources: list[torch.Tensor]
@@ -214,11 +214,11 @@ class Save:
             self.handle._mark_read()  # the call itself raises; nobody gets the handle
             raise
         self._staging = time.perf_counter() - begun
-        self._request.let_go()
+        self._request.release_tensors()
 
     def _place_first(self, arena: Arena) -> Waves:
         outcome: queue.SimpleQueue[Gathered] = queue.SimpleQueue()
-        self._meeting.gather(outcome.put)
+        self._exchange.gather(outcome.put)
         try:
             gathered = outcome.get(timeout=2 * patience.HOLD + patience.SILENCE)
         except queue.Empty:
@@ -258,7 +258,7 @@ class Save:
                 self._device.wait()
                 self._staging += time.perf_counter() - begun
                 self._held = self._device.held()
-            self._meeting.gather(self._submit)
+            self._exchange.gather(self._submit)
         except BaseException as error:
             self._staging_failed(error)
 
@@ -320,7 +320,7 @@ class Save:
             self._waves.go_on()
         else:
             self.handle._move(SaveState.STAGED)
-            self._meeting.say(SaveState.STAGED)
+            self._exchange.say(SaveState.STAGED)
 
     def writing(self) -> None:
         if self._waves is None:
@@ -378,7 +378,7 @@ class Save:
         # The arena is free before the handle ends: whoever waited for it may save again at once.
         self._give_arena_back()
         self.handle._move(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
-        self._meeting.say(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
+        self._exchange.say(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
         self._context.ended(self.handle, error)
         if self._waves is not None:
             self._waves.go_on()

@@ -18,9 +18,9 @@ from typing import Any
 from .. import _signals
 from ..errors import CheckpointerClosed, warn
 from ..events import Reporter, logger
+from ..handle import SaveHandle
 from ..policies import SavePolicy
 from .follower import Follower
-from .handle import SaveHandle
 from .leader import Leader
 from .ledger import Ledger
 from .options import Options

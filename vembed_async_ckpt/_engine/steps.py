@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from itertools import pairwise
 
-from .._arena.barrier import GATE
+from .._memory.barrier import STEP_BARRIER
 from ..events import Event, Reporter
 
 REPORT_EVERY = 1.0  # seconds of training that one event tells of
@@ -23,8 +23,8 @@ class StepClock:
         self._due = 0.0
         self._step: int | None = None
         self._asked = False
-        GATE.install()
-        GATE.add(self)
+        STEP_BARRIER.install()
+        STEP_BARRIER.add(self)
 
     def barrier(self) -> None:
         """Called before each step of an optimizer."""
@@ -34,14 +34,14 @@ class StepClock:
         """The loop is at the end of `step`; `now` is time.perf_counter()."""
         if not self._asked:
             self._asked = True
-            GATE.remove(self)
+            STEP_BARRIER.remove(self)
             self._ends.clear()
         self._step = step
         self._note(now)
 
     def close(self) -> None:
         """Report what is left."""
-        GATE.remove(self)
+        STEP_BARRIER.remove(self)
         self._report()
 
     def _note(self, now: float) -> None:

@@ -21,16 +21,16 @@ from typing import Any, Protocol
 import anyio
 
 from .. import _signals
-from .._arena.arena import Arena
-from .._store.fs import INSTEAD, Filesystem, LocalFilesystem
-from .._store.lock import RootLock
+from .._bell import Bell
+from .._disk.filesystem import FILESYSTEM_OVERRIDE, Filesystem, LocalFilesystem
+from .._disk.lock import RootLock
+from .._memory.arena import Arena
+from .._shared.memory import populate
+from .._shared.protocol import Command, Kind, ReplyReader, send_command
 from .._writer import server
-from .._writer.memory import populate
-from .._writer.protocol import Command, Kind, ReplyReader, send_command
 from ..errors import CheckpointError, CommitError, WriteError
 from ..events import Event, Reporter, logger
 from . import process as processes
-from .bell import Bell
 from .options import WriterKind
 from .process import calling
 
@@ -108,7 +108,7 @@ class Supervisor:
         self._kind = kind
         self._arenas = arenas
         self._reporter = reporter
-        self._filesystem = filesystem or INSTEAD.get() or LocalFilesystem()
+        self._filesystem = filesystem or FILESYSTEM_OVERRIDE.get() or LocalFilesystem()
         self._inbox: deque[Callable[[], None]] = deque()
         self._bell = Bell()
         self._posting = threading.Lock()
@@ -283,7 +283,7 @@ class Supervisor:
         self._ends += 1
         killed = writer.process is not None and (writer.process.returncode or 0) < 0
         if not killed or self._ends >= LIVES:  # one that somebody killed says nothing about the next
-            self._refuse(f"{epitaph}; {processes.INSTEAD}" if writer.process else epitaph)
+            self._refuse(f"{epitaph}; {processes.REMEDY}" if writer.process else epitaph)
         self._report("failed", epitaph)
         self._bury(WriteError(f"{epitaph}. The previous checkpoints are untouched"), again=True)
         return False

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from .. import _signals
-from .._arena.arena import Arena
-from .._arena.devices import DeviceCopies, is_on_device
-from .._plan.plan import START, SavePlan
-from .._request.request import Request
-from .._writer.protocol import wave_base
+from .._capture.request import Request
+from .._format.plan import START, SavePlan
+from .._memory.arena import Arena
+from .._memory.devices import DeviceCopies, is_on_device
+from .._shared.protocol import wave_base
 from ..errors import StageError
 from .assembly import Assembly
 

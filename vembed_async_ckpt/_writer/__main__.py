@@ -11,8 +11,8 @@ import signal
 import socket
 import sys
 
-from .._store.fs import LocalFilesystem
-from .._store.lock import RootLock
+from .._disk.filesystem import LocalFilesystem
+from .._disk.lock import RootLock
 from .server import serve
 from .trainer import Trainer
 

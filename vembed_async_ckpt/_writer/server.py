@@ -18,19 +18,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from .._plan.plan import pages
-from .._store import names
-from .._store.catalog import Committed, interrupted
-from .._store.fs import Filesystem, parent_of
-from .._store.lock import RootLock, Taken
-from .._store.manifest import FileRecord, Manifest
-from .._store.retention import Policy, from_spec, unknown_metrics
+from .._disk import commit as commits
+from .._disk import deletion as removal
+from .._disk import link_update as latest_link
+from .._disk.catalog import Committed, interrupted
+from .._disk.direct_io import CHUNK, STEP, FileWriter, IOThreads, sync_all, write_range
+from .._disk.filesystem import Filesystem, parent_of
+from .._disk.lock import RootLock, Taken
+from .._format import names
+from .._format.manifest import FileRecord, Manifest
+from .._format.plan import pages
+from .._shared.memory import map_arena, populate
+from .._shared.protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply, wave_base
 from ..errors import CheckpointError, CommitError, WriteError
-from . import commit as commits
-from . import latest_link, removal
-from .direct_io import CHUNK, STEP, FileWriter, IOThreads, sync_all, write_range
-from .memory import map_arena, populate
-from .protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply, wave_base
+from ..retention import Policy, from_spec, unknown_metrics
 from .trainer import Trainer
 
 TRIES = 3  # a failed write is repeated from the arena into new files

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from .._arena.arena import available_memory
+from .._memory.arena import available_memory
 from .options import MIB, Options, Refused
 
 # How often a visit holds the state in memory: itself, what an engine stages (DCP's process two), the raw ceiling's source.

@@ -9,12 +9,13 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from .._store import catalog, names, places
-from .._store.fs import LocalFilesystem
-from .._store.lock import RootLock
-from .._store.manifest import Manifest
-from .._store.retention import AnyOf, KeepBest, KeepEvery, KeepLast, Mode, Policy, Unrated, unknown_metrics
-from .._writer import removal
+from .._disk import catalog, places
+from .._disk import deletion as removal
+from .._disk.filesystem import LocalFilesystem
+from .._disk.lock import RootLock
+from .._format import names
+from .._format.manifest import Manifest
+from ..retention import AnyOf, KeepBest, KeepEvery, KeepLast, Mode, Policy, Unrated, unknown_metrics
 from .reading import AsJson
 
 Root = Annotated[Path, typer.Argument(help="Directory that holds the checkpoints.")]

@@ -11,14 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .._plan import safetensors
-from .._plan.safetensors import TensorSpec
-from .._store import latest_link, names
-from .._store import manifest as manifests
-from .._store.fs import open_regular, read_regular
-from .._store.manifest import Manifest
-from .._store.reader import held, manifest_of
-from .._store.tensors import StoredTensor, stored_tensors
+from .._disk import latest_link, manifests
+from .._disk.filesystem import open_regular, read_regular
+from .._disk.reader import held, manifest_of
+from .._disk.stored_tensors import StoredTensor, stored_tensors
+from .._format import names, safetensors
+from .._format.manifest import Manifest
+from .._format.safetensors import TensorSpec
 from ..errors import CheckpointError, CorruptCheckpoint
 from .inspecting import Checkpoint
 
@@ -117,7 +116,7 @@ def _convert(source: str, copy: str, tensors: list[StoredTensor], dtype: str) ->
     """Write a weights file anew, one tensor at a time. Tensors that are no ordinary floating-point numbers stay as they are."""
     import torch
 
-    from .._request.dtypes import TO_TORCH
+    from .._capture.dtypes import TO_TORCH
 
     name, _ = _DTYPES[dtype]
     by_name = {tensor.name: tensor for tensor in tensors}

@@ -17,11 +17,12 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from .._store import latest_link, names
-from .._store import manifest as manifests
-from .._store.fs import open_regular, read_regular
-from .._store.reader import reading
-from .._store.tensors import StoredTensor, digests, stored_tensors
+from .._disk import latest_link, manifests
+from .._disk.filesystem import open_regular, read_regular
+from .._disk.reader import reading
+from .._disk.stored_tensors import StoredTensor, digests, stored_tensors
+from .._format import names
+from .._format.manifest import Manifest
 from ..errors import CorruptCheckpoint
 from .reading import AsJson, print_json, shown
 
@@ -60,14 +61,14 @@ def inspect(
         _list_tensors(found)
 
 
-def _contents(directory: str, manifest: manifests.Manifest) -> tuple[manifests.Manifest, list[StoredTensor], Any]:
+def _contents(directory: str, manifest: Manifest) -> tuple[Manifest, list[StoredTensor], Any]:
     """Manifest, tensors and config of a checkpoint whose files have the right sizes."""
     manifests.check(directory, manifest, "size")
     config = _config(directory) if names.CONFIG in manifest.files else None
     return manifest, list(stored_tensors(directory, manifest)), config
 
 
-def _summary(directory: str, manifest: manifests.Manifest, found: list[StoredTensor], config: Any) -> dict[str, Any]:
+def _summary(directory: str, manifest: Manifest, found: list[StoredTensor], config: Any) -> dict[str, Any]:
     return {
         "path": directory,
         "step": manifest.step,
@@ -91,7 +92,7 @@ def _config(directory: str) -> Any:
         raise CorruptCheckpoint(f"{path}: cannot be read: {error}") from error
 
 
-def _files_table(manifest: manifests.Manifest, found: list[StoredTensor]) -> Table:
+def _files_table(manifest: Manifest, found: list[StoredTensor]) -> Table:
     counts = Counter(tensor.file for tensor in found)
     dtypes: dict[str, set[str]] = {}
     for tensor in found:
@@ -140,7 +141,7 @@ def diff(
     raise typer.Exit(1 if any(result[what] for what in ("changed", "only_in_a", "only_in_b")) else 0)
 
 
-def _compared(sides: list[tuple[str, manifests.Manifest]], norms: bool) -> dict[str, Any]:
+def _compared(sides: list[tuple[str, Manifest]], norms: bool) -> dict[str, Any]:
     """Which tensors differ, by name."""
     for side in sides:
         manifests.check(*side, "size")
@@ -158,9 +159,7 @@ def _compared(sides: list[tuple[str, manifests.Manifest]], norms: bool) -> dict[
     return result
 
 
-def _norms(
-    sides: list[tuple[str, manifests.Manifest]], changed: list[tuple[str, str]]
-) -> dict[str, dict[str, float | None]]:
+def _norms(sides: list[tuple[str, Manifest]], changed: list[tuple[str, str]]) -> dict[str, dict[str, float | None]]:
     """2-norms of each changed tensor in A, in B and of their difference: None where shapes or strides differ, and for a
     dtype in which torch does not compute."""
     found = [{(t.file, t.name): t for t in stored_tensors(*side)} for side in sides]
@@ -189,7 +188,7 @@ def _dtype(name: str) -> Any:
     """The torch.dtype of that name; None if torch does not compute in it."""
     import torch
 
-    from .._request.dtypes import TO_TORCH
+    from .._capture.dtypes import TO_TORCH
 
     if name in _BY_NAME:
         return getattr(torch, name)

@@ -19,9 +19,10 @@ from rich.progress import DownloadColumn, Progress
 from rich.table import Table
 
 from .. import listing
-from .._store import catalog, latest_link, names, places
-from .._store import manifest as manifests
-from .._store.reader import reading
+from .._disk import catalog, latest_link, manifests, places
+from .._disk.reader import reading
+from .._format import names
+from .._format.manifest import Manifest
 from ..errors import CheckpointError, CorruptCheckpoint
 
 Root = Annotated[Path, typer.Argument(help="Directory that holds the checkpoints.")]
@@ -169,7 +170,7 @@ def _verdict(result: dict[str, Any]) -> str:
 def _verified(path: str, bar: Progress, *, listed: bool) -> dict[str, Any]:
     """Of one that was `listed` a moment ago and is not there any more, `ok` is None."""
 
-    def look(found: manifests.Manifest) -> dict[str, Any]:
+    def look(found: Manifest) -> dict[str, Any]:
         size = sum(record.size for record in found.files.values())
         task = bar.add_task(escape(os.path.basename(path)), total=size)
         manifests.check(path, found, "full", lambda count: bar.advance(task, count))

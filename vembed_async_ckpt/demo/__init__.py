@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .errors import Refused
+
 if TYPE_CHECKING:
     from .report import DemoReport
     from .session import run
@@ -16,11 +18,6 @@ DEFAULT_STEPS = 160
 DEFAULT_SAVE_EVERY = 20
 DEFAULT_SIZE = "small"
 SIZE_NAMES = ("tiny", "small", "base")
-
-
-class Refused(ValueError):
-    """The run was not begun, and nothing touched: options that make no sense, or somebody's checkpoints in the way."""
-
 
 __all__ = ["DEFAULT_SAVE_EVERY", "DEFAULT_SIZE", "DEFAULT_STEPS", "SIZE_NAMES", "DemoReport", "Refused", "run"]
 

@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from vembed_async_ckpt import AsyncCheckpointer, KeepLast, SaveHandle, SaveState, latest, load
 
-from . import Refused
 from .corpus import Batches, digest, standard_library_pairs, train_tokenizer
 from .display import Display, Progress, display
+from .errors import Refused
 from .report import DemoReport, StepTime, measure_synchronous_saves, print_report
 from .training import SEED, SIZES, Trainer
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _signals
-from .._engine.checkpointer import AsyncCheckpointer
-from .._engine.handle import SaveHandle
-from .._request.dialect import Accelerate
-from .._request.request import Objects
-from .._request.training_state import torch_save
-from .._store import names
-from .._store.retention import KeepLast
+from .._capture.dialect import Accelerate
+from .._capture.request import Objects
+from .._capture.training_state import torch_save
+from .._format import names
+from ..checkpointer import AsyncCheckpointer
 from ..errors import PlanError
+from ..handle import SaveHandle
+from ..retention import KeepLast
 from .accelerate_hooks import SaveHooks, load_models, look_after
 from .shared import shared
 

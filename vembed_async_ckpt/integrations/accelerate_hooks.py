@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from .. import restore
-from .._request.mapping import StateDict
-from .._request.places import has_no_storage
-from .._request.processor import read_files
-from .._request.sharding import refuse_shares
-from .._request.training_state import torch_save
-from .._store import manifest as manifests
-from .._store import names
+from .. import loading as restore
+from .._capture.processor import read_files
+from .._capture.sharding import refuse_shares
+from .._capture.state_dict import StateDict
+from .._capture.tensor_map import has_no_storage
+from .._capture.training_state import torch_save
+from .._disk import manifests
+from .._format import names
+from .._restore.accelerated import by_name, matched
 from ..errors import CheckpointError, PlanError
 from ..events import logger
-from ..restore.accelerated import by_name, matched
 from .shared import close_shared, wait_for, wait_for_all
 
 _LOADING: ContextVar[tuple[Any, bool] | None] = ContextVar("loading", default=None)  # the accelerator, and `strict`

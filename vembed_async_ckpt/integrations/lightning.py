@@ -25,20 +25,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from .. import _signals, restore
-from .._engine.checkpointer import AsyncCheckpointer
-from .._engine.handle import SaveHandle, SaveState
+from .. import _signals
+from .. import loading as restore
+from .._capture.dialect import Own
+from .._capture.request import Objects
+from .._disk import deletion as removal
+from .._disk import manifests
+from .._disk.filesystem import LocalFilesystem
+from .._disk.lock import wait_for_orphan
 from .._engine.options import OnError, Options, WhenBusy, WriterKind
 from .._engine.session import EXIT_DEADLINE
-from .._request.dialect import Own
-from .._request.request import Objects
-from .._store import manifest as manifests
-from .._store import names
-from .._store.fs import LocalFilesystem
-from .._store.lock import wait_for_orphan
-from .._writer import removal
+from .._format import names
+from ..checkpointer import AsyncCheckpointer
 from ..errors import CheckpointError, CorruptCheckpoint, PlanError
 from ..events import Sink, logger
+from ..handle import SaveHandle, SaveState
 from . import lightning_host as host
 from . import lightning_values as values
 from .shared import close_shared, open_at, shared
@@ -53,7 +54,7 @@ Module = TypeVar("Module")
 
 
 @dataclass(frozen=True)
-class _Doomed:
+class _PendingDeletion:
     """What is deleted once the save `after` is durable (None: at once), and never if that fails: then, if it was moved out of
     the way of that save, it goes back to `home`."""
 
@@ -120,7 +121,7 @@ class VembedCheckpointIO:
         self._newest: SaveHandle | None = None
         self._saves: dict[str, SaveHandle] = {}  # the newest of each path, since the last teardown
         self._further_owners: Counter[str] = Counter()  # of paths that were chosen twice at one step
-        self._doomed: dict[str, _Doomed] = {}
+        self._doomed: dict[str, _PendingDeletion] = {}
         self._going: set[str] = set()  # being deleted right now
         host.adapt(VembedCheckpointIO, _opened)
 
@@ -191,7 +192,7 @@ class VembedCheckpointIO:
                 self._further_owners[target] -= 1  # two callbacks chose the name, one still needs it
                 return
             after = self._newest
-            self._doomed[target] = _Doomed(after)
+            self._doomed[target] = _PendingDeletion(after)
         if after is None or after.done():
             self._settle()
 
@@ -276,7 +277,7 @@ class VembedCheckpointIO:
             if handle.state is not SaveState.SKIPPED:
                 self._saves[target] = handle
             if aside is not None:
-                self._doomed[aside] = _Doomed(handle, target)
+                self._doomed[aside] = _PendingDeletion(handle, target)
         handle.add_done_callback(lambda _: self._settle())
 
     def _settle(self) -> None:
@@ -286,7 +287,7 @@ class VembedCheckpointIO:
                 for path, doom in due.items():
                     self._judge(path, doom)
 
-    def _take_due(self) -> dict[str, _Doomed]:
+    def _take_due(self) -> dict[str, _PendingDeletion]:
         with self._lock:
             due = {path: doom for path, doom in self._doomed.items() if doom.after is None or doom.after.done()}
             for path in due:
@@ -294,7 +295,7 @@ class VembedCheckpointIO:
             self._going = set(due)
             return due
 
-    def _judge(self, path: str, doom: _Doomed) -> None:
+    def _judge(self, path: str, doom: _PendingDeletion) -> None:
         try:
             if doom.after is None or doom.after.state is SaveState.COMMITTED:
                 _delete(path)
@@ -309,7 +310,7 @@ class VembedCheckpointIO:
         with self._lock:
             newer = self._saves.get(home)
             if newer is not None and newer is not failed:
-                self._doomed[path] = _Doomed(newer, home)  # it must not stand in the way of that one either
+                self._doomed[path] = _PendingDeletion(newer, home)  # it must not stand in the way of that one either
             elif not os.path.lexists(home):
                 os.rename(path, home)
 

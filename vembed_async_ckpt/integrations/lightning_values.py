@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._request.dtypes import spec
+from .._capture.dtypes import spec
 from ..errors import CorruptCheckpoint, PlanError
 
 MARK = "__vembed__"

@@ -16,13 +16,13 @@ import uuid
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from .._store import names
-from .._store.catalog import Committed
-from .._store.fs import INSTEAD, Filesystem, LocalFilesystem
-from .._store.manifest import Manifest
-from .._store.retention import Policy
-from .._writer.removal import prune, remove_rotated
+from .._disk.catalog import Committed
+from .._disk.deletion import prune, remove_rotated
+from .._disk.filesystem import FILESYSTEM_OVERRIDE, Filesystem, LocalFilesystem
+from .._format import names
+from .._format.manifest import Manifest
 from ..events import logger
+from ..retention import Policy
 
 _OF_A_STEP = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
@@ -45,7 +45,7 @@ class Rotation:
         self._root = root
         self._limit = limit if limit is not None and limit > 0 else None
         self._policy = policy
-        self._fs: Filesystem = INSTEAD.get() or LocalFilesystem()
+        self._fs: Filesystem = FILESYSTEM_OVERRIDE.get() or LocalFilesystem()
         self._committed = Committed(root)
         self._thread: threading.Thread | None = None
 

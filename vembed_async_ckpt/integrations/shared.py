@@ -9,9 +9,9 @@ from collections.abc import Collection
 from typing import Any
 
 from .. import _signals
-from .._engine.checkpointer import AsyncCheckpointer
-from .._engine.handle import SaveHandle, SaveState
 from .._engine.session import EXIT_DEADLINE, open_sessions
+from ..checkpointer import AsyncCheckpointer
+from ..handle import SaveHandle, SaveState
 from ..sinks import SaveFigures
 
 _SHARED: dict[str, tuple[AsyncCheckpointer, dict[str, Any]]] = {}  # by root; what each was made with

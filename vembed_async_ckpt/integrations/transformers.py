@@ -25,18 +25,18 @@ from transformers.training_args import ParallelMode
 from transformers.utils import is_peft_available, is_sagemaker_mp_enabled, is_torch_xla_available
 
 from .. import _signals
-from .._engine.checkpointer import AsyncCheckpointer
-from .._engine.handle import SaveHandle, SaveState
+from .._capture import dialect
+from .._capture.model import unwrap
+from .._capture.optimizer import unwrap as unwrap_optimizer
+from .._capture.request import Objects
+from .._capture.training_state import torch_save
+from .._disk.lock import wait_for_orphan
 from .._engine.options import Options
-from .._request import dialect
-from .._request.model import unwrap
-from .._request.optimizer import unwrap as unwrap_optimizer
-from .._request.request import Objects
-from .._request.training_state import torch_save
-from .._store import names
-from .._store.lock import wait_for_orphan
+from .._format import names
+from ..checkpointer import AsyncCheckpointer
 from ..errors import CheckpointerBusy, CheckpointError, PlanError
 from ..events import logger
+from ..handle import SaveHandle, SaveState
 from ..policies import SavePolicy
 from ..sinks import log_values
 from . import trainer_state

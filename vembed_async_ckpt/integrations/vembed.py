@@ -11,16 +11,16 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import _signals
-from .._engine.checkpointer import AsyncCheckpointer
-from .._engine.frozen import FrozenDict
-from .._engine.handle import CheckpointInfo, SaveHandle, SaveState, Timings
-from .._request import config as configs
-from .._request.arguments import step_number
-from .._request.dialect import Accelerate
-from .._request.request import Objects
-from .._store import names
-from .._store.fs import walk_files
+from .._capture import config as configs
+from .._capture.arguments import step_number
+from .._capture.dialect import Accelerate
+from .._capture.request import Objects
+from .._disk.filesystem import walk_files
+from .._format import names
+from .._frozen import FrozenDict
+from ..checkpointer import AsyncCheckpointer
 from ..errors import PlanError
+from ..handle import CheckpointInfo, SaveHandle, SaveState, Timings
 from . import accelerate as accelerates
 from .accelerate_hooks import SaveHooks, look_after
 from .shared import close_shared, shared

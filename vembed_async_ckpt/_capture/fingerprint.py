@@ -1,0 +1,123 @@
+"""What was true of a module when it was learned, and whether it still is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+
+from .settings import Settings
+
+
+class Fingerprint:
+    """What was true of a module when it was learned. Looked at before every save, so all of it in loops that run in C."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        watched: Sequence[torch.Tensor],
+        divided: Sequence[torch.Tensor],
+        empty: Sequence[torch.Tensor],
+        left_out: Sequence[torch.Tensor],
+        ties: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """`watched` are stored, `divided` are those of them that are stored in parts, `left_out` are frozen and not stored."""
+        modules = list(module.modules())
+        holders: list[dict[Any, Any]] = [h for m in modules for h in (m._modules, m._parameters, m._buffers)]
+        holders += [hooks for m in modules for hooks in (m._state_dict_hooks, m._state_dict_pre_hooks)]
+        entries = [(holder, key, value) for holder in holders for key, value in holder.items()]
+        entries += [(vars(m), name, vars(m).get(name)) for m in modules for name in _REPLACED]
+        self._holders = [holder for holder, _, _ in entries]
+        self._keys = [key for _, key, _ in entries]
+        self._values = [value for _, _, value in entries]
+        sets = [m._non_persistent_buffers_set for m in modules]
+        self._vacant = [holder for holder in (*holders, *sets) if not holder]
+        self._filled = [holder for holder in holders if holder]
+        self._counts = [len(holder) for holder in self._filled]
+        self._sets = [names for names in sets if names]
+        self._copies = [set(names) for names in self._sets]
+        self._watched = list(watched)
+        self._shapes = [tensor.shape for tensor in watched]
+        self._dtypes = [tensor.dtype for tensor in watched]
+        self._divided = list(divided)
+        self._strides = [tensor.stride() for tensor in divided]
+        self._empty = list(empty)
+        self._left_out = list(left_out)
+        self._one = [one for one, _ in ties]
+        self._other = [other for _, other in ties]
+        self._settings = _settings_of(module)
+        self.stable = not _decides_anew(module) and self._settings.unchanged()
+
+    def matches(self) -> bool:
+        """Whether structure, identity, shape, dtype, ties and configuration are still those that were learned."""
+        return (
+            all(map(is_, map(dict.get, self._holders, self._keys), self._values))
+            and not any(self._vacant)
+            and list(map(len, self._filled)) == self._counts
+            and self._sets == self._copies
+            and list(map(torch.Tensor.size, self._watched)) == self._shapes
+            and list(map(_DTYPE, self._watched)) == self._dtypes
+            and list(map(torch.Tensor.stride, self._divided)) == self._strides
+            and not any(map(torch.Tensor.numel, self._empty))
+            and not any(map(_REQUIRES_GRAD, self._left_out))
+            and list(map(torch.Tensor.data_ptr, self._one)) == list(map(torch.Tensor.data_ptr, self._other))
+            and self._settings.unchanged()
+        )
+
+
+_DTYPE = attrgetter("dtype")
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
+
+# What the `save_pretrained` of transformers and PEFT look at, besides tensors and structure.
+_READ = (
+    "config", "generation_config", "peft_config", "hf_quantizer", "hf_device_map", "all_tied_weights_keys",
+    "_tied_weights_keys", "_keys_to_ignore_on_save", "_weight_conversions", "_hf_peft_config_loaded", "_auto_class",
+)  # fmt: skip
+# What decides what a state_dict holds, where somebody replaces it for one module.
+_REPLACED = ("state_dict", "_save_to_state_dict")
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {"training"}
+_KNOWN = ("transformers", "peft")
+
+
+def _settings_of(module: torch.nn.Module) -> Settings:
+    """The data that a `save_pretrained` in the module writes: the configs of models, PEFT's active adapters, and where one is
+    neither transformers' nor PEFT's, the attributes of all modules that are not theirs either."""
+    settings = Settings()
+    foreign = False
+    for part in module.modules():
+        saves = getattr(type(part), "save_pretrained", None)
+        if part is module or callable(saves):
+            for name in _READ:
+                settings.follow_attribute(part, name)
+            settings.follow_entry(vars(part), "save_pretrained")
+        if "_active_adapter" in vars(part):
+            settings.follow_entry(vars(part), "_active_adapter")
+        foreign = foreign or (callable(saves) and _package(saves) not in _KNOWN)
+    for kind in set(map(type, module.modules())):
+        for name in (*_REPLACED, "save_pretrained"):
+            settings.follow_attribute(kind, name)
+    for part in module.modules() if foreign else ():
+        if _package(type(part)) not in _KNOWN:
+            settings.follow_length(vars(part))
+            for name, value in vars(part).items():
+                if name not in _OF_EVERY_MODULE and not isinstance(value, torch.Tensor):
+                    settings.follow_entry(vars(part), name)
+    return settings
+
+
+def _package(value: Any) -> str:
+    return str(getattr(value, "__module__", "")).partition(".")[0]
+
+
+def _decides_anew(module: torch.nn.Module) -> bool:
+    """Whether somebody's own function decides at each call what the state_dict holds."""
+    for part in module.modules():
+        if any(name in vars(part) for name in (*_REPLACED, "save_pretrained")):
+            return True
+        for hooks in (part._state_dict_hooks, part._state_dict_pre_hooks):
+            if any(_package(hook) != "torch" for hook in hooks.values()):
+                return True
+    return False

@@ -1,0 +1,199 @@
+"""`save_pretrained` run with the disk taken away: what it would have written as safetensors, and what it pickles.
+
+safetensors', PEFT's and torch's functions are replaced once per process; only the thread that is collecting, while it is
+collecting, gets anything else than the originals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..errors import PlanError
+
+Files = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
+Pickle = tuple[Any, tuple[Any, ...], dict[str, Any]]  # the object given to torch.save, and its other arguments
+
+
+@dataclass
+class Captured:
+    """What one `save_pretrained` wrote. Paths are those it used; `serialized` are the addresses of the storages that it wrote into
+    whatever file; `looked`: it turned tensors into numbers or pickled them without torch.save, and may have written those."""
+
+    files: Files = field(default_factory=dict)
+    pickles: dict[str, Pickle] = field(default_factory=dict)
+    serialized: set[int] = field(default_factory=set)
+    looked: bool = False
+    in_torch_save: bool = False
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which storages somebody asks for, as everything does that writes or pickles a tensor. With `in_place`, `contiguous()`
+    gives the tensor itself: whatever its strides are, staging copies it into contiguous memory."""
+
+    def __init__(self, captured: Captured, *, in_place: bool) -> None:
+        super().__init__()
+        self._captured = captured
+        self._in_place = in_place
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.contiguous and self._in_place:
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.untyped_storage:
+            self._captured.serialized.add(result.data_ptr())
+            self._captured.looked |= not self._captured.in_torch_save and _is_pickling(sys._getframe(1))
+        elif func is torch.Tensor.numpy:
+            self._captured.serialized.add(args[0].untyped_storage().data_ptr())
+            self._captured.looked = True
+        elif func in _LOOKS:
+            self._captured.looked = True
+        return result
+
+
+def _is_pickling(frame: FrameType | None) -> bool:
+    """Whether torch asks for a storage because a tensor is being pickled."""
+    callers = [frame, None if frame is None else frame.f_back]
+    return any(caller is not None and caller.f_code.co_name == "_reduce_ex_internal" for caller in callers)
+
+
+_LOOKS = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__int__}
+
+
+class Interceptor:
+    """Stands in safetensors.torch between `save_file` and the disk. Threads that are not collecting pass through."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._installed = False
+        self._local = threading.local()
+
+    def install(self) -> None:
+        """Put it in place, once per process. Raises `PlanError` if this version of safetensors has no such place."""
+        with self._lock:
+            self._take_peft_off_the_network()
+            if self._installed:
+                return
+            save = torch.save
+            flatten = getattr(safetensors.torch, "_flatten_as_ptr", None)
+            serialize_file = getattr(safetensors.torch, "serialize_file", None)
+            if flatten is None or serialize_file is None:
+                raise PlanError("this version of safetensors is not supported; install safetensors>=0.8")
+
+            def sink_flatten(tensors: dict[str, torch.Tensor], keep: Any) -> Any:
+                if self._captured() is None:
+                    return flatten(tensors, keep)
+                self._local.tensors = dict(tensors)
+                return {}
+
+            def sink_serialize(flat: Any, filename: Any, metadata: Any = None) -> None:
+                captured = self._captured()
+                if captured is None:
+                    serialize_file(flat, filename, metadata=metadata)
+                    return
+                captured.files[os.fspath(filename)] = (self._local.tensors, dict(metadata or {}))
+
+            @functools.wraps(save)
+            def noting_save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+                captured = self._captured()
+                if captured is None or not isinstance(f, str | os.PathLike):
+                    save(obj, f, *args, **kwargs)
+                    return
+                captured.in_torch_save = True
+                try:
+                    save(obj, f, *args, **kwargs)
+                finally:
+                    captured.in_torch_save = False
+                captured.pickles[os.fspath(f)] = (obj, args, kwargs)
+
+            safetensors.torch._flatten_as_ptr = sink_flatten
+            safetensors.torch.serialize_file = sink_serialize
+            torch.save = noting_save
+            self._installed = True
+
+    def _take_peft_off_the_network(self) -> None:
+        """PEFT asks the hub for the base model's vocabulary size, to learn whether embeddings must be saved. On a thread that
+        is collecting it asks the copy in the hub's local cache instead; without one, nobody."""
+        original = getattr(sys.modules.get("peft.utils.save_and_load"), "get_peft_model_state_dict", None)
+        if original is None or hasattr(original, "_vembed_async_ckpt"):
+            return
+
+        def get_peft_model_state_dict(model: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._captured() is None:
+                return original(model, *args, **kwargs)
+            with contextlib.ExitStack() as stack:
+                for config in model.peft_config.values():
+                    stack.enter_context(_base_model_from_cache(config))
+                return original(model, *args, **kwargs)
+
+        get_peft_model_state_dict._vembed_async_ckpt = True  # type: ignore[attr-defined]
+        for module in [module for name, module in tuple(sys.modules.items()) if name.partition(".")[0] == "peft"]:
+            if getattr(module, "get_peft_model_state_dict", None) is original:
+                module.get_peft_model_state_dict = get_peft_model_state_dict  # type: ignore[attr-defined]
+
+    def _captured(self) -> Captured | None:
+        return getattr(self._local, "captured", None)
+
+    @contextlib.contextmanager
+    def collecting(self, *, in_place: bool) -> Iterator[Captured]:
+        """Collect what this thread saves. `in_place`: `contiguous()` makes no copies meanwhile."""
+        captured = self._local.captured = Captured()
+        try:
+            with torch.no_grad(), _quiet_progress_bars(), _Watch(captured, in_place=in_place):
+                yield captured
+        finally:
+            captured.serialized.discard(0)
+            self._local.captured = None
+            self._local.tensors = None
+
+
+@contextlib.contextmanager
+def _base_model_from_cache(config: Any) -> Iterator[None]:
+    """Let `config` name the base model's directory in the hub's cache, or none, for a while; a local path stays."""
+    name = getattr(config, "base_model_name_or_path", None)
+    if not name or os.path.exists(os.path.join(name, "config.json")):
+        yield
+        return
+    config.base_model_name_or_path = _cached_directory(name)
+    try:
+        yield
+    finally:
+        config.base_model_name_or_path = name
+
+
+def _cached_directory(repo: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repo, "config.json")
+    except HFValidationError:
+        return None
+    return os.path.dirname(found) if isinstance(found, str) else None
+
+
+@contextlib.contextmanager
+def _quiet_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+INTERCEPTOR = Interceptor()

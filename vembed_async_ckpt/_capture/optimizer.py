@@ -1,0 +1,315 @@
+"""Optimizers: `optimizer.bin` as torch would write it, and the same state for our own `load`, which never unpickles."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._format.plan import ZipContent
+from ..errors import PlanError
+from . import memory_format, optimizer_pickle, tree
+from .dtypes import FROM_TORCH, check_storage
+from .optimizer_layout import Numbers, PlainState, direct_key, has_torchs_layout, is_direct
+from .optimizer_pickle import Kind
+from .parameters import Described, Names, Parameter, groups_of
+from .tree import Ref
+from .values import Node
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """An optimizer as it will stand on disk.
+
+    `tensors` are as their bytes lie in the file: what is not contiguous is permuted so that it is (see `memory_format.order`).
+    `tensors`, `keys`, `labels` (names in errors) and `owned` run in parallel; `owned` is what only a step of the `optimizer`
+    changes (a scheduler may write to a tensor `lr`, a wrapper to what it keeps beside the state). `parameters`: see
+    `parameters.Described`; None if there are none. `tree` is the captured state_dict; `pickled()` makes
+    `data.pkl` of it. `arrays`: copies of what was no tensor but a numpy array: in the pickle they stand as such, by value.
+    `rough_size`: an upper bound for `rest()`, in bytes of JSON.
+    """
+
+    content: ZipContent
+    optimizer: Any
+    tensors: list[torch.Tensor]
+    keys: Sequence[str]
+    labels: Sequence[str]
+    owned: Sequence[bool]
+    kinds: Sequence[Kind]
+    tree: Any
+    parameters: list[list[Parameter]] | None
+    arrays: Mapping[str, torch.Tensor]
+    state_pickle: bytes | None
+    rough_size: int
+
+    @property
+    def owners(self) -> list[Any]:
+        """Of each tensor: the optimizer, or None."""
+        return [self.optimizer if owned else None for owned in self.owned]
+
+    def parameter_ids(self) -> set[int] | None:
+        """Of the parameters that the optimizer steps; None if it has no groups of them."""
+        groups = groups_of(self.optimizer)
+        return None if groups is None else {id(parameter) for group in groups for parameter in group["params"]}
+
+    def pickled(self) -> bytes:
+        """`data.pkl`: torch's own pickle of this state_dict, its tensors being the records 0, 1, ... of the file."""
+        refs = dict(zip(self.keys, enumerate(self.kinds), strict=True))
+        if self.state_pickle is None:
+            return optimizer_pickle.dumps(self.tree, refs, self.arrays)
+        groups = optimizer_pickle.inner(optimizer_pickle.dumps(self.tree["param_groups"], refs, self.arrays))
+        return optimizer_pickle.state_dict(self.state_pickle, groups)
+
+    def table(self, offsets: Sequence[int]) -> dict[str, Any]:
+        """{key: [dtype, shape, offset in the file]} for the manifest, and the strides of what is not contiguous."""
+        return {
+            key: [
+                _dtype_name(kind.dtype),
+                list(kind.shape),
+                offset,
+                *([] if kind.strides is None else [list(kind.strides)]),
+            ]
+            for key, kind, offset in zip(self.keys, self.kinds, offsets, strict=True)
+        }
+
+    def described(self) -> dict[str, Any]:
+        """What the training state says of it, as JSON."""
+        known = {} if self.parameters is None else {"parameters": self.parameters}
+        return {"file": self.content.name, "rest": self.rest(), "class": kind_of(self.optimizer), **known}
+
+    def rest(self) -> Any:
+        """Everything but the tensors that are direct entries of a parameter's state: those stand in the table."""
+        if not has_torchs_layout(self.tree):
+            return tree.encode(self.tree)
+        captured = dict(self.tree)
+        if all(isinstance(entry, dict) for entry in captured["state"].values()):
+            captured["state"] = {index: _without_tensors(index, entry) for index, entry in captured["state"].items()}
+        return tree.encode(captured)
+
+
+def _without_tensors(index: Any, entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What of a parameter's state does not stand in the table. Beside other values a None keeps the place of a tensor."""
+    rest = {key: None if is_direct(index, key, value) else value for key, value in entry.items()}
+    return rest if any(not is_direct(index, key, value) for key, value in entry.items()) else {}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name where it says as much as torch's: its shapes of F4 count numbers, torch's pairs of them."""
+    name = FROM_TORCH.get(dtype)
+    return str(dtype).removeprefix("torch.") if name is None or name == "F4" else name
+
+
+_GROUP = "group."
+_NO_NAMES = Names()
+_DTYPE = attrgetter("dtype")
+
+
+def unwrap(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's own wrapper, whose state_dict is that of the optimizer. Any other wrapper may have state
+    of its own and is left as it is."""
+    accelerate = sys.modules.get("accelerate.optimizer")
+    while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
+        if type(optimizer).state_dict is not accelerate.AcceleratedOptimizer.state_dict or "state_dict" in vars(
+            optimizer
+        ):
+            break
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def kind_of(value: Any) -> str:
+    """The name of an object's class, as it stands in checkpoints and messages."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def call_state_dict(what: str, owner: Any, ask: Callable[[Any], Any] = lambda owner: owner.state_dict()) -> Any:
+    """What `state_dict()` of an object gives. Raises `PlanError` if it fails."""
+    try:
+        return ask(owner)
+    except Exception as error:
+        raise PlanError(
+            f"{what}: state_dict() of a {kind_of(owner)} failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+class OptimizerReader:
+    """Reads one optimizer again and again; remembers only names, shapes and the pickle that describes them."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._layout: Any = None
+        self._content: ZipContent | None = None
+        self._keys: list[str] = []
+        self._labels: list[str] = []
+        self._kinds: list[Kind] = []
+        self._orders: list[tuple[int, memory_format.Strides]] = []  # place and dimensions of what is not contiguous
+        self._owned: list[bool] = []
+        self._plain: PlainState | None = None
+        self._numbers = Numbers()
+        self._described = Described()
+
+    def read(self, optimizer: Any, names: Names = _NO_NAMES) -> OptimizerState:
+        """The optimizer as it is now; `names` has those of its parameters. Raises `PlanError` naming what cannot be saved."""
+        inner = unwrap(optimizer)
+        if not callable(getattr(inner, "state_dict", None)):
+            raise PlanError(f"optimizer: a {kind_of(inner)} has no state_dict()")
+        state = call_state_dict("optimizer", inner, self._numbers.state_dict)
+        return self._read(inner, state, self._described.read(inner, names))
+
+    def _read(self, inner: Any, state: Any, parameters: list[list[Parameter]] | None) -> OptimizerState:
+        keys: list[str] = []
+        tensors: list[torch.Tensor] = []
+
+        def put(key: str, tensor: torch.Tensor) -> None:
+            keys.append(key)
+            tensors.append(tensor)
+
+        plain = self._plain_state(state, tensors)
+        if plain is None:
+            captured = self._capture(state, put)
+            small = [captured]
+        else:
+            keys += plain.keys
+            groups = _capture_groups(state["param_groups"], put)
+            captured, small = {"state": plain.refs, "param_groups": groups}, [groups]
+        self._plain = plain
+        beside = len(keys) if plain is None else len(keys) - len(plain.keys)  # tensors and arrays in what is small
+        arrays = {name: tensors[keys.index(name)] for name in _arrays(small)} if beside else {}
+        # When what is pickled with the tensors has grown to twice its size, the file gets more room for it.
+        rough_size = tree.rough_size(small) + (0 if plain is None else 24 * len(plain.indices))
+        shapes, strides = list(map(torch.Tensor.size, tensors)), list(map(torch.Tensor.stride, tensors))
+        layout = (rough_size.bit_length(), keys, list(map(_DTYPE, tensors)), shapes, strides)
+        if self._content is None or layout != self._layout:
+            self._learn(keys, tensors, captured, arrays)
+            self._layout = layout
+        assert self._content is not None
+        for place, order in self._orders:
+            tensors[place] = tensors[place].permute(order)
+        if plain is not None and plain.pickled is None:
+            refs = dict(zip(self._keys, enumerate(self._kinds), strict=True))
+            plain.pickled = optimizer_pickle.inner(optimizer_pickle.dumps(plain.refs, refs))
+        return OptimizerState(
+            content=self._content,
+            optimizer=inner,
+            tensors=tensors,
+            keys=self._keys,
+            labels=self._labels,
+            owned=self._owned,
+            kinds=self._kinds,
+            tree=captured,
+            parameters=parameters,
+            arrays=arrays,
+            state_pickle=None if plain is None else plain.pickled,
+            rough_size=rough_size,
+        )
+
+    def _plain_state(self, state: Any, tensors: list[torch.Tensor]) -> PlainState | None:
+        return PlainState.of(state, self._plain, tensors)
+
+    def _capture(self, state: Any, put: tree.Put) -> Any:
+        if not has_torchs_layout(state):
+            return tree.capture(state, "state_dict", put)
+        result: dict[str, Any] = {}
+        for name, value in state.items():
+            if name == "state":
+                result[name] = {index: _capture_entry(index, entry, put) for index, entry in value.items()}
+            elif name == "param_groups":
+                result[name] = _capture_groups(value, put)
+            else:
+                result[name] = tree.capture(value, f"state_dict.{name}", put)
+        return result
+
+    def _learn(
+        self,
+        keys: list[str],
+        tensors: Sequence[torch.Tensor],
+        captured: Any,
+        arrays: Mapping[str, torch.Tensor],
+    ) -> None:
+        if len(set(keys)) != len(keys):
+            raise PlanError(f"{self._file}: two values of the state have the same name: {sorted(keys)}")
+        for key, tensor in zip(keys, tensors, strict=True):
+            check_storage(key, tensor, file=self._file)
+        self._keys = keys
+        self._labels = [f"{self._file}: {key}" for key in keys]
+        self._kinds = list(map(Kind.of, tensors))
+        strided = [(place, kind.strides) for place, kind in enumerate(self._kinds) if kind.strides is not None]
+        self._orders = [(place, memory_format.order(strides)) for place, strides in strided]
+        # What the state of an unknown layout belongs to, nobody knows.
+        known = has_torchs_layout(captured)
+        self._owned = [known and not key.startswith((_GROUP, "state_dict.")) for key in keys]
+        if self._plain is not None:
+            self._plain.pickled = None  # the order of the records has changed
+        refs = dict(zip(keys, enumerate(self._kinds), strict=True))
+        try:
+            size = len(optimizer_pickle.dumps(captured, refs, arrays))
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise PlanError(f"{self._file}: holds a value that torch.save cannot write either: {error}") from error
+        self._content = ZipContent(self._file, tuple(kind.nbytes for kind in self._kinds), size)
+
+
+class RegisteredReader(OptimizerReader):
+    """Reads the state of any object with a `state_dict()`, again and again, into a file as `torch.save` would write it."""
+
+    def read(self, registered: Any, names: Any = None) -> OptimizerState:
+        """The object as it is now; nothing of it is copied late. Raises `PlanError` naming what cannot be saved."""
+        return self._read(None, registered.state_dict(), None)
+
+    def _plain_state(self, state: Any, tensors: list[torch.Tensor]) -> None:
+        return None
+
+    def _capture(self, state: Any, put: tree.Put) -> Any:
+        return tree.capture(state, "state_dict", put)
+
+
+def _arrays(captured: Any) -> Iterator[str]:
+    """The names of what was a numpy array."""
+    if isinstance(captured, Ref):
+        if captured.numpy:
+            yield captured.name
+    elif isinstance(captured, dict):
+        for key, value in captured.items():
+            if key != "params":  # numbers, thousands of them
+                yield from _arrays(value)
+    elif isinstance(captured, list | tuple):
+        for value in captured:
+            yield from _arrays(value)
+    elif isinstance(captured, Node):
+        yield from _arrays(captured.holds)
+
+
+def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:
+    if type(entry) is not dict:
+        return tree.capture(entry, f"state.{index}", put)
+    result = {}
+    for key, value in entry.items():
+        if isinstance(value, torch.Tensor) and type(key) is str and type(index) is int:
+            name = direct_key(index, key)
+            put(name, value)
+            result[key] = Ref(name)
+        else:
+            result[key] = tree.capture(value, f"state.{index}.{key}", put)
+    return result
+
+
+def _capture_groups(groups: Sequence[Mapping[str, Any]], put: tree.Put) -> list[dict[str, Any]]:
+    return [
+        {
+            key: value if type(value) in tree.SCALARS else _capture_option(f"{_GROUP}{number}.{key}", key, value, put)
+            for key, value in group.items()
+        }
+        for number, group in enumerate(groups)
+    ]
+
+
+def _capture_option(where: str, key: str, value: Any, put: tree.Put) -> Any:
+    """A number that numpy computed becomes python's: numpy's cannot be unpickled with `weights_only`, which accelerate demands."""
+    if key == "params":
+        return list(value)
+    return tree.capture(value.item() if isinstance(value, np.generic) else value, where, put)

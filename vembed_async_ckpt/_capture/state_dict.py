@@ -1,0 +1,74 @@
+"""State_dicts that a host hands over as plain mappings: there is no module to look into, only names and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .._format import names
+from .._format.plan import TensorContent
+from .dtypes import spec
+from .model import ModelState
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """The state_dict of a model, given in the place of the model."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+
+class MappingReader:
+    """Reads one state_dict again and again; the content stays the same object as long as names, dtypes and shapes do."""
+
+    def __init__(self, file: str = names.WEIGHTS) -> None:
+        self._file = file
+        self._content = TensorContent(file, ())
+
+    def read(self, tensors: Mapping[str, torch.Tensor]) -> ModelState:
+        """The tensors as they are now, in one file; tied ones once, under their first name. Raises `PlanError` naming the
+        tensor that cannot be saved."""
+        specs = {name: spec(name, tensor, file=self._file) for name, tensor in tensors.items()}
+        first: dict[object, str] = {}
+        ties = {}
+        for name, tensor in tensors.items():
+            kept = first.setdefault(_place(name, tensor), name)
+            if kept != name:
+                ties[name] = kept
+        stored = {name: tensor.detach() for name, tensor in tensors.items() if name not in ties}
+        content = TensorContent(self._file, tuple(specs[name] for name in stored), {"format": "pt"})
+        if content != self._content:
+            self._content = content
+        return ModelState(
+            contents=(self._content,),
+            tensors=list(stored.values()),
+            labels=[f"{self._file}: {name}" for name in stored],
+            owners=[None] * len(stored),
+            volatile=frozenset(),
+            names={
+                "files": [self._file],
+                "uncovered": [],
+                "renamed": {},
+                "ties": ties,
+                "computed": {},
+                "by_name": True,
+                "left_out": [],
+            },
+        )
+
+
+def _place(name: str, tensor: torch.Tensor) -> object:
+    """Equal for tensors that are the same elements of the same memory."""
+    if tensor.numel() == 0:
+        return name
+    return (
+        tensor.device,
+        tensor.data_ptr(),
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )

@@ -1,0 +1,250 @@
+"""Where in a model the tensors of its files live, and what of it is in none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+from .._format.plan import BytesContent, Content, TensorContent
+from .dtypes import spec
+from .interception import Pickle
+from .pickles import Replay
+from .wrappers import named_parts
+
+Part = tuple[torch.Size, tuple[int, ...], int]  # size, stride, offset in elements from the owner's first
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """A parameter or buffer, its name in the whole module without what wrappers add to it, and the module that it belongs to
+    directly."""
+
+    name: str
+    tensor: torch.Tensor
+    owner: torch.nn.Module
+
+
+def live_tensors(module: torch.nn.Module) -> Iterator[ModelTensor]:
+    for path, part in named_parts(module):
+        for holder in (part._parameters, part._buffers):
+            for key, tensor in holder.items():
+                if tensor is not None:
+                    yield ModelTensor(f"{path}.{key}" if path else key, tensor, part)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it is torch's stand-in for a tensor, without values."""
+    return type(tensor).__name__ == "FakeTensor"
+
+
+def has_no_storage(tensor: torch.Tensor) -> bool:
+    if is_fake(tensor):
+        return True
+    try:
+        return tensor.untyped_storage().data_ptr() == 0
+    except (RuntimeError, NotImplementedError):
+        return True
+
+
+def by_storage(live: Iterable[ModelTensor]) -> dict[int, list[ModelTensor]]:
+    """Those that have memory, by the address of their storage."""
+    found: dict[int, list[ModelTensor]] = {}
+    for item in live:
+        if item.tensor.layout is torch.strided and not item.tensor.is_meta and not has_no_storage(item.tensor):
+            found.setdefault(item.tensor.untyped_storage().data_ptr(), []).append(item)
+    return found
+
+
+def resolve(
+    name: str, tensor: torch.Tensor, by_storage: Mapping[int, list[ModelTensor]]
+) -> tuple[ModelTensor, Part | None] | None:
+    """The live tensor that `tensor` is all of (None) or a strided part of; None if it lives in none of them."""
+    if has_no_storage(tensor) or tensor.is_conj() or tensor.is_neg():
+        return None
+    candidates = [
+        item for item in by_storage.get(tensor.untyped_storage().data_ptr(), ()) if item.tensor.dtype is tensor.dtype
+    ]
+    candidates.sort(key=lambda item: item.name != name)  # of tied names, the one that the file has
+    view = (tensor.shape, tensor.stride(), tensor.storage_offset())
+    for item in candidates:
+        if (item.tensor.shape, item.tensor.stride(), item.tensor.storage_offset()) == view:
+            return item, None
+    for item in candidates:
+        if not item.tensor.is_contiguous():
+            continue  # where a part lies must not depend on the strides of this moment: `load` may meet others
+        offset = view[2] - item.tensor.storage_offset()
+        if offset >= 0 and offset + _extent(view[0], view[1]) <= _extent(item.tensor.shape, item.tensor.stride()):
+            return item, (view[0], view[1], int(offset))
+    return None
+
+
+def shown(module: torch.nn.Module) -> dict[str, tuple[str, Part | None]]:
+    """For each name in the module's state_dict the parameter or buffer that it shows, and which part of it (None: all)."""
+    tensors = list(live_tensors(module))
+    known, storages = {item.name for item in tensors}, by_storage(tensors)
+    found: dict[str, tuple[str, Part | None]] = {}
+    for key, value in module.state_dict().items():
+        if key in known:
+            found[key] = key, None
+        elif isinstance(value, torch.Tensor) and value.numel():
+            item = resolve(key, value, storages)
+            if item is not None:
+                found[key] = item[0].name, item[1]
+    return found
+
+
+def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last one of a strided tensor, both included."""
+    return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+
+
+def ties_of(
+    live: Sequence[ModelTensor], stored: set[str]
+) -> tuple[dict[str, str], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Names that are not stored because they share memory with one that is; and the pairs, to notice when they part."""
+    owner = {_memory(item): item for item in live if item.name in stored}
+    aliases, pairs = {}, []
+    for item in live:
+        kept = owner.get(_memory(item)) if item.name not in stored else None
+        if kept is not None and item.tensor.numel() and not has_no_storage(item.tensor):
+            aliases[item.name] = kept.name
+            pairs.append((item.tensor, kept.tensor))
+    return aliases, pairs
+
+
+def changed_by_forward(item: ModelTensor) -> bool:
+    return getattr(item.owner, "max_norm", None) is not None  # Embedding(max_norm) renormalizes its weight in forward
+
+
+class TensorMap:
+    """The tensors of the files, one after the other, and where in the model each of them lives.
+
+    `computed`: for each file the names that live nowhere. `renamed`: for each file {name: [its name in the model, part or None]}
+    where it is not that name. `covered`: names of the live tensors that are in the files as a whole.
+    """
+
+    def __init__(self, live: Sequence[ModelTensor], where: str) -> None:
+        self.where = where
+        self.contents: list[Content] = []
+        self.file_names: list[str] = []
+        self.labels: list[str] = []
+        self.owners: list[torch.Tensor | None] = []
+        self.tensors: list[torch.Tensor] = []
+        self.parts: list[tuple[int, int, Part]] = []
+        self.divided: list[torch.Tensor] = []
+        self.computed: dict[str, list[str]] = {}
+        self.renamed: dict[str, dict[str, Any]] = {}
+        self.covered: set[str] = set()
+        self._numbers: dict[int, int] = {}  # id of a tensor: its place in `divided`
+        self._by_storage = by_storage(live)
+        self._filled: dict[str, dict[Part, int]] = {}  # elements of a live tensor that its parts in the files cover
+        self._empty = {item.name for item in live if not item.tensor.numel()}
+
+    def add_file(self, file: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        """Enter a file with its tensors by name. Raises `PlanError` for a tensor that cannot be saved."""
+        file = self.where + file
+        self.file_names.append(file)
+        self.contents.append(
+            TensorContent(file, tuple(spec(name, tensor, file=file) for name, tensor in tensors.items()), metadata)
+        )
+        for name, tensor in tensors.items():
+            self._enter_tensor(file, name, tensor)
+
+    def _enter_tensor(self, file: str, name: str, tensor: torch.Tensor) -> None:
+        self.labels.append(f"{file}: {name}")
+        if not tensor.numel():
+            self.owners.append(None)
+            self.tensors.append(torch.empty_like(tensor))
+            self.covered |= {name} & self._empty
+            return
+        found = resolve(name, tensor, self._by_storage)
+        if found is None:
+            self.owners.append(None)
+            self.tensors.append(tensor)
+            self.computed.setdefault(file, []).append(name)
+            return
+        item, part = found
+        self.owners.append(item.tensor)
+        self.tensors.append(item.tensor)
+        if part is not None:
+            self._note_part(item, part)
+        else:
+            self.covered.add(item.name)
+        if part is not None or item.name != name:
+            described = None if part is None else [list(part[0]), list(part[1]), part[2]]
+            self.renamed.setdefault(file, {})[name] = [item.name, described]
+
+    def replay(self, content: BytesContent, pickles: Mapping[str, Pickle]) -> Replay | None:
+        """What makes this file again for every save, if it is a pickle of live tensors and nothing else."""
+        pickle = pickles.get(content.name.removeprefix(self.where))
+        if pickle is None:
+            return None
+
+        def find(tensor: torch.Tensor) -> torch.Tensor | None:
+            found = resolve("", tensor, self._by_storage)
+            return None if found is None or found[1] is not None else found[0].tensor
+
+        try:
+            replay = Replay(content.name, pickle, find)
+        except ValueError:
+            return None
+        return replay if replay.bytes() == content.data else None
+
+    def _note_part(self, item: ModelTensor, part: Part) -> None:
+        index = self._numbers.setdefault(id(item.tensor), len(self.divided))
+        if index == len(self.divided):
+            self.divided.append(item.tensor)
+        self.parts.append((len(self.tensors) - 1, index, part))
+        filled = self._filled.setdefault(item.name, {})
+        filled[part] = part[0].numel()
+        if sum(filled.values()) >= item.tensor.numel():
+            self.covered.add(item.name)
+
+
+def uncovered(
+    module: torch.nn.Module, live: Sequence[ModelTensor], covered: set[str], serialized: set[int]
+) -> tuple[list[ModelTensor], list[ModelTensor]]:
+    """Of what belongs to a module's state and is in none of its safetensors files: what must be saved besides them so that
+    `load` can bring the module back without unpickling, and what its `save_pretrained` leaves out on purpose.
+
+    Left out on purpose is what is frozen and appears in no other file either, and the buffers of a model that PEFT freezes
+    (they may be quantized weights) unless they are running statistics.
+    """
+    everything = type(module).state_dict(module)  # not one that shows a part of it, put in its place on the instance
+    state = {name: value for name, value in everything.items() if isinstance(value, torch.Tensor)}
+    storages = {value.untyped_storage().data_ptr() for value in state.values() if not has_no_storage(value)}
+    ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
+    adapted = [path for path, part in named_parts(module) if getattr(part, "peft_config", None)]
+    held = {_memory(item) for item in live if item.name in covered}
+    missing: list[ModelTensor] = []
+    left_out: list[ModelTensor] = []
+    for item in live:
+        if item.name in covered or item.name in ignored or (item.tensor.numel() and _memory(item) in held):
+            continue
+        storage = 0 if has_no_storage(item.tensor) else item.tensor.untyped_storage().data_ptr()
+        if item.name not in state and storage not in storages:
+            continue
+        if storage in serialized:
+            needed = True
+        elif isinstance(item.tensor, torch.nn.Parameter):
+            needed = item.tensor.requires_grad
+        else:
+            needed = isinstance(item.owner, _NormBase) or not any(_is_below(item.name, path) for path in adapted)
+        if needed:
+            missing.append(item)
+            held.add(_memory(item))
+        else:
+            left_out.append(item)
+    return missing, left_out
+
+
+def _is_below(name: str, path: str) -> bool:
+    return not path or name.startswith(path + ".")
+
+
+def _memory(item: ModelTensor) -> tuple[int, torch.Size]:
+    return (0 if has_no_storage(item.tensor) else item.tensor.data_ptr(), item.tensor.shape)

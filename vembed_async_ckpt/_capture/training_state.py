@@ -1,0 +1,270 @@
+"""What is small and changes with every save: step, RNG, scheduler, scaler, dataloader position, extra.
+
+Captured by value at the call; rendered to files later, off the training thread. For our own `load` it is one JSON file with its
+tensors beside it in safetensors, and one small JSON file for each further rank; for other programs the same values stand in the
+files that they read (see `dialect`).
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._format import names, safetensors
+from .._format.safetensors import Layout, TensorSpec
+from ..errors import CorruptCheckpoint, PlanError
+from . import random_state, scalers, tree
+from .dialect import Dialect
+from .dtypes import TO_TORCH, spec
+from .optimizer import OptimizerState, call_state_dict, kind_of
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Captured values. `registered`: by name of its file, what was registered with an accelerator, None where only a pickle of it
+    was possible. `accelerator`: what else an accelerator knows (see `accelerator.state`). `classes`: names of those of the
+    schedulers and the scaler. `tensors` are those found in the values, by name: they are copied before `save()` returns, and then
+    let go. `copies` are copies of those that pickles for other programs need later. `layout` is the file that holds the tensors.
+    `scaler_numbers`: keys of the scaler's state that are tensors on a device now and numbers in the files."""
+
+    dialect: Dialect
+    world_size: int
+    step: int | None
+    optimizers: Mapping[str, OptimizerState]
+    schedulers: Mapping[str, Any]
+    scaler: Any
+    dataloader: Any
+    extra: Any
+    registered: Mapping[str, OptimizerState | None]
+    accelerator: Any
+    rng: dict[str, Any]
+    classes: Mapping[str, Any]
+    tensors: dict[str, torch.Tensor]
+    copies: dict[str, torch.Tensor]
+    layout: Layout
+    scaler_numbers: Sequence[str]
+
+    def file_names(self) -> list[str]:
+        """Names of all files that hold the training state."""
+        schedulers = [self.dialect.scheduler(index) for index in range(len(self.schedulers))]
+        scaler = [] if self.scaler is None else [names.SCALER]
+        ranks = [self.dialect.random_states(rank, self.world_size) for rank in range(self.world_size)]
+        return [names.TRAINING_TENSORS, names.TRAINING_STATE, *schedulers, *scaler, *filter(None, ranks)]
+
+    def render(self) -> list[tuple[str, bytes]]:
+        """(name, bytes) of every file but the tensors'. Pickles in them are for other programs; our `load` reads the JSON."""
+
+        def get(name: str) -> torch.Tensor:
+            return self.copies[name]
+
+        files = [(names.TRAINING_STATE, json.dumps(self._json(), separators=(",", ":")).encode())]
+        for index, state in enumerate(self.schedulers.values()):
+            files.append((self.dialect.scheduler(index), torch_save(tree.refill(state, get))))
+        if self.scaler is not None:
+            files.append((names.SCALER, torch_save(tree.refill(self._whole_scaler(), get))))
+        return files + _pickled_random_states(self.dialect, tree.refill(self.rng, get), 0, self.world_size)
+
+    def find_numbers(self, staged: Mapping[str, torch.Tensor]) -> None:
+        """`staged` are the tensors as they will be in host memory when `render` is called."""
+        self.copies.update({name: staged[name] for name in (f"scaler.{key}" for key in self.scaler_numbers)})
+
+    def _whole_scaler(self) -> Any:
+        if not self.scaler_numbers:
+            return self.scaler
+        return scalers.with_numbers(self.scaler, {key: self.copies[f"scaler.{key}"] for key in self.scaler_numbers})
+
+    def _json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "optimizers": {name: optimizer.described() for name, optimizer in self.optimizers.items()},
+            "schedulers": {name: tree.encode(state) for name, state in self.schedulers.items()},
+            "scaler": tree.encode(self._whole_scaler()),
+            "dataloader": tree.encode(self.dataloader),
+            "extra": tree.encode(self.extra),
+            "registered": [
+                {"file": file, "rest": None if state is None else state.rest()}
+                for file, state in self.registered.items()
+            ],
+            "accelerator": tree.encode(self.accelerator),
+            "rng": tree.encode(self.rng),
+            "classes": self.classes,
+        }
+
+
+def capture(
+    dialect: Dialect,
+    world_size: int,
+    step: int | None,
+    optimizers: Mapping[str, OptimizerState],
+    schedulers: Mapping[str, Any],
+    scaler: Any,
+    dataloader: Any,
+    extra: Any,
+    registered: Mapping[str, OptimizerState | None],
+    accelerator: Any,
+) -> TrainingState:
+    """Everything as it is now. Raises `PlanError` naming the value that cannot be saved."""
+    tensors: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        if name in tensors:
+            raise PlanError(f"two values are named {name!r}; rename a key")
+        tensors[name] = tensor.detach()
+
+    def put_copy(name: str, tensor: torch.Tensor) -> None:
+        put_fresh(name, tensor.detach().cpu().clone())
+
+    def put_fresh(name: str, tensor: torch.Tensor) -> None:
+        copies[name] = tensor
+        put(name, tensor)
+
+    captured = {
+        name: tree.capture(_state_dict(f"scheduler {name}".rstrip(), scheduler), f"scheduler.{name}", put_copy)
+        for name, scheduler in schedulers.items()
+    }
+    numbers: Mapping[str, torch.Tensor] = {} if scaler is None else scalers.numbers_on_device(scaler)
+    saved_scaler = None if scaler is None else tree.capture(_scaler_state(scaler, numbers), "scaler", put_copy)
+    for key, number in numbers.items():
+        put(f"scaler.{key}", number)
+    position = None if dataloader is None else tree.capture(_state_dict("dataloader", dataloader), "dataloader", put)
+    captured_extra = tree.capture({} if extra is None else extra, "extra", put)
+    captured_accelerator = tree.capture(accelerator, "accelerator", put)
+    rng = random_state.capture(put_fresh)
+    specs = tuple(spec(name, tensor, file=names.TRAINING_TENSORS) for name, tensor in tensors.items())
+    return TrainingState(
+        dialect=dialect,
+        world_size=world_size,
+        step=step,
+        optimizers=optimizers,
+        schedulers=captured,
+        scaler=saved_scaler,
+        dataloader=position,
+        extra=captured_extra,
+        registered=registered,
+        accelerator=captured_accelerator,
+        rng=rng,
+        classes={
+            "schedulers": {name: kind_of(unwrap_scheduler(scheduler)) for name, scheduler in schedulers.items()},
+            "scaler": None if scaler is None else kind_of(scaler),
+        },
+        tensors=tensors,
+        copies=copies,
+        layout=_layout(specs),
+        scaler_numbers=tuple(numbers),
+    )
+
+
+def _scaler_state(scaler: Any, numbers: Mapping[str, torch.Tensor]) -> Any:
+    return scalers.without_numbers(scaler) if numbers else _state_dict("scaler", scaler)
+
+
+def unwrap_scheduler(scheduler: Any) -> Any:
+    """The scheduler inside accelerate's own wrapper, whose state_dict is that of the scheduler; any other object itself."""
+    accelerate = sys.modules.get("accelerate.scheduler")
+    while accelerate is not None and isinstance(scheduler, accelerate.AcceleratedScheduler):
+        scheduler = scheduler.scheduler
+    return scheduler
+
+
+@functools.lru_cache(maxsize=8)
+def _layout(specs: tuple[TensorSpec, ...]) -> Layout:
+    return safetensors.layout(specs, {"format": "pt"}, file=names.TRAINING_TENSORS)
+
+
+def _state_dict(what: str, owner: Any) -> Any:
+    if not callable(getattr(owner, "state_dict", None)):
+        raise PlanError(
+            f"{what}: a {type(owner).__module__}.{type(owner).__qualname__} has no state_dict(); "
+            "put what must be restored into extra="
+        )
+    return call_state_dict(what, owner)
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What a rank that does not write adds to the checkpoint: its random states and its place in its data."""
+
+    dialect: Dialect
+    rng: Any
+    dataloader: Any
+    tensors: Mapping[str, torch.Tensor]
+
+    def render(self, rank: int, world_size: int) -> list[tuple[str, bytes]]:
+        """(name, bytes) of the rank's files."""
+        body = {
+            "rng": tree.encode(self.rng),
+            "dataloader": tree.encode(self.dataloader),
+            "tensors": {name: _inline(tensor) for name, tensor in self.tensors.items()},
+        }
+        values = tree.refill(self.rng, lambda name: self.tensors[name])
+        return [
+            (names.rank_state(rank), json.dumps(body, separators=(",", ":")).encode()),
+            *_pickled_random_states(self.dialect, values, rank, world_size),
+        ]
+
+
+def capture_rank(dialect: Dialect, dataloader: Any) -> RankState:
+    """The state of this rank as it is now. Raises `PlanError` naming the value that cannot be saved."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        tensors[name] = tensor
+
+    position = None
+    if dataloader is not None:
+        state = _state_dict("dataloader", dataloader)
+        position = tree.capture(state, "dataloader", lambda name, tensor: put(name, tensor.detach().cpu().clone()))
+    rng = random_state.capture(put)
+    return RankState(dialect, rng, position, tensors)
+
+
+def parse_rank(body: Any) -> tuple[Any, Any]:
+    """(random states, dataloader position) of a rank, from the JSON of its file. Raises `CorruptCheckpoint`."""
+    try:
+        tensors = {name: _outline(*entry) for name, entry in body["tensors"].items()}
+        return tree.decode(body["rng"], tensors.__getitem__), tree.decode(body["dataloader"], tensors.__getitem__)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CorruptCheckpoint(f"the state of a rank cannot be read: {error!r}") from error
+
+
+def _inline(tensor: torch.Tensor) -> list[Any]:
+    described = spec("state", tensor, file="rank state")
+    data = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return [described.dtype, list(described.shape), base64.b64encode(data).decode()]
+
+
+def _outline(dtype: str, shape: list[int], data: str) -> torch.Tensor:
+    raw = bytearray(base64.b64decode(data, validate=True))
+    flat = torch.frombuffer(raw, dtype=TO_TORCH[dtype]) if raw else torch.empty(0, dtype=TO_TORCH[dtype], device="cpu")
+    return flat.reshape(shape)
+
+
+def _pickled_random_states(
+    dialect: Dialect, state: dict[str, Any], rank: int, world_size: int
+) -> list[tuple[str, bytes]]:
+    name = dialect.random_states(rank, world_size)
+    return [] if name is None else [(name, torch_save(dialect.random_values(state, world_size)))]
+
+
+def torch_save(value: Any) -> bytes:
+    """`value` as `torch.save` writes it."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def rough_size(state: TrainingState, further: Sequence[bytes]) -> int:
+    """An upper bound, in bytes, for what `render` will give and for the `further` files."""
+    values = [state.schedulers, state.scaler, state.dataloader, state.extra, state.accelerator]
+    captured = tree.rough_size(values)
+    captured += sum(o.rough_size for o in (*state.optimizers.values(), *filter(None, state.registered.values())))
+    return (512 << 10) + 2 * captured + sum(len(data) + 4096 for data in further)

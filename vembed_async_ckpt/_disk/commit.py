@@ -1,0 +1,168 @@
+"""Commit: the one function that makes a finished work directory a checkpoint.
+
+Whatever happens, a directory under its final name is complete and durable, and the previous checkpoint is not touched before
+the new one is durable.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+
+from .._format import names
+from .._format.manifest import Manifest, too_large
+from ..errors import CommitError, CorruptCheckpoint, WriteError
+from . import filesystem as files
+from .deletion import foreign_files, make_directories
+from .filesystem import Filesystem
+from .manifests import check, read
+
+_COPY_CHUNK = 16 << 20
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM)
+
+
+def commit(fs: Filesystem, root: str, name: str, work: str, manifest: Manifest) -> str | None:
+    """Publish `work`, whose files are written and synced, as `root/name`.
+
+    When this returns the checkpoint survives a power cut. Returns where the directory now lies that had the name before, if
+    any: pass it to `dispose`. Raises OSError with nothing published, or `CommitError` when it is published but doubtful: then
+    nothing may be deleted, and the save may only be repeated from the arena.
+    """
+    target = os.path.join(root, name)
+    refuse_non_directory(target)
+    # Foreign files go into the new directory before the exchange: never is there a moment without them.
+    carry_over(fs, target, work)
+    # The manifest is last: a work directory with a manifest is whole, whenever the power went.
+    content = manifest.to_bytes()
+    if excess := too_large(content):
+        raise WriteError(f"{target}: its manifest would have {excess}")
+    _write_synced(fs, os.path.join(work, names.MANIFEST), content)
+    # Else after a power cut the published directory could miss names whose contents are safe.
+    for directory in files.walk_directories(work):
+        fs.sync_directory(directory)
+    # Else what somebody moved, or put in its place, while it was written would be missing under the final name.
+    if wrong := _not_what_was_written(work, manifest):
+        raise WriteError(f"somebody else changed {work} while it was written; nothing was published: {wrong}")
+    replaced = _publish(fs, root, name, work, manifest.save_id)
+    if wrong := _not_what_was_written(target, manifest):
+        raise CommitError(f"{target}: somebody else changed it while it was published: {wrong}")
+    try:
+        # Else the rename itself could be undone after it was acknowledged; the work directory lost an entry too.
+        fs.sync_directory(root)
+        fs.sync_directory(names.work_directory(root))
+    except OSError as error:
+        raise CommitError(f"{target}: published, but its parent could not be synced: {error}") from error
+    return replaced
+
+
+def _not_what_was_written(directory: str, manifest: Manifest) -> str:
+    """What is missing or of another kind or size than when it was written; empty if nothing is."""
+    try:
+        check(directory, manifest, "size")
+    except CorruptCheckpoint as error:
+        return str(error)
+    return "it is a symbolic link" if os.path.islink(directory) else ""
+
+
+def refuse_non_directory(target: str) -> None:
+    """Raise `WriteError` if something that is not a directory has the final name. Symbolic links are not followed."""
+    if os.path.islink(target) or (os.path.lexists(target) and not os.path.isdir(target)):
+        raise WriteError(f"{target}: exists and is not a directory; move it away or save under another name")
+
+
+def carry_over(fs: Filesystem, target: str, work: str) -> None:
+    """Give `work` the files of `target` that its manifest does not name: hard links, else copies, synced.
+
+    Names that a plan of ours can make are left out: they would be read as part of the new checkpoint.
+    """
+    for relative, source in foreign_files(target):
+        if names.is_plan_name(relative):
+            continue
+        destination = os.path.join(work, *relative.split("/"))
+        if os.path.lexists(destination):
+            continue  # the new checkpoint has a file of that name; the old one stays in `replaced/`
+        make_directories(fs, os.path.dirname(destination))
+        try:
+            fs.link(source, destination)
+        except OSError:
+            if stat.S_IFMT(os.lstat(source).st_mode) in (
+                stat.S_IFREG,
+                stat.S_IFLNK,
+            ):  # a pipe or device stays in `replaced/`
+                _copy_synced(fs, source, destination)
+
+
+def _write_synced(fs: Filesystem, path: str, content: bytes | io.RawIOBase, mode: int | None = None) -> None:
+    fd = fs.create(path, direct=False)
+    try:
+        if mode is not None:
+            fs.set_mode(fd, mode)
+        at = 0
+        for chunk in [content] if isinstance(content, bytes) else iter(lambda: content.read(_COPY_CHUNK) or b"", b""):
+            done = 0
+            while done < len(chunk):
+                done += fs.write(fd, memoryview(chunk)[done:], at + done)
+            at += done
+        fs.sync(fd)
+    finally:
+        fs.close(fd)
+
+
+def _copy_synced(fs: Filesystem, source: str, destination: str) -> None:
+    if os.path.islink(source):
+        fs.symlink(os.readlink(source), destination)
+        return
+    with open(files.open_regular(source), "rb", buffering=0) as file:
+        _write_synced(fs, destination, file, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+
+
+def _publish(fs: Filesystem, root: str, name: str, work: str, save_id: str) -> str | None:
+    """Rename `work` to its final name; returns where the directory that had the name went, if there was one."""
+    target = os.path.join(root, name)
+    try:
+        if not os.path.lexists(target):
+            try:
+                fs.rename(work, target, "noreplace")
+                return None
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+        fs.rename(work, target, "exchange")
+        return work
+    except OSError as error:
+        if _is_published(target, save_id):
+            return work if os.path.lexists(work) else None
+        if error.errno not in _CANNOT:
+            raise
+    return _publish_without_exchange(fs, root, name, work, save_id)
+
+
+def _publish_without_exchange(fs: Filesystem, root: str, name: str, work: str, save_id: str) -> str | None:
+    """NFS, FUSE: two renames under the root's lock. A crash between them is healed by the next start (`sweep`)."""
+    target = os.path.join(root, name)
+    swap = None
+    if os.path.lexists(target):
+        swap = names.swap_directory(root, save_id, name)
+        make_directories(fs, os.path.dirname(swap))
+    try:
+        if swap is not None:
+            fs.rename(target, swap, "plain")
+            fs.sync_directory(os.path.dirname(swap))
+        fs.rename(work, target, "plain")
+    except OSError:
+        if _is_published(target, save_id):
+            return swap
+        if swap is not None and not os.path.lexists(target):
+            fs.rename(swap, target, "plain")  # the old checkpoint is back before anybody is told
+        raise
+    return swap
+
+
+def _is_published(target: str, save_id: str) -> bool:
+    """Whether a rename took place though an error was reported: over a network the answer can be lost."""
+    try:
+        return read(target).save_id == save_id
+    except CorruptCheckpoint:
+        return False

@@ -1,0 +1,347 @@
+"""The ways in which a directory leaves: replaced, no longer kept, or left behind by a crash.
+
+Nothing is deleted that we did not write: what a manifest does not name stays, in `replaced/` if its directory goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from .._format import names
+from .._format.manifest import Manifest
+from ..errors import CorruptCheckpoint
+from ..retention import Policy
+from . import filesystem as files
+from . import manifests
+from .catalog import Entry, list_replaced, scan
+from .filesystem import Filesystem
+
+_CHUNK = 16 << 20
+
+
+def foreign_files(directory: str) -> Iterable[tuple[str, str]]:
+    """(relative name, path) of the files in a checkpoint directory that its manifest does not name."""
+    if not os.path.isdir(directory):
+        return
+    ours = _own_files(directory)
+    for relative, entry in files.walk_files(directory):
+        if relative not in ours:
+            yield relative, entry.path
+
+
+def _own_files(directory: str) -> Collection[str]:
+    try:
+        return {*manifests.read(directory).files, names.MANIFEST}
+    except CorruptCheckpoint:
+        return ()  # nothing proves that we wrote any of it
+
+
+def make_directories(fs: Filesystem, path: str) -> None:
+    """Create a directory and its parents where they are missing, durably."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        make_directories(fs, os.path.dirname(path))
+        fs.make_directory(path)
+        fs.sync_directory(os.path.dirname(path))
+
+
+def dispose(fs: Filesystem, root: str, directory: str, name: str, save_id: str, carried_to: str | None = None) -> None:
+    """Delete what we wrote of a directory that is no checkpoint any more; keep what remains in `replaced/`.
+
+    Deletes the files its own manifest names, the manifest last, so that a crash on the way is taken up again. Files that were
+    carried over to the directory `carried_to` live on there and go here.
+    """
+    known = _own_files(directory)
+    # Of what is there, never of what the manifest says is there: a link in there may lead out of the directory.
+    ours = [name for name, _ in files.walk_files(directory) if name in known and name != names.MANIFEST]
+    for relative in ours:
+        _unlink_if_there(fs, os.path.join(directory, *relative.split("/")))
+    if carried_to is not None:
+        for relative, path in foreign_files(directory):
+            other = os.path.join(carried_to, *relative.split("/"))
+            if not names.is_plan_name(relative) and _same_content(path, other):
+                _unlink_if_there(fs, path)
+    if _own_files(directory):
+        # Else a power cut could take the manifest first, and nothing would prove that the rest is ours.
+        for inner in files.walk_directories(directory):
+            fs.sync_directory(inner)
+        _unlink_if_there(fs, os.path.join(directory, names.MANIFEST))
+    for inner in list(files.walk_directories(directory)):
+        try:
+            fs.remove_directory(inner)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    if os.path.lexists(directory):
+        keep(fs, root, directory, save_id, name)
+
+
+def _same_content(path: str, other: str) -> bool:
+    try:
+        if os.path.samestat(os.lstat(path), os.lstat(other)):
+            return True
+        with open(files.open_regular(path), "rb") as one, open(files.open_regular(other), "rb") as another:
+            while (chunk := one.read(_CHUNK)) == another.read(_CHUNK):
+                if not chunk:
+                    return True
+    except OSError:
+        pass
+    return False
+
+
+def _unlink_if_there(fs: Filesystem, path: str) -> None:
+    try:
+        fs.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def remove_work(fs: Filesystem, directory: str, save_id: str) -> None:
+    """Delete the work directory of a save that was not published, all of it: every name in it was made by us.
+
+    One that holds another save is left alone: an exchange took place after all, though an error was reported.
+    """
+    if not os.path.islink(directory) and _save_id(directory) in (None, save_id):
+        _remove_all(fs, directory)
+
+
+def remove_rotated(fs: Filesystem, root: str, name: str, identity: str) -> None:
+    """Delete `root/name`, a checkpoint that Trainer itself wrote and `save_total_limit` does not keep, all of it.
+
+    What a crash leaves of it, `sweep` deletes.
+    """
+    rotated = names.rotated_directory(root, identity)
+    make_directories(fs, os.path.dirname(rotated))
+    # In one step out of sight: nobody resumes from a checkpoint that is half deleted.
+    fs.rename(os.path.join(root, name), rotated, "plain")
+    # Else a power cut could bring the name back with files missing.
+    fs.sync_directory(root)
+    _remove_all(fs, rotated)
+    _remove_if_empty(fs, os.path.dirname(rotated))
+
+
+def _remove_all(fs: Filesystem, directory: str) -> None:
+    for _, entry in list(files.walk_files(directory)):
+        _unlink_if_there(fs, entry.path)
+    for inner in list(files.walk_directories(directory)):
+        try:
+            fs.remove_directory(inner)
+        except FileNotFoundError:
+            pass  # a rotation and a sweep may come to the same
+
+
+def prune(
+    fs: Filesystem,
+    root: str,
+    policy: Policy,
+    committed: Collection[tuple[str, Manifest]],
+    allowed: Callable[[], object] = lambda: None,
+) -> list[str]:
+    """Move the checkpoints that `policy` does not keep to the trash, then delete them; returns their names.
+
+    `committed` are (path, manifest), the newest among them durable. Never deleted are the newest complete one, one that is not
+    complete, one whose manifest a reader has locked, and a directory whose name is not one of ours. `allowed` is called before
+    each deletion and raises if nothing may be deleted any more.
+    """
+    manifests_of = dict(committed)
+    gone: list[str] = []
+    failures: list[OSError] = []
+    for path in expendable(policy, committed):
+        name = os.path.basename(path)
+        allowed()
+        try:
+            discard(fs, root, name, manifests_of[path].save_id)
+            gone.append(name)
+        except OSError as error:
+            failures.append(error)  # the others' turn comes all the same
+    if failures:
+        raise failures[0]
+    return gone
+
+
+def discard(fs: Filesystem, root: str, name: str, save_id: str) -> None:
+    """Move the checkpoint `root/name`, which save `save_id` made, to the trash, then delete what we wrote of it."""
+    # Its predecessor first, if that is still on its way out: the next start would take it for one that was never replaced.
+    _finish_swaps(fs, root, [name])
+    replaced = names.replaced_directory(root)
+    if os.path.isdir(replaced) and not os.path.islink(replaced):
+        # Else a power cut could bring the predecessor back, half deleted, when this one is gone.
+        fs.sync_directory(replaced)
+    trash = names.trash_directory(root, save_id)
+    make_directories(fs, os.path.dirname(trash))
+    # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
+    fs.rename(os.path.join(root, name), trash, "plain")
+    # Else a power cut could bring the name back with files missing.
+    fs.sync_directory(root)
+    dispose(fs, root, trash, name, save_id)
+    _remove_if_empty(fs, os.path.dirname(trash))
+
+
+def _remove_if_empty(fs: Filesystem, directory: str) -> None:
+    """For a work directory that was made for this only: one in use has the lock in it."""
+    if not os.listdir(directory):
+        with contextlib.suppress(OSError):  # something came into it just now
+            fs.remove_directory(directory)
+
+
+def expendable(policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
+    """The checkpoints that `prune` would delete, newest first.
+
+    One with files missing or cut short is neither counted nor deleted: it must not stand for a whole one.
+    """
+    ours = [item for item in committed if names.parse_checkpoint(os.path.basename(item[0])) is not None]
+    newest_first = sorted(ours, key=lambda item: item[1].order, reverse=True)
+    if not _not_kept(policy, newest_first):
+        return []
+    whole = [item for item in newest_first if _is_whole(*item)]
+    return [path for path in _not_kept(policy, whole) if not in_use(path)]
+
+
+def _not_kept(policy: Policy, newest_first: Sequence[tuple[str, Manifest]]) -> list[str]:
+    kept = policy.keep([manifest for _, manifest in newest_first])
+    return [path for path, manifest in newest_first[1:] if manifest.save_id not in kept]
+
+
+def _is_whole(path: str, manifest: Manifest) -> bool:
+    try:
+        manifests.check(path, manifest, "size")
+    except CorruptCheckpoint:
+        return False
+    return True
+
+
+def in_use(directory: str) -> bool:
+    """Whether a reader holds the checkpoint (a shared lock on its manifest)."""
+    try:
+        # For writing: over NFS an exclusive lock is refused on a descriptor that can only read.
+        fd = os.open(os.path.join(directory, names.MANIFEST), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no locks on this file system: readers have none either
+    finally:
+        os.close(fd)
+    return False
+
+
+def sweep(fs: Filesystem, root: str) -> list[str]:
+    """Finish what a crash left in the work directory: drop unpublished saves, empty the trash, heal a missing target.
+
+    Only the holder of the root's lock may call this. Entries whose names are not ours stay. Returns what was done.
+    """
+    work_root = names.work_directory(root)
+    done = []
+    # What is decided below rests on what is visible now; make that durable first.
+    fs.sync_directory(root)
+    fs.sync_directory(work_root)
+    done += _orphans_failures(fs, root)
+    done += _heal_swaps(fs, root)
+    visible = scan(root)
+    committed = {entry.manifest.save_id: entry.path for entry in visible if entry.manifest}
+    first: OSError | None = None
+    for entry in sorted(os.listdir(work_root)):
+        try:
+            done += _sweep_entry(fs, root, entry, visible, committed)
+        except OSError as error:  # the others get their turn
+            first = first or error
+    if first is not None:
+        raise first
+    return done
+
+
+def _sweep_entry(
+    fs: Filesystem, root: str, entry: str, visible: Sequence[Entry], committed: Mapping[str, str]
+) -> list[str]:
+    path = os.path.join(names.work_directory(root), entry)
+    if names.is_new_link(entry) and os.path.islink(path):
+        fs.unlink(path)
+        return []
+    parsed = names.parse_work_entry(entry)
+    if parsed is None or os.path.islink(path) or not os.path.isdir(path):
+        return []
+    if parsed.kind == "rotated":
+        _remove_all(fs, path)
+        return [f"finished deleting {entry}"]
+    if parsed.kind == "work" and parsed.save_id not in committed:
+        inside = _save_id(path)
+        if inside not in (None, parsed.save_id):
+            # Not the save itself but what it was exchanged for: a whole checkpoint, whose successor cannot be seen.
+            keep(fs, root, path, parsed.save_id, "checkpoint")
+            return [f"kept the replaced checkpoint in {entry}: the one that replaced it cannot be read"]
+        if inside is None and any(_may_be_published(other) for other in visible):
+            return [f"left {entry} alone: checkpoints beside it cannot be read, so nothing proves it unpublished"]
+        remove_work(fs, path, parsed.save_id)
+        return [f"dropped the unfinished save {entry}"]
+    home = committed.get(parsed.save_id) if parsed.kind == "work" else None
+    name = os.path.basename(home) if home else "checkpoint"
+    dispose(fs, root, path, name, parsed.save_id, carried_to=home)
+    return [f"finished deleting {entry}"]
+
+
+def _orphans_failures(fs: Filesystem, root: str) -> list[str]:
+    """What the writer of a dead trainer could not save; said once."""
+    log = os.path.join(names.work_directory(root), names.ORPHAN_LOG)
+    try:
+        lines = files.read_regular(log).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [f"left {names.ORPHAN_LOG} alone: it cannot be read ({error.strerror})"]
+    fs.unlink(log)
+    return lines
+
+
+def _may_be_published(entry: Entry) -> bool:
+    """Whether a checkpoint that cannot be read may be one that was published: those have a manifest, whatever became of it."""
+    return entry.manifest is None and os.path.lexists(os.path.join(entry.path, names.MANIFEST))
+
+
+def _save_id(directory: str) -> str | None:
+    try:
+        return manifests.read(directory).save_id
+    except CorruptCheckpoint:
+        return None
+
+
+def keep(fs: Filesystem, root: str, directory: str, save_id: str, name: str) -> None:
+    """Move to `replaced/` what is not ours to delete."""
+    kept = names.kept_directory(root, save_id, name)
+    make_directories(fs, os.path.dirname(kept))
+    fs.rename(directory, kept, "plain")
+
+
+def _swaps(root: str) -> dict[str, tuple[str, str]]:
+    """What made way without an exchange and is not gone yet: {path: (save id of the replacing save, checkpoint name)}."""
+    replaced = names.replaced_directory(root)
+    parsed = {os.path.join(replaced, entry): names.parse_swap(entry) for entry in list_replaced(root)}
+    return {path: swap for path, swap in parsed.items() if swap is not None}
+
+
+def _finish_swaps(fs: Filesystem, root: str, replaced: Collection[str]) -> list[str]:
+    """Delete what made way for the checkpoints named in `replaced`, which are there."""
+    done = []
+    for swap, (save_id, name) in _swaps(root).items():
+        if name in replaced:
+            dispose(fs, root, swap, name, save_id, carried_to=os.path.join(root, name))
+            done.append(f"finished replacing {name}")
+    return done
+
+
+def _heal_swaps(fs: Filesystem, root: str) -> list[str]:
+    done, replaced = [], []
+    for swap, (_, name) in _swaps(root).items():
+        target = os.path.join(root, name)
+        if os.path.lexists(target):
+            replaced.append(name)
+        else:
+            fs.rename(swap, target, "plain")
+            fs.sync_directory(root)
+            done.append(f"brought {name} back, whose replacement was never published")
+    return done + _finish_swaps(fs, root, replaced)

@@ -1,0 +1,33 @@
+"""The link `latest` in a root, for shell scripts: relative, to one of our checkpoints. Here it is read, `_writer` moves it."""
+
+from __future__ import annotations
+
+import os
+
+from .._format import names
+
+
+def target(root: str) -> str | None:
+    """The name of the checkpoint that `root/latest` points to; None if there is no such link or it is not one of ours.
+
+    Ours says the name of a checkpoint beside it, which need not be there any more.
+    """
+    try:
+        text = os.readlink(os.path.join(root, names.LATEST))
+    except OSError:
+        return None
+    return text if _is_checkpoint(root, text) else None
+
+
+def resolve(path: str | os.PathLike[str]) -> str:
+    """`path`, or the checkpoint that it points to if it is our link `latest`."""
+    given = os.fspath(path)
+    root, name = os.path.split(given.rstrip("/"))
+    found = target(root or ".") if name == names.LATEST else None
+    return given if found is None else os.path.join(root, found)
+
+
+def _is_checkpoint(root: str, text: str) -> bool:
+    if "/" in text or text in ("", ".", ".."):
+        return False
+    return names.parse_checkpoint(text) is not None or os.path.lexists(os.path.join(root, text, names.MANIFEST))

@@ -1,0 +1,347 @@
+"""One lock per root: a single flocked open file description that trainer and writer share.
+
+It is held as long as either of them lives, so a writer that finishes its jobs after the trainer's death still owns the root,
+and a respawned writer never loses it. Only its holder sweeps. Whoever ends last removes the file and the empty work directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+import time
+import weakref
+from dataclasses import dataclass
+
+from .. import _signals
+from .._format import names
+from ..errors import CheckpointerBusy, CheckpointError, CommitError
+from ..events import logger
+from .filesystem import LocalFilesystem, make_directories_durable, parent_of
+
+ORPHAN_PATIENCE = 60.0  # seconds to wait for a writer whose trainer is dead
+_GRACE = 2.0  # seconds a living holder gets: a reader that probes the lock has it for an instant
+_POLL = 0.05
+_REMOVALS = 100  # times that a lock file may vanish while it is being taken
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process id with its start time in clock ticks since boot (proc(5), stat field 22), so that ids may be reused."""
+
+    pid: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """The living process `pid`, or None. A zombie is dead: it runs nothing any more."""
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return None if fields[0] in (b"Z", b"X") else cls(pid, int(fields[19]))
+
+    def alive(self) -> bool:
+        return Process.of(self.pid) == self
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who a lock file names: the trainer, its writer process if there is one, and where their process ids mean something."""
+
+    trainer: Process
+    writer: Process | None
+    where: str
+
+    def __str__(self) -> str:
+        ids = f"trainer {self.trainer.pid}" + (f", writer {self.writer.pid}" if self.writer else "")
+        return ids if self.where == _here() else f"{ids} in {self.where}"
+
+    def may_live(self) -> bool:
+        """Whether the trainer lives, or is where it cannot be seen from here: another host or container."""
+        return self.where != _here() or self.trainer.alive()
+
+
+def _here() -> str:
+    """Host and process id namespace of this process."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = "unknown"  # a sandbox without /proc
+    return f"{os.uname().nodename} {namespace}"
+
+
+class Taken(CommitError):
+    """Another process has taken the root: this one may neither publish nor delete there any more."""
+
+
+class RootLock:
+    """The lock of one root, held. `fd` is what a writer process inherits.
+
+    The file may be removed: by its holder at the end (`release`), or by somebody who cleans up. Whoever takes the lock therefore
+    compares the file that it has locked with the one that has the name now, and its holder does so before whatever rests on it
+    (`secure`).
+    """
+
+    def __init__(self, root: str, fd: int) -> None:
+        """`fd`: the lock file of `root`, locked by this process or by the one that handed it over."""
+        self.root = root
+        self.work = names.work_directory(root)
+        self.fd = fd
+        self._device = os.fstat(fd).st_dev
+        _HELD.add(self)
+
+    @classmethod
+    def acquire(cls, root: str, patience: float = ORPHAN_PATIENCE, *, create: bool = True) -> RootLock:
+        """Take the lock of `root`, creating the work directory if need be, and the root unless `create` is False.
+
+        Waits up to `patience` seconds for the writer of a dead trainer to finish its jobs, and says so.
+        Raises `CheckpointerBusy` naming the holder, and FileNotFoundError if the root is not there and not created.
+        """
+        if create:
+            make_directories_durable(root)
+        lock = cls(root, _take(root, names.work_directory(root), patience))
+        lock.name(None)
+        return lock
+
+    def name(self, writer_pid: int | None) -> None:
+        """Write down who holds the lock: this process and its writer."""
+        holders = [Process.of(pid) for pid in (os.getpid(), writer_pid) if pid is not None]
+        processes = [[holder.pid, holder.start] for holder in holders if holder is not None]
+        _write(self.fd, json.dumps({"where": _here(), "processes": processes}).encode())
+
+    def secure(self) -> str:
+        """Make sure that the lock is still the one that has the name, before something is published or deleted.
+
+        Where the lock file, the work directory or the root was removed or moved away, it is made again and locked, if nobody
+        else has done so; returns what was done then, else "". `root` is another path afterwards if it was moved and a symbolic
+        link leads to it. Raises `Taken` if another process holds the root, and `CommitError` if the root is on another file system
+        now or if a symbolic link leads to anything else.
+        """
+        if self.is_held():
+            return ""
+        root = os.path.realpath(self.root)
+        work = os.path.join(os.path.dirname(root) if self._is_beside() else root, os.path.basename(self.work))
+        if self._is_at(work):
+            done = f"was moved to {root}; goes on there"
+        elif root != self.root:
+            raise CommitError(f"{self.root}: a symbolic link leads to {root} now; links are not followed, move it away")
+        else:
+            done = self._take_again(work)
+        self.root, self.work = root, work
+        return done
+
+    def _take_again(self, work: str) -> str:
+        """Make what is missing, lock it, and say what it was."""
+        self._refuse_other_file_system()
+        if os.path.islink(work):
+            raise CommitError(f"{work}: is a symbolic link now; links are not followed, move it away")
+        here = {self.root: "it", work: "its work directory"}
+        missing = next((what for path, what in here.items() if not os.path.lexists(path)), "its lock file")
+        ours = _holder(self.fd)
+        try:
+            make_directories_durable(self.root)
+            fd = _take(self.root, work, 0.0)
+        except CheckpointerBusy as error:
+            raise Taken(
+                f"{error}. This is {ours or 'a process without a name'}, whose lock file was removed"
+            ) from error
+        except CheckpointError as error:
+            raise CommitError(str(error)) from error
+        _write(fd, os.pread(self.fd, 4096, 0))
+        self.replace(fd)
+        return f"{missing} was removed, and was made again"
+
+    def is_held(self) -> bool:
+        """Whether the file that is locked still has the name, so that nobody else can have locked it."""
+        return self._is_at(self.work)
+
+    def _is_beside(self) -> bool:
+        return os.path.dirname(self.work) != self.root
+
+    def _refuse_other_file_system(self) -> None:
+        """An unmounted disk leaves an empty directory, or none: nothing may be written to the disk below."""
+        there = self.root
+        while not os.path.isdir(there):
+            there = os.path.dirname(there)
+        if os.stat(there).st_dev != self._device:
+            raise CommitError(
+                f"{self.root}: {there} is on another file system than when the training began; was a disk unmounted? "
+                "Nothing was written there"
+            )
+
+    def _is_at(self, work: str) -> bool:
+        path = os.path.join(work, names.LOCK)
+        try:
+            with parent_of(path) as (parent, name):
+                return os.path.samestat(os.stat(name, dir_fd=parent, follow_symlinks=False), os.fstat(self.fd))
+        except OSError:
+            return False
+
+    def replace(self, fd: int) -> None:
+        """Hold the lock file behind `fd`, which is closed, instead of the one until now."""
+        if self.fd >= 0:
+            os.dup2(fd, self.fd, inheritable=False)
+        os.close(fd)
+
+    def release(self) -> None:
+        """Let go of the lock. The work directory goes too if nothing is in it: no other process may share this lock then."""
+        if self.fd >= 0:
+            self.clear()
+        self.close()
+
+    def clear(self) -> None:
+        """Remove the lock file and the work directory, if nothing else is in there and the lock is still this one."""
+        if not self.is_held():
+            return
+        replaced = os.path.join(self.work, names.REPLACED)
+        try:
+            if os.path.isdir(replaced) and not os.path.islink(replaced):
+                os.rmdir(replaced)
+            if os.listdir(self.work) == [names.LOCK]:
+                os.unlink(os.path.join(self.work, names.LOCK))  # whoever waits for it sees that it lost its name
+                os.rmdir(self.work)
+        except OSError as error:
+            logger.debug("%s stays: %s", self.work, error)  # something is in it, or came into it just now
+
+    def close(self) -> None:
+        """Let go of this process's share; the lock is free once the writer's is gone too."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+_HELD: weakref.WeakSet[RootLock] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked child would hold its parent's lock."""
+    for lock in list(_HELD):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _take(root: str, work: str, patience: float) -> int:
+    """Lock the file in `work`, which is made if it is missing; returns its descriptor. Raises as `RootLock.acquire`."""
+    path = os.path.join(work, names.LOCK)
+    for _ in range(_REMOVALS):
+        if not os.path.isdir(work):
+            _make_directory(work)
+        try:
+            fd = _open(work, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            continue  # its last holder has just removed the work directory
+        try:
+            _wait(fd, root, fcntl.LOCK_EX, patience)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(path), os.fstat(fd)):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # its last holder has removed it while this process waited: what has the name now is another file
+    raise CheckpointerBusy(f"{path}: was removed again and again while it was being locked; find out who removes it")
+
+
+def _make_directory(work: str) -> None:
+    """Make the work directory, durably, where its parent is. Raises FileNotFoundError if that is not there."""
+    try:
+        os.mkdir(work)
+    except FileExistsError:
+        if not os.path.isdir(work):
+            raise
+    LocalFilesystem().sync_directory(os.path.dirname(work))
+
+
+def _write(fd: int, content: bytes) -> None:
+    os.pwrite(fd, content, 0)
+    os.ftruncate(fd, len(content))
+
+
+def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
+    """If a writer whose trainer is dead still works on `root`, wait for it, up to `patience` seconds, and say so.
+
+    Returns at once when nobody holds the lock or the holder's trainer lives. Raises `CheckpointerBusy` when the orphan is
+    still at work afterwards.
+    """
+    try:
+        fd = _open(names.work_directory(root), os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        holder = _holder(fd)
+        if holder is not None and holder.may_live():
+            return
+        _wait(fd, root, fcntl.LOCK_SH, patience)
+    finally:
+        os.close(fd)
+
+
+def _open(work: str, flags: int) -> int:
+    """Open the lock file in `work`. Raises `CheckpointError` for what is no lock file of ours, or cannot be opened."""
+    path = os.path.join(work, names.LOCK)
+    if os.path.islink(work):
+        raise CheckpointError(f"{work}: is a symbolic link; links are not followed, move it away")
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        reason = "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be opened ({error.strerror})"
+        raise CheckpointError(f"{path}: {reason}: who saves there is unknown") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{path}: is not a regular file; move it away")
+    return fd
+
+
+def _wait(fd: int, root: str, mode: int, patience: float) -> None:
+    begun = time.monotonic()
+    announced = False
+    while True:
+        try:
+            fcntl.flock(fd, mode | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if mode == fcntl.LOCK_SH:
+                return  # a reader needs no lock where there are none
+            raise CheckpointError(
+                f"{root}: flock is refused here ({error.strerror}), so nothing keeps two trainings apart; mount the file system "
+                "with locks (Lustre: -o flock), save to another one, or allow the call in the sandbox"
+            ) from error
+        holder = _holder(fd)
+        if mode == fcntl.LOCK_SH and holder is not None and holder.may_live():
+            return  # its name was being written when it was looked for
+        waited = time.monotonic() - begun
+        if holder is None or holder.may_live():
+            if waited > _GRACE:
+                raise CheckpointerBusy(
+                    f"{root}: another process saves here ({holder or 'its name is not written yet'}); "
+                    "wait for it to end, stop it, or use another directory"
+                )
+        elif waited > patience:
+            raise CheckpointerBusy(
+                f"{root}: the writer of a dead trainer ({holder}) is still at work after {waited:.0f} s"
+            )
+        elif not announced:
+            logger.warning("%s: waiting for the writer of a dead trainer (%s) to finish what was staged", root, holder)
+            announced = True
+        time.sleep(_POLL)
+        _signals.deliver()
+
+
+def _holder(fd: int) -> Holder | None:
+    try:
+        content = json.loads(os.pread(fd, 4096, 0))
+        trainer, *writer = (Process(int(pid), int(start)) for pid, start in content["processes"])
+        return Holder(trainer, writer[0] if writer else None, str(content["where"]))
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None  # being rewritten this very moment

@@ -1,0 +1,88 @@
+"""Read the manifest of a checkpoint directory, and check its files against it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Literal, get_args
+
+import xxhash
+
+from .._format import names
+from .._format.manifest import MAX_BYTES, Manifest, parse
+from ..errors import CorruptCheckpoint
+from . import filesystem as fs
+
+Verify = Literal["none", "size", "full"]
+
+_HASH_CHUNK = 4 << 20  # bytes
+
+
+def read(directory: str) -> Manifest:
+    """The manifest of a checkpoint directory. Raises `CorruptCheckpoint`; `OSError` only where the disk itself fails."""
+    path = os.path.join(directory, names.MANIFEST)
+    if os.path.islink(directory):
+        raise CorruptCheckpoint(f"{directory}: is a symbolic link; links are not followed")
+    try:
+        content = fs.read_regular(path, MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptCheckpoint(f"{directory}: incomplete: it has no {names.MANIFEST}") from error
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+    return parse(content, file=path)
+
+
+def check(
+    directory: str,
+    manifest: Manifest,
+    verify: Verify,
+    hashed: Callable[[int], object] = lambda count: None,
+    files: Iterable[str] | None = None,
+) -> None:
+    """Compare the files with the manifest: sizes, or with `full` their hashes too. `hashed` is told how many bytes more were.
+    `files`: compare only these of them.
+
+    Raises `CorruptCheckpoint` naming the file and what is wrong with it.
+    """
+    if verify not in get_args(Verify):
+        raise ValueError(f"verify is {verify!r}; use one of {', '.join(map(repr, get_args(Verify)))}")
+    if verify == "none":
+        return
+    for name in manifest.files if files is None else files:
+        record = manifest.files[name]
+        path = os.path.join(directory, *name.split("/"))
+        try:
+            refuse_linked_parents(directory, name)
+            fd = fs.open_regular(path)
+        except FileNotFoundError as error:
+            raise CorruptCheckpoint(f"{path}: missing; the manifest lists it with {record.size} bytes") from error
+        except OSError as error:
+            raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            size = os.fstat(fd).st_size
+            if size != record.size:
+                raise CorruptCheckpoint(f"{path}: has {size} bytes, the manifest says {record.size}")
+            if verify == "full" and (digest := _hash(fd, path, hashed)) != record.xxh3_128:
+                raise CorruptCheckpoint(f"{path}: content differs: xxh3_128 {digest}, expected {record.xxh3_128}")
+        finally:
+            os.close(fd)
+
+
+def refuse_linked_parents(directory: str, name: str) -> None:
+    """Raise `CorruptCheckpoint` if a directory on the way to the file `name` is a symbolic link: it leads elsewhere."""
+    parent = directory
+    for part in name.split("/")[:-1]:
+        parent = os.path.join(parent, part)
+        if os.path.islink(parent):
+            raise CorruptCheckpoint(f"{parent}: is a symbolic link; links are not followed")
+
+
+def _hash(fd: int, path: str, hashed: Callable[[int], object]) -> str:
+    digest = xxhash.xxh3_128()
+    try:
+        while chunk := os.read(fd, _HASH_CHUNK):
+            digest.update(chunk)
+            hashed(len(chunk))
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""The files of one committed checkpoint, as whoever restores it reads them: checked against the manifest, and held open."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Container, Iterable
+from typing import Any
+
+from .._format import names, safetensors
+from .._format.manifest import Manifest
+from .._format.plan import is_safe_relative
+from ..errors import CorruptCheckpoint
+from . import manifests
+from .filesystem import read_regular
+from .manifests import Verify
+from .reading import OpenFile, read_into
+
+
+class Source:
+    """A checkpoint's files. One that holds tensors is opened when it is first needed and stays open until `close()`.
+
+    Each file is compared with the manifest, as `verify` says, when it is first needed: what nobody reads may be gone."""
+
+    def __init__(self, directory: str, manifest: Manifest, verify: Verify = "none") -> None:
+        manifests.check(directory, manifest, verify, files=())  # raises for a `verify` that is none
+        self.directory = directory
+        self.manifest = manifest
+        self._verify = verify
+        self._verified: set[str] = set()
+        self._files: dict[str, OpenFile] = {}
+        self._entries: dict[str, dict[str, safetensors.Entry]] = {}
+
+    def path(self, name: str) -> str:
+        if name not in self.manifest.files or not is_safe_relative(name):
+            raise CorruptCheckpoint(f"{self.directory}: {name!r} is needed, but the manifest does not list it")
+        manifests.refuse_linked_parents(self.directory, name)
+        if name not in self._verified:
+            self._verified.add(name)
+            manifests.check(self.directory, self.manifest, self._verify, files=(name,))
+        return os.path.join(self.directory, *name.split("/"))
+
+    def verify_all(self, *, but: Container[str]) -> None:
+        """Compare the files that nobody needed so far too, except some."""
+        for name in self.manifest.files:
+            if name not in but:
+                self.path(name)
+
+    def json(self, name: str) -> Any:
+        path = self.path(name)
+        try:
+            return json.loads(read_regular(path))
+        except (ValueError, RecursionError, OSError) as error:
+            raise CorruptCheckpoint(f"{path}: cannot be read: {error}") from error
+
+    def config(self) -> Any:
+        return self.json(names.CONFIG) if names.CONFIG in self.manifest.files else None
+
+    def training_state(self) -> dict[str, Any]:
+        state = self.json(names.TRAINING_STATE)
+        needed = ("optimizers", "schedulers", "scaler", "dataloader", "extra", "rng")
+        if not isinstance(state, dict) or any(key not in state for key in needed):
+            raise CorruptCheckpoint(f"{self.path(names.TRAINING_STATE)}: does not hold {', '.join(needed)}")
+        return state
+
+    def entries(self, file: str) -> dict[str, safetensors.Entry]:
+        """The tensors of a safetensors file, by its header."""
+        if file not in self._entries:
+            opened = self.file(file)
+            length = safetensors.header_length(opened.read(min(8, opened.size)), opened.size, file=opened.path)
+            self._entries[file] = safetensors.parse(opened.read(8 + length), opened.size, file=opened.path)[0]
+        return self._entries[file]
+
+    def file(self, name: str) -> OpenFile:
+        if name not in self._files:
+            self._files[name] = OpenFile(self.path(name))
+        return self._files[name]
+
+    def read_into(self, parts: Iterable[tuple[str, int, memoryview]]) -> None:
+        """Fill each memory with the bytes of the named file from the offset on. Raises as `reading.read_into` does."""
+        read_into((self.file(name), offset, memory) for name, offset, memory in parts)
+
+    def close(self) -> None:
+        while self._files:
+            self._files.popitem()[1].close()

@@ -1,0 +1,157 @@
+"""What a checkpoint says of itself, and whether it is true.
+
+The file is one JSON object. Its last key, `self`, is the xxh3_128 (hex) of all bytes of the file before the opening quote of
+that key, so that a manifest that was cut short or altered is known as such.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from ..errors import CorruptCheckpoint
+from . import names
+from .plan import is_safe_relative
+
+FORMAT = "vembed_async_ckpt"
+VERSION = 1
+
+MAX_BYTES = 1 << 28  # a manifest of a million tensors takes half of it
+MAX_CONTAINERS = 1 << 22  # lists and objects, about a hundred bytes of memory each; a tensor of an optimizer has two
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and xxh3_128 (hex) of one file."""
+
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One checkpoint. `sequence` orders the checkpoints of a root; `files` names everything in it but the manifest.
+
+    `ranks`: those whose random states and data positions are in it, where that is not all `world_size` of them.
+    `metrics` that are NaN or infinite are in the file as {"$float": "nan"}, "inf" or "-inf".
+    `tensors`: for a file that is not safetensors (optimizer.bin), its tensors as {key: [dtype, shape, offset]}, and as a
+    fourth entry the strides of those that are not contiguous: their bytes lie in the order of their strides.
+    `names`: for a weights file, where its tensors live in the model: {file name: {tensor: where}}.
+    """
+
+    save_id: str
+    step: int | None
+    sequence: int
+    world_size: int = 1
+    ranks: tuple[int, ...] | None = None
+    time: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    names: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Newest is largest: by sequence, then by step."""
+        return (self.sequence, -1 if self.step is None else self.step)
+
+    def to_bytes(self) -> bytes:
+        """The manifest file's content."""
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "save_id": self.save_id,
+            "step": self.step,
+            "sequence": self.sequence,
+            "world_size": self.world_size,
+            "time": self.time,
+            "versions": self.versions,
+            "metrics": {name: _to_json(value) for name, value in self.metrics.items()},
+            "files": {name: {"size": file.size, "xxh3_128": file.xxh3_128} for name, file in self.files.items()},
+            "names": self.names,
+            "tensors": self.tensors,
+        }
+        if self.ranks is not None:
+            body["ranks"] = self.ranks
+        before = json.dumps(body, ensure_ascii=False, separators=(",", ":"))[:-1].encode() + b","
+        return before + b'"self":"' + xxhash.xxh3_128_hexdigest(before).encode() + b'"}'
+
+
+def too_large(content: bytes) -> str | None:
+    """Why a manifest is more than `parse` takes, or None."""
+    if len(content) > MAX_BYTES:
+        return f"{len(content)} bytes; at most {MAX_BYTES} can be read back"
+    containers = content.count(b"[") + content.count(b"{")
+    if containers > MAX_CONTAINERS:
+        return f"{containers} lists and objects; at most {MAX_CONTAINERS} can be read back"
+    return None
+
+
+def parse(content: bytes, *, file: str) -> Manifest:
+    """The manifest in `content`. Raises `CorruptCheckpoint` naming `file` if it is not whole or makes no sense."""
+    cut = content.rfind(b'"self"')
+    try:
+        if excess := too_large(content):
+            raise ValueError(f"it has {excess}")
+        body = json.loads(content)
+        if body["format"] != FORMAT:
+            raise ValueError(f"format is {body['format']!r}, not {FORMAT!r}")
+        if body["version"] != VERSION:
+            raise ValueError(f"format version {body['version']!r} is not the one this release reads ({VERSION})")
+        if body["self"] != xxhash.xxh3_128_hexdigest(content[:cut]):
+            raise ValueError("its own hash does not match")
+        if not names.is_save_id(body["save_id"]):
+            raise ValueError(f"save_id is {body['save_id']!r}")
+        for key in ("versions", "metrics", "names", "tensors"):
+            if not isinstance(body[key], dict):
+                raise TypeError(f"{key} is {str(body[key])[:60]!r}")
+        metrics = {name: _from_json(value) for name, value in body["metrics"].items()}
+        return Manifest(
+            save_id=body["save_id"],
+            step=None if body["step"] is None else int(body["step"]),
+            sequence=int(body["sequence"]),
+            world_size=int(body["world_size"]),
+            ranks=None if body.get("ranks") is None else tuple(map(int, body["ranks"])),
+            time=float(body["time"]),
+            versions=body["versions"],
+            metrics=metrics,
+            names=body["names"],
+            tensors=body["tensors"],
+            files={_safe(name): _record(value) for name, value in body["files"].items()},
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CorruptCheckpoint(f"{file}: unusable manifest: {reason}") from error
+
+
+def _to_json(metric: float) -> Any:
+    """A metric as the trees of the training state have it: JSON has no NaN and no infinity."""
+    return metric if math.isfinite(metric) else {"$float": repr(float(metric))}
+
+
+def _from_json(value: Any) -> float:
+    if isinstance(value, dict) and list(value) == ["$float"] and value["$float"] in ("nan", "inf", "-inf"):
+        return float(value["$float"])
+    if not isinstance(value, int | float):
+        raise TypeError(f"a metric is {str(value)[:60]!r}")
+    float(value)  # OverflowError for a number that is none
+    return value
+
+
+def _safe(name: str) -> str:
+    if not is_safe_relative(name):
+        raise ValueError(f"the file name {name!r} leaves the directory")
+    return name
+
+
+def _record(value: Mapping[str, Any]) -> FileRecord:
+    size, digest = value["size"], value["xxh3_128"]
+    if type(size) is not int or not 0 <= size < 1 << 63 or not isinstance(digest, str):
+        raise ValueError(f"unusable file record {value!r}")
+    return FileRecord(size, digest)

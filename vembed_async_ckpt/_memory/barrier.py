@@ -1,0 +1,231 @@
+"""The barrier: before any optimizer changes anything, it waits for what is still being copied.
+
+One global hook of torch, installed once per process. It also learns which optimizers really pass through it: only their
+tensors may be copied after `save()` has returned. Optimizers that bypass the hook (not torch's, `step` replaced on the instance,
+the functional API) are never seen, so nothing of theirs is ever copied late. One that changes weights first and then calls a
+hooked step is seen, but too late: only the nets of `staging.DeferredCopy` catch it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import compress
+from operator import attrgetter, is_, not_
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .. import _signals
+from .captures import is_capturing
+from .devices import is_on_device
+from .host_copy import are_plain, is_small
+from .probe import PROBE_BYTES, TailProbe
+
+_DEVICE = attrgetter("device")
+_Value = TypeVar("_Value")
+
+
+class Pending(Protocol):
+    """A snapshot that is not complete yet."""
+
+    def barrier(self) -> None:
+        """Return when the optimizer may change tensors."""
+
+
+class SavedOptimizer(Protocol):
+    """An optimizer, or what stands for one, among what is saved."""
+
+    @property
+    def optimizer(self) -> Any: ...
+
+    def parameter_ids(self) -> set[int] | None:
+        """Of the parameters that it steps; None if nobody knows which these are."""
+
+
+class _StepBarrier:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._installed = False
+        self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.captured: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.steps = 0  # that optimizers have begun, as far as the hook saw them
+        self.generation = 0  # grows when an optimizer is seen for the first time
+        self.pending: tuple[Pending, ...] = ()
+        self.stepping: list[int] = []  # ids of optimizers that are in the middle of a step
+
+    def install(self) -> None:
+        with _signals.held(), self._lock:
+            if not self._installed:
+                register_optimizer_step_pre_hook(_before_step)
+                register_optimizer_step_post_hook(_after_step)
+                os.register_at_fork(after_in_child=self._forget)
+                self._installed = True
+
+    def note(self, optimizer: torch.optim.Optimizer) -> None:
+        with _signals.held(), self._lock:
+            self.seen.add(optimizer)
+            self.generation += 1
+
+    def note_captured(self, optimizer: torch.optim.Optimizer) -> None:
+        with _signals.held(), self._lock:
+            self.captured.add(optimizer)
+            self.generation += 1
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those seen so far that are still there, but for those whose step a CUDA graph repeats without the hook."""
+        with _signals.held(), self._lock:
+            return [optimizer for optimizer in self.seen if optimizer not in self.captured]
+
+    def add(self, snapshot: Pending) -> None:
+        with _signals.held(), self._lock:
+            self.pending = (*self.pending, snapshot)
+
+    def remove(self, snapshot: Pending) -> None:
+        with _signals.held(), self._lock:
+            self.pending = tuple(other for other in self.pending if other is not snapshot)
+
+    def _forget(self) -> None:
+        """In a forked child nobody copies: there is nothing to wait for."""
+        self._lock = threading.Lock()
+        self.pending = ()
+        self.stepping = []
+
+
+STEP_BARRIER = _StepBarrier()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    STEP_BARRIER.steps += 1
+    _after_step(optimizer, args, kwargs)  # in case its last step ended in an exception
+    STEP_BARRIER.stepping.append(id(optimizer))
+    if optimizer not in STEP_BARRIER.seen:
+        STEP_BARRIER.note(optimizer)
+    if is_capturing() and optimizer not in STEP_BARRIER.captured:
+        STEP_BARRIER.note_captured(optimizer)
+    for snapshot in STEP_BARRIER.pending:
+        snapshot.barrier()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if id(optimizer) in STEP_BARRIER.stepping:
+        del STEP_BARRIER.stepping[STEP_BARRIER.stepping.index(id(optimizer)) :]
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """Which tensors are copied before `save()` returns (`small` are host tensors of a few KiB, `now` the others) and which may be
+    copied late, as indices. `names` and `devices` are those of the late; `on_device` says which of them are copied by a device, and
+    `tails` is for the others."""
+
+    small: list[int]
+    now: list[int]
+    late: list[int]
+    names: list[str]
+    devices: list[torch.device]
+    on_device: list[bool]
+    tails: TailProbe
+
+    def host_part(self, values: Sequence[_Value]) -> Sequence[_Value]:
+        """Of one value for each late tensor, those of the tensors in host memory."""
+        return list(compress(values, map(not_, self.on_device))) if True in self.on_device else values
+
+    def device_part(self, values: Sequence[_Value]) -> list[_Value]:
+        """Those of the tensors that a device copies."""
+        return list(compress(values, self.on_device))
+
+
+class OverlapPolicy:
+    """Overlap is earned: late are only tensors that nothing but the step of an optimizer seen at the barrier changes."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._copy_plan = all_now(0)
+
+    def divide(
+        self,
+        key: Any,
+        tensors: Sequence[torch.Tensor],
+        names: Callable[[], Sequence[str]],
+        owners: Callable[[], Sequence[Any]],
+        volatile: frozenset[int],
+        saved: Sequence[SavedOptimizer] = (),
+    ) -> CopyPlan:
+        """Divide the tensors of a save. `key` is equal as long as names, owners, dtypes, shapes and their order are the same.
+        `saved`: the optimizers among what is saved.
+
+        Copied at once: what is small, buffers, frozen parameters, copies that nobody steps, computed values, parameters in
+        `volatile`, host tensors that are not contiguous, and everything of optimizers that have not been seen or whose step a CUDA
+        graph repeats. So are the parameters of a wrapper that has not been seen itself: it may change them before or after the step
+        that it wraps; and those of an optimizer with `train()` and `eval()`, which change them between its steps: schedule-free
+        ones are to be saved between `eval()` and `train()`.
+        """
+        seen = STEP_BARRIER.optimizers()
+        groups = [group["params"] for optimizer in seen if not _switches(optimizer) for group in optimizer.param_groups]
+        unseen = [each.parameter_ids() for each in saved if not any(map(partial(is_, each.optimizer), seen))]
+        now = (key, STEP_BARRIER.generation, [list(map(id, parameters)) for parameters in groups], unseen)
+        if now != self._key or not self._still_divides(tensors):
+            small = {n for n, tensor in enumerate(tensors) if is_small(tensor) and not is_on_device(tensor)}
+            allowed = {id(parameter) for parameters in groups for parameter in parameters} - volatile
+            for parameters in unseen:
+                allowed = set() if parameters is None else allowed - parameters
+            allowed |= {id(optimizer) for optimizer in seen}
+            late = [
+                n
+                for n, owner in enumerate(owners())
+                if n not in small and id(owner) in allowed and _can_be_late(tensors[n])
+            ]
+            rest = sorted(set(range(len(tensors))) - small - set(late))
+            self._copy_plan = _copy_plan(sorted(small), rest, late, pick(names(), late), tensors)
+            self._key = now
+        return self._copy_plan
+
+    def _still_divides(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether tensors of the same dtypes and shapes lie in memory as those that were divided."""
+        copy_plan = self._copy_plan
+        late = pick(tensors, copy_plan.late)
+        return (
+            are_plain(pick(tensors, copy_plan.small))
+            and list(map(_DEVICE, late)) == copy_plan.devices
+            and True not in map(torch.Tensor.is_inference, late)
+            and False not in map(torch.Tensor.is_contiguous, copy_plan.host_part(late))
+        )
+
+
+def _switches(optimizer: torch.optim.Optimizer) -> bool:
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
+def all_now(count: int) -> CopyPlan:
+    """Nothing is late."""
+    return _copy_plan([], list(range(count)), [], [], [])
+
+
+def _copy_plan(
+    small: list[int], now: list[int], late: list[int], names: list[str], tensors: Sequence[torch.Tensor]
+) -> CopyPlan:
+    copied_late = pick(tensors, late)
+    on_device = list(map(is_on_device, copied_late))
+    tails = TailProbe([t.nbytes for t, by_device in zip(copied_late, on_device, strict=True) if not by_device])
+    return CopyPlan(small, now, late, names, list(map(_DEVICE, copied_late)), on_device, tails)
+
+
+def pick(values: Sequence[_Value], indices: Sequence[int]) -> list[_Value]:
+    """The values at these indices."""
+    return list(map(values.__getitem__, indices))
+
+
+def _can_be_late(tensor: torch.Tensor) -> bool:
+    """A tensor of a device is not probed, and its device copies any strides: it only needs to have a version and values."""
+    if tensor.is_inference():
+        return False
+    if tensor.is_cpu:
+        return tensor.nbytes >= PROBE_BYTES and tensor.is_contiguous()
+    return tensor.numel() > 0 and is_on_device(tensor)

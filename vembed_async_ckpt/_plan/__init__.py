@@ -1,1 +1,0 @@
-"""Plan: every file of a checkpoint and every tensor's offset, as a pure function of names, dtypes and shapes."""

@@ -1,0 +1,57 @@
+"""State back into schedulers and gradient scalers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .._capture import tree
+from .._capture.optimizer import unwrap as unwrap_optimizer
+from .._capture.training_state import unwrap_scheduler
+from .kinds import check_scaler, check_scheduler
+from .tensors import Tensors
+
+# What torch's schedulers keep for each parameter group.
+_PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "lr_lambdas")
+
+Sources = Sequence[int | None]  # for each parameter group the saved one that it is
+
+
+def plan_scheduler(
+    source: Tensors,
+    training: Mapping[str, Any],
+    name: str,
+    saved: Any,
+    scheduler: Any,
+    regrouped: Mapping[int, Sources],
+) -> Callable[[], None]:
+    """What will restore it. `training`: the saved training state. `regrouped`: by id, the optimizers whose parameter groups were
+    split anew. Raises before anything is changed."""
+    state = tree.decode(saved, source.training_tensor)
+    inner = unwrap_scheduler(scheduler)
+    sources = regrouped.get(id(unwrap_optimizer(getattr(inner, "optimizer", None))))
+    if sources is not None:
+        state = _regrouped(state, sources)
+    classes = training.get("classes", {}).get("schedulers", {})
+    check_scheduler(source.directory, f"scheduler {name}".rstrip(), classes.get(name), state, inner)
+    return lambda: scheduler.load_state_dict(state)
+
+
+def _regrouped(state: Any, sources: Sources) -> Any:
+    """The state with the values of each group at the place that the group has now."""
+    if not isinstance(state, dict):
+        return state
+    count = 1 + max((origin for origin in sources if origin is not None), default=-1)
+    result = dict(state)
+    for key, value in state.items():
+        if key in _PER_GROUP and isinstance(value, list) and len(value) >= count and None not in sources:
+            result[key] = [value[origin] for origin in sources if origin is not None]
+        elif key == "_schedulers" and isinstance(value, list):
+            result[key] = [_regrouped(inner, sources) for inner in value]
+    return result
+
+
+def plan_scaler(source: Tensors, state: Any, scaler: Any) -> Callable[[], None]:
+    """What will restore it. Raises before anything is changed."""
+    check_scaler(source.directory, state, scaler)
+    return lambda: scaler.load_state_dict(state)

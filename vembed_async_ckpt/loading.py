@@ -1,0 +1,363 @@
+"""Restore: a committed checkpoint back into live objects, in place. Nothing is unpickled here.
+
+Header and manifest say where in the files the tensors are; what is planned is read in one go, straight into its place where
+that is memory of the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from ._capture import accelerator as accelerators
+from ._capture import random_state, tree
+from ._capture.model import unwrap as unwrap_model
+from ._capture.modes import in_neutral_modes
+from ._capture.optimizer import unwrap as unwrap_optimizer
+from ._capture.parameters import names_of
+from ._capture.request import named
+from ._capture.training_state import parse_rank
+from ._disk import latest_link
+from ._disk.manifests import Verify
+from ._disk.reader import has_changed, held, manifest_of
+from ._format import names
+from ._restore.accelerated import by_name, load_hooks, models_to_load
+from ._restore.models import plan_model
+from ._restore.optimizers import plan_optimizer, rewritable_state
+from ._restore.schedulers import plan_scaler, plan_scheduler
+from ._restore.selection import Selection, check_names
+from ._restore.tensors import Move, Tensors
+from .errors import CheckpointError, warn
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint says besides the states that were put back: its step, config, extra and metrics."""
+
+    step: int | None
+    config: Any
+    extra: Any
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What will put everything back: the moves, then the steps, then the random states; and what the caller is told."""
+
+    moves: list[Move]
+    steps: list[Callable[[], None]]
+    rng: Any
+    config: Any
+    extra: Any
+
+
+@in_neutral_modes
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    dataloader: Any = None,
+    scaler: Any = None,
+    accelerator: Any = None,
+    verify: Verify = "size",
+    strict: bool = True,
+    exclude: str | Iterable[str] = (),
+) -> Restored:
+    """Put a checkpoint back into the objects given, as they were given to `save()` (one object, or a mapping of names).
+
+    The random number generators are set too when anything but a model is given: training goes on exactly where it was.
+    With `accelerator`, its prepared models, optimizers, schedulers and scaler take the place of those not given; its registered
+    objects, places in dataloaders and count of micro-batches are restored too, if they were saved. Its load hooks are called
+    first, and may take models out of the list that they are given, as with `accelerator.load_state`. `verify`: compare "size"s,
+    "full" hashes, or "none", before anything is changed; what is not asked for need not be there. The checkpoint is safe from
+    retention while it is read; where another process saves the same step meanwhile, what is restored is one of the two, never a
+    mixture.
+
+    A model may have other wrappers than when it was saved (torch.compile, activation checkpointing, DistributedDataParallel, or
+    hooks that rename its state_dict). `strict=False` loads of each model the parameters and buffers that fit, leaves an optimizer,
+    scheduler or other object that does not fit as it is, and warns of all that was not loaded. `exclude`: what stays as it is:
+    names of parameters and buffers, of modules (all that is inside), patterns such as "*.lora_A.*", or "optimizer", "scheduler",
+    "dataloader", "scaler", "rng"; a name that nothing has is an error. Optimizer state is not divided: to leave out that of some
+    parameters, exclude "optimizer".
+
+    Optimizer state goes to the parameter of the same name where names are known on both sides: where the models are passed to
+    `save()` and `load` with the optimizer, or the optimizer was made from `named_parameters()`. Order and parameter groups may then
+    differ from those saved; every parameter keeps the hyper-parameters that it was saved with, and a group whose parameters were
+    saved with different ones is refused. Without names order decides, and the groups must be of the same sizes.
+
+    Tensors that the model has, and those of torch's optimizers that have stepped before, are overwritten where they are
+    (but not optimizer state that a state_dict taken before holds too).
+
+    Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` when the objects do not fit what was saved; both
+    before any object is changed. Only a disk that fails while tensors are read leaves some changed: then load another checkpoint.
+    """
+
+    names_to_exclude = check_names(exclude)
+
+    def plan(source: Tensors) -> _Planned:
+        others = (optimizer, scheduler, dataloader, scaler, accelerator)
+        models = model
+        if accelerator is not None and model is None:
+            if load_hooks(accelerator):  # what does not fit is said before the hooks change anything
+                _plan(source, {}, *others, Selection(strict=strict, exclude=names_to_exclude))
+            models = by_name(models_to_load(accelerator, source.manifest.names, source.directory))
+        selection = Selection(strict=strict, exclude=names_to_exclude)
+        planned = _plan(source, models, *others, selection)
+        selection.tell(source.directory)
+        return planned
+
+    with contextlib.ExitStack() as stack:
+        source, planned = _of_one_save(latest_link.resolve(path), verify, stack, plan)
+        return _restore(source, planned)
+
+
+@in_neutral_modes
+def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict[str, torch.Tensor], Restored]:
+    """A checkpoint for hosts that put states back themselves: copies of the weights under the names that their files have
+    (of tied ones every name, sharing one tensor), and what `load` returns. Raises `CorruptCheckpoint` as `load` does."""
+
+    def plan(source: Tensors) -> tuple[dict[str, torch.Tensor], _Planned]:
+        weights: dict[str, torch.Tensor] = {}
+        for described in source.manifest.names.values():
+            weights |= source.weights(described["files"])
+            weights |= {alias: weights[kept] for alias, kept in described["ties"].items() if kept in weights}
+        return weights, _plan(source, None, None, None, None, None, None, Selection())
+
+    with contextlib.ExitStack() as stack:
+        source, (weights, planned) = _of_one_save(latest_link.resolve(path), verify, stack, plan)
+        return weights, _restore(source, planned)
+
+
+def _of_one_save(
+    directory: str, verify: Verify, stack: contextlib.ExitStack, plan: Callable[[Tensors], _T]
+) -> tuple[Tensors, _T]:
+    """A checkpoint's files, held by `stack`, and what `plan` makes of them: all of one save, whoever replaces it meanwhile.
+
+    Where another save took the name while the files were opened, all is done once more. Raises what `plan` raises,
+    `CorruptCheckpoint`, and `CheckpointError` if the name is taken by yet another save.
+    """
+    for _ in range(2):
+        with contextlib.ExitStack() as inner:
+            lock = inner.enter_context(held(directory))
+            try:
+                manifest = manifest_of(directory)
+                source = inner.enter_context(contextlib.closing(Tensors(directory, manifest, verify)))
+                with _making_sense(directory):
+                    planned = plan(source)
+            except CheckpointError:
+                if not has_changed(directory, lock):
+                    raise
+                continue
+            if not has_changed(directory, lock):
+                stack.push(inner.pop_all())
+                return source, planned
+    raise CheckpointError(
+        f"{directory}: was replaced twice while it was read; load it when nobody saves under its name"
+    )
+
+
+def _restore(source: Tensors, planned: _Planned) -> Restored:
+    wait_for_copies()
+    source.fill(planned.moves)
+    for step in planned.steps:
+        step()
+    if planned.rng is not None:
+        random_state.restore(planned.rng)
+    return Restored(source.manifest.step, planned.config, planned.extra, source.manifest.metrics)
+
+
+@contextlib.contextmanager
+def _making_sense(directory: str) -> Iterator[None]:
+    """What is well formed may still say what cannot be: of a tensor that is nowhere, of a list where a name should be."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: cannot be put back: {type(error).__name__}: {error}") from error
+
+
+def _plan(
+    source: Tensors,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    dataloader: Any,
+    scaler: Any,
+    accelerator: Any,
+    selection: Selection,
+) -> _Planned:
+    """What will restore each object. Raises before anything is changed."""
+    saved = source.training_state()
+    resumes = any(part is not None for part in (optimizer, scheduler, dataloader, scaler, accelerator))
+    if accelerator is not None:
+        prepared = accelerator._optimizers, accelerator._schedulers
+        if optimizer is None and not selection.excludes("optimizer"):
+            optimizer = selection.attempt(lambda: _in_order(prepared[0], saved["optimizers"]))
+        if scheduler is None and not selection.excludes("scheduler"):
+            scheduler = selection.attempt(lambda: _in_order(prepared[1], saved["schedulers"]))
+        scaler = getattr(accelerator, "scaler", None) if scaler is None else scaler
+    moves: list[Move] = []
+    steps: list[Callable[[], None]] = []
+    models = {name: unwrap_model(value) for name, value in named("model", model).items()}
+    optimizers = {
+        name: unwrap_optimizer(value)
+        for name, value in named("optimizer", optimizer).items()
+        if not selection.excludes(f"optimizer.{name}".rstrip("."))
+    }
+    for name, module in models.items():
+        described = selection.attempt(lambda name=name: _saved(source.manifest.names, name, "model"))  # type: ignore[misc]
+        if described is not None:
+            more, step = plan_model(source, described, name, module, selection)
+            moves += more
+            steps += [] if step is None else [step]
+    if resumes:
+        source.verify_all(but=_not_asked_for(source, saved, models, optimizers))
+    rewritable = rewritable_state(models.values(), optimizers.values())
+    regrouped: dict[int, Any] = {}
+    known = _names(models, accelerator, source.manifest.names)
+
+    def of_optimizer(name: str, value: Any) -> Any:
+        return plan_optimizer(source, _saved(saved["optimizers"], name, "optimizer"), name, value, rewritable, known)
+
+    def of_scheduler(name: str, value: Any) -> Callable[[], None]:
+        return plan_scheduler(source, saved, name, _saved(saved["schedulers"], name, "scheduler"), value, regrouped)
+
+    for name, value in optimizers.items():
+        planned = selection.attempt(functools.partial(of_optimizer, name, value))
+        if planned is not None:
+            moves += planned.moves
+            steps.append(planned.step)
+            if planned.sources is not None:
+                regrouped[id(value)] = planned.sources
+    for name, value in named("scheduler", scheduler).items():
+        if not selection.excludes(f"scheduler.{name}".rstrip(".")):
+            step = selection.attempt(functools.partial(of_scheduler, name, value))
+            steps += [] if step is None else [step]
+    rng, position = _of_this_rank(source, saved) if resumes else (None, None)
+    scaling = tree.decode(saved["scaler"], source.training_tensor)
+    if accelerator is not None and scaling is None:
+        scaler = None
+    if position is None and saved["dataloader"] is not None:
+        dataloader = None  # more ranks than saved: this one has no place of its own, and was warned
+    for what, value, state in (("dataloader", dataloader, position), ("scaler", scaler, scaling)):
+        if value is not None and not selection.excludes(what):
+            state = selection.attempt(functools.partial(_not_without, source, what, state))
+            if state is not None:
+                steps.append(
+                    plan_scaler(source, state, value)
+                    if what == "scaler"
+                    else functools.partial(value.load_state_dict, state)
+                )
+    if accelerator is not None:
+        steps += selection.attempt(lambda: _plan_accelerator(source, saved, accelerator)) or []
+    extra = tree.decode(saved["extra"], source.training_tensor)
+    return _Planned(moves, steps, None if selection.excludes("rng") else rng, source.config(), extra)
+
+
+def _not_asked_for(
+    source: Tensors, saved: Mapping[str, Any], models: Mapping[str, Any], optimizers: Mapping[str, Any]
+) -> set[str]:
+    """The files of models and optimizers that are not restored."""
+    files = {entry["file"] for name, entry in saved["optimizers"].items() if name not in optimizers}
+    for name, described in source.manifest.names.items():
+        if name not in models:
+            files.update(described["files"], described["uncovered"])
+    return files
+
+
+def _not_without(source: Tensors, what: str, state: Any) -> Any:
+    if state is None:
+        raise CheckpointError(f"{source.directory}: was saved without a {what}; load it without {what}=")
+    return state
+
+
+def _names(
+    models: Mapping[str, torch.nn.Module], accelerator: Any, saved: Mapping[str, Any]
+) -> Mapping[int, Sequence[str]]:
+    """By id of a parameter its names, in the models given or, where none is, in those of the accelerator."""
+    known: list[tuple[str, torch.nn.Module]] = list(models.items())
+    if not known and accelerator is not None and len(accelerator._models) == len(saved):
+        known = [(name, unwrap_model(model)) for name, model in zip(saved, accelerator._models, strict=True)]
+    result: dict[int, list[str]] = {}
+    for name, parameter in names_of(known).items():
+        result.setdefault(id(parameter), []).append(name)
+    return result
+
+
+def wait_for_copies() -> None:
+    """Return when no save of this process is still copying what is about to change."""
+    barrier = sys.modules.get("vembed_async_ckpt._memory.barrier")  # not loaded by those who only read
+    for snapshot in barrier.STEP_BARRIER.pending if barrier is not None else ():
+        snapshot.barrier()
+
+
+def _plan_accelerator(source: Tensors, saved: Mapping[str, Any], accelerator: Any) -> list[Callable[[], None]]:
+    """What will restore registered objects, dataloaders and step. Raises before anything is changed."""
+    known = tree.decode(saved.get("accelerator"), source.training_tensor)
+    if known is None:
+        return []
+    objects, entries = accelerator._custom_objects, saved["registered"]
+    if len(objects) != len(entries):
+        raise CheckpointError(
+            f"{source.directory}: holds {len(entries)} registered objects, the accelerator has {len(objects)}"
+        )
+    steps: list[Callable[[], None]] = []
+    for value, entry in zip(objects, entries, strict=True):
+        if entry["rest"] is None:
+            raise CheckpointError(
+                f"{source.directory}: {entry['file']} is a pickle, because the state of the registered "
+                f"{type(value).__qualname__} is more than data: only accelerator.load_state restores it"
+            )
+        state = tree.decode(entry["rest"], functools.partial(source.listed_copy, entry["file"]))
+        steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
+    return [*steps, lambda: accelerators.restore(accelerator, known)]
+
+
+def _of_this_rank(source: Tensors, saved: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(random states, dataloader position) of this rank; with a warning, None for a rank that had none."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    if world_size != source.manifest.world_size:
+        warn(
+            f"{source.directory}: was saved by {source.manifest.world_size} ranks and is loaded by {world_size}: "
+            "random states and the order of the data cannot go on exactly"
+        )
+    if rank == 0:
+        get = source.training_tensor
+        return tree.decode(saved["rng"], get), tree.decode(saved["dataloader"], get)
+    if names.rank_state(rank) not in source.manifest.files:
+        if rank < source.manifest.world_size:
+            warn(
+                f"{source.directory}: was saved without rank {rank}: its random states and its place in the data go on as they are "
+                "now, not as they were"
+            )
+        return None, None
+    return parse_rank(source.json(names.rank_state(rank)))
+
+
+def _in_order(values: Sequence[Any], saved: Mapping[str, Any]) -> Any:
+    """accelerate's objects have no names: they are matched with what was saved by their order."""
+    if not values:
+        return None
+    if len(values) != len(saved):
+        raise CheckpointError(
+            f"the accelerator has {len(values)} objects where {len(saved)} were saved ({list(saved)})"
+        )
+    return values[0] if list(saved) == [""] else dict(zip(saved, values, strict=True))
+
+
+def _saved(saved: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in saved:
+        known = ", ".join(repr(other) if other else "one without a name" for other in saved) or "none"
+        raise CheckpointError(f"the checkpoint has no {what} {name!r}; it has {known}")
+    return saved[name]
