@@ -30,7 +30,8 @@ h1{font-size:1.6rem;margin:0} h2{font-size:1.1rem;margin:2.2rem 0 .3rem} ol{padd
 .note{color:#5b646d;font-size:.88rem} table{border-collapse:collapse;width:100%}
 td,th{padding:.3rem .5rem;text-align:right;border-bottom:1px solid #e4e7ea;font-weight:normal;vertical-align:top}
 th:first-child,.facts td{text-align:left} thead th{color:#5b646d;font-size:.85rem} .ours *{color:#0b6e4f;font-weight:bold}
-td{white-space:nowrap} .facts td{white-space:normal} svg{max-width:100%;height:auto} pre{overflow:auto;background:#f6f7f8;padding:.8rem;font-size:.75rem}
+td{white-space:nowrap} .facts td{white-space:normal}
+svg{max-width:100%;height:auto} pre{overflow:auto;background:#f6f7f8;padding:.8rem;font-size:.75rem}
 """
 
 
