@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import transformers
 from typer.testing import CliRunner
 
 from vembed_async_ckpt.bench.catalog import ENGINES
-from vembed_async_ckpt.cli import app
+from vembed_async_ckpt.bench.options import Options, Refused
+from vembed_async_ckpt.cli import app, bench
 
 runner = CliRunner()
 
@@ -134,3 +136,15 @@ def test_plots_without_matplotlib_are_refused(tmp_path: Path, monkeypatch: pytes
     assert result.exit_code == 2
     assert "torch_checkpointing" in result.stdout
     assert result.stderr == "vembed-ckpt bench: --plots: matplotlib is not installed: pip install matplotlib\n"
+
+
+def test_an_engine_of_the_default_that_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    """The run goes on without it; only one that was named is refused. One of one's own is added to the default."""
+    absent = replace(ENGINES["torch_checkpointing"], package="no_such_package_anywhere")
+    monkeypatch.setitem(ENGINES, "torch_checkpointing", absent)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2] / "benchmarks")])
+    wanted, missing = bench._engines(Options(), ("own_engine:CopyThenSave", "accelerate"))
+    assert wanted == ["ours", "original", "dcp", "dcp-overlap", "own_engine:CopyThenSave", "accelerate"]
+    assert missing == ["torch_checkpointing"]
+    with pytest.raises(Refused, match="'torch_checkpointing' is not installed: pip install torch-checkpointing"):
+        bench._engines(Options(engines=("torch_checkpointing",)), ())

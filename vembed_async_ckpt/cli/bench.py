@@ -124,11 +124,7 @@ def run(
             "patience": patience,
             "model": model,
             "workload": workload,
-            "size": 256 * MIB
-            if size is None and tensors is not None
-            else given_options.parse_size(size)
-            if size
-            else None,
+            "size": given_options.parse_size(size) if size else 256 * MIB if tensors else None,
         }
         chosen = tuple(MEASURES) if measures == ["all"] else tuple(dict.fromkeys(measures or options.measures))
         options = replace(
@@ -177,9 +173,7 @@ def _measure(
     """Check everything that can be checked without torch, then run. Returns the result file."""
     from ..bench import checks
 
-    if own:
-        sys.path.insert(0, os.getcwd())  # where an engine of one's own is looked for, as `python -m` does
-    wanted, missing = choose((*(options.engines or given_options.default_engines(options.budget)), *own), ())
+    wanted, missing = _engines(options, own)
     for name in missing:
         print(f"not installed, left out: {ENGINES[name].title} (pip install {ENGINES[name].pip})", file=sys.stderr)
     options = replace(options, device=checks.device_for(device), engines=tuple(wanted))
@@ -187,14 +181,23 @@ def _measure(
         if checks.on_memory(directory):
             print(f"warning: {directory} is in memory, not on a disk: what is durable means nothing", file=sys.stderr)
 
-        from ..bench.session import Interrupted, run
-
         try:
+            from ..bench.session import run
+
             return run(options, directory, out, begun=begun, missing=missing)[1]
-        except Interrupted as error:
-            kept = f"{error.visits} visits are in {error.file}" if error.file else "nothing was measured"
+        except KeyboardInterrupt as error:  # an `Interrupted`, or while torch was loaded
+            file = getattr(error, "file", None)
+            kept = f"{error.visits} visits are in {file}" if file else "nothing was measured"  # type: ignore[attr-defined]
             print(f"\ninterrupted; {kept}", file=sys.stderr)
             raise typer.Exit(130) from None
+
+
+def _engines(options: Options, own: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """(engines to run, engines of the default that are not installed). Raises `Refused` for one that was named and is not there."""
+    if own:
+        sys.path.insert(0, os.getcwd())  # where an engine of one's own is looked for, as `python -m` does
+    wanted, missing = choose(options.engines, given_options.default_engines(options.budget))
+    return list(dict.fromkeys(wanted + choose(own, ())[0])), missing
 
 
 def _say(
