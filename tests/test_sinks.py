@@ -48,7 +48,7 @@ class Spy:
 
 def save_events(step: int, *, failed: bool = False, at: float = 1e9) -> list[Event]:
     """What is heard of one save: 3 ms blocked, 1 GB in half a second."""
-    save_id = f"{step:032x}"
+    save_id = f"{step:012x}{0:020x}"
     if failed:
         return [
             Event("call", "complete", save_id, step, 0, 0.003, time=at),
@@ -336,7 +336,7 @@ def check_trace(path: Path) -> dict[str, list[tuple[float, float]]]:
     """The file by the trace event format; returns the spans of each name. Spans of one track must not overlap."""
     trace = json.loads(path.read_text())
     assert trace["displayTimeUnit"] in ("ms", "ns")
-    spans, tracks, begun = defaultdict(list), defaultdict(list), {}
+    spans, tracks = defaultdict(list), defaultdict(list)
     for event in trace["traceEvents"]:
         assert isinstance(event["pid"], int)
         assert isinstance(event["name"], str)
@@ -344,19 +344,11 @@ def check_trace(path: Path) -> dict[str, list[tuple[float, float]]]:
             assert event["dur"] > 0
             tracks[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
             spans[event["name"]].append((event["ts"], event["ts"] + event["dur"]))
-        elif event["ph"] in "be":
-            key = (event["pid"], event["cat"], event["id"], event["name"])
-            if event["ph"] == "b":
-                assert key not in begun
-                begun[key] = event["ts"]
-            else:
-                spans["async"].append((begun.pop(key), event["ts"]))
         elif event["ph"] == "M":
             assert event["name"] in ("thread_name", "thread_sort_index")
         else:
             assert (event["ph"], event["s"]) == ("i", "p")
             spans[event["name"]].append((event["ts"], event["ts"]))
-    assert begun == {}
     for found in tracks.values():
         for (_, end), (start, _) in pairwise(found):
             assert start >= end - 1e-3
@@ -373,12 +365,14 @@ def test_the_trace_shows_what_happened_when(root: Path, tmp_path: Path):
     counts = {name: len(found) for name, found in spans.items()}
     counts.pop("wait for the copy", None)  # if a step came that early
     assert counts == {
-        "step": 11, "save()": 3, "copy": 3, "write": 3, "commit": 3, "retention": 2, "async": 3,
+        "step": 11, "save()": 3, "copy": 3, "write": 3, "commit": 3, "retention": 2,
+        "checkpoint 4": 1, "checkpoint 8": 1, "checkpoint 12": 1,
     }  # fmt: skip
     for found in spans.values():
         assert all(before - 1e-3 <= base / 1e9 + moment / 1e6 <= after + 1e-3 for span in found for moment in span)
+    spans["whole"] = [spans[f"checkpoint {step}"][0] for step in (4, 8, 12)]
     for call, write, commit, whole in zip(
-        *(spans[name] for name in ("save()", "write", "commit", "async")), strict=True
+        *(spans[name] for name in ("save()", "write", "commit", "whole")), strict=True
     ):
         assert whole[0] - 1e3 <= call[0] <= write[0] < write[1] <= commit[0] + 1e-3 < commit[1] <= whole[1] + 1e3
 
@@ -404,7 +398,9 @@ def test_saves_that_overlap_stay_apart_on_their_tracks(tmp_path: Path):
         sink(event)
     spans = check_trace(tmp_path / "trace.json")
     assert len(spans["write"]) == 2
-    assert len(spans["async"]) == 2
+    for step in (1, 2):
+        ((begin, end),) = spans[f"checkpoint {step}"]
+        assert end - begin == pytest.approx(0.7e6, abs=10)
 
 
 def test_the_trace_is_on_the_clock_of_torchs_profiler(root: Path, tmp_path: Path):

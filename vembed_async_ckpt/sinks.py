@@ -326,15 +326,11 @@ class ChromeTrace:
             return self._spans("step", ["step"] * len(event.parts), begun, event.parts, {})
         if event.stage == "write" and len(event.parts) == 2:
             return self._spans("write", ["write", "commit"], begun, event.parts, args)
-        if event.stage in _TRACKS and event.phase == "complete":
-            return self._spans(event.stage, [_SPANS.get(event.stage, event.stage)], begun, (event.seconds,), args)
         if event.stage == "save":
             name = f"checkpoint {event.step}" if event.phase == "complete" else f"checkpoint {event.step} failed"
-            common = {"name": name, "cat": "checkpoint", "pid": os.getpid(), "id": event.save_id or str(event.step)}
-            return [
-                {**common, "ph": "b", "ts": self._microseconds(begun), "args": args},
-                {**common, "ph": "e", "ts": self._microseconds(event.time), "args": {}},
-            ]
+            return self._spans(self._free_track(begun), [name], begun, (event.seconds,), args)
+        if event.stage in _TRACKS and event.phase == "complete":
+            return self._spans(event.stage, [_SPANS.get(event.stage, event.stage)], begun, (event.seconds,), args)
         if event.phase == "failed":
             common = {"name": f"{event.stage} failed", "cat": "checkpoint", "pid": os.getpid(), "tid": _FIRST_TRACK}
             return [{**common, "ph": "i", "s": "p", "ts": self._microseconds(event.time), "args": args}]
@@ -356,6 +352,11 @@ class ChromeTrace:
                 found.append({**span, "ts": start, "dur": round(end - start, 3), "args": args})
         return found
 
+    def _free_track(self, begun: float) -> str:
+        """Where a save can be shown whole: one may begin before the one before it is durable."""
+        start = self._microseconds(begun)
+        return next((track for track in ("save", "save2") if self._last_end.get(track, start) <= start), "save2")
+
     def _microseconds(self, moment: float) -> float:
         return round(moment * 1e6 - self._base / 1e3, 3)
 
@@ -368,6 +369,8 @@ _TRACKS = {
     "stage": "copy",
     "write": "write and commit",
     "retention": "retention",
+    "save": "until durable",
+    "save2": "until durable, beside another",
 }
 _SPANS = {"call": "save()", "barrier": "wait for the copy", "backpressure": "wait for memory", "stage": "copy"}
 _FIRST_TRACK = 2_000_000_000  # above every thread id, which torch's trace has
