@@ -1,4 +1,8 @@
-"""All bytes of a save besides the model's and optimizers' tensors, with their places, and the job that describes them."""
+"""Assemble a save: the bytes other than the model's and the optimizers' tensors, their offsets in the arena, and the
+job.
+
+The job is the JSON that describes the whole save to the writer.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from ..errors import StageError
 
 
 class FixedJson:
-    """The parts of a job's JSON that are large and the same for every save of a plan: made once."""
+    """The large parts of a job's JSON that are the same for every save of a plan. They are rendered once."""
 
     def __init__(self, plan: SavePlan, request: Request) -> None:
         zips = [(file, optimizer) for file, optimizer in zip(zip_files(plan), request.optimizers, strict=True)]
@@ -27,7 +31,11 @@ class FixedJson:
 
 @dataclass(frozen=True)
 class Assembly:
-    """`files` of the save by start, `pieces` (start, bytes) beyond the plan's own, `job` as JSON, `end` of the last file."""
+    """An assembled save.
+
+    `files`: the files of the save, ordered by their start in the arena. `pieces`: (start, bytes) to write besides the
+    plan's own pieces. `job`: the job as JSON. `end`: the offset behind the last file, rounded up to a page.
+    """
 
     files: list[FileSlot]
     pieces: list[tuple[int, bytes]]
@@ -49,8 +57,8 @@ def _layout(file: PlannedFile) -> torch_zip.ZipLayout:
 
 
 def required_bytes(plan: SavePlan, request: Request) -> int:
-    """Bytes that an arena needs for this save: the plan, its slack, and what varies."""
-    tables = 300 * len(request.tensors)  # the job names every tensor of optimizer.bin and every record of it
+    """Return the arena size in bytes that this save needs: the plan, its slack, and the parts whose size varies."""
+    tables = 300 * len(request.tensors)  # the job names every tensor and every record of optimizer.bin
     varying = pages(request.state.layout.size) + rough_size(request.state, [data for _, data in request.files]) + tables
     return max(plan.capacity, plan.end + varying)
 
@@ -65,15 +73,19 @@ def assemble(
     without: Sequence[int] = (),
     waves: int = 0,
 ) -> Assembly:
-    """Render what is known only now, give it and the `further` files their places, and describe the whole save to the writer.
-    `after`: what the writer does once it is committed. `without`: the ranks whose state is not in it."""
+    """Render the parts that are known only now, and describe the whole save to the writer.
+
+    Assigns an offset to each of these parts and to each of the `further` files. `after`: what the writer does after the
+    commit. `without`: the ranks whose state is not in the save. `waves`: bytes of each part if the save passes through
+    the arena in parts, else 0. Raises `StageError` if the description of a zip file no longer fits.
+    """
     training = request.state.layout  # it starts where the plan ends
     files: list[FileSlot] = [{"name": names.TRAINING_TENSORS, "start": plan.end, "size": training.size}]
     pieces = [(plan.end, training.prefix)]
     taken = {file.name for file in plan.files}
     for name, data in [*request.state.render(), *further]:
         if name in taken:
-            continue  # another rank's file of that name
+            continue  # another rank's file of the same name
         taken.add(name)
         start = files[-1]["start"] + pages(files[-1]["size"])
         files.append({"name": name, "start": start, "size": len(data)})

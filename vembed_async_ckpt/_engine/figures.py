@@ -1,4 +1,4 @@
-"""What this run's saves have cost and taken, for the policies that go by it."""
+"""Measures what the saves of this run cost, for the policies that depend on it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from statistics import median
 
 from ..events import Event
 
-NEIGHBOURS = 16  # steps on either side of a save that it is compared with
-_ENOUGH = 8  # of them in all
+NEIGHBOURS = 16  # steps before and after a save that the save is compared with
+_ENOUGH = 8  # the least number of these steps, before and after together
 
 
 @dataclass
 class _Window:
-    """A save from its call until its end, in seconds since the epoch."""
+    """The time from the call of a save to its end, in seconds since the epoch."""
 
     begin: float
     blocked: float = 0.0
@@ -23,10 +23,13 @@ class _Window:
 
 
 class Figures:
-    """A sink. What it says is read from the training thread.
+    """An event sink that computes the figures below. They are read from the training thread.
 
-    `steps`: timed so far. `step_seconds`: of a usual step lately. `measured`: saves whose cost is known. `cost`: seconds that the
-    next save will cost, None before one is known. `durable`: seconds until a save is durable, the 95th percentile.
+    - `steps`: number of steps timed so far.
+    - `step_seconds`: median duration of the newest steps.
+    - `measured`: number of saves whose cost is known.
+    - `cost`: estimated cost of the next save in seconds; None before one is known.
+    - `durable`: seconds until a save is durable, 95th percentile.
     """
 
     wants_steps = True
@@ -71,7 +74,7 @@ class Figures:
         return self._windows.setdefault(event.save_id, _Window(event.time - event.seconds))
 
     def _settle(self) -> None:
-        """Note the costs of saves that are over and have enough steps behind them to be compared with."""
+        """Compute the costs of the saves that have ended and have enough steps after them to compare with."""
         for save_id, window in list(self._windows.items()):
             if window.end is None:
                 return
@@ -79,7 +82,7 @@ class Figures:
             if cost is None:
                 return
             del self._windows[save_id]
-            if self.measured:  # the first is cold, and tells nothing of the next
+            if self.measured:  # the first save is cold, so its cost says nothing about the next one
                 self._costs.append(cost)
             self.cost = max(cost, median(self._costs or [cost]))
             self.measured += 1
@@ -88,7 +91,7 @@ class Figures:
         assert window.end is not None
         busy: list[tuple[float, float]] = []
         before: list[tuple[float, float]] = []
-        after: list[tuple[float, float]] = []  # newest first, as all of them
+        after: list[tuple[float, float]] = []  # newest first, like the other two lists
         for begin, end in reversed(self._laps):
             if len(before) == NEIGHBOURS:
                 break
@@ -96,7 +99,7 @@ class Figures:
                 busy.append((begin, end))
             elif not any(begin < (other.end or end) and end > other.begin for other in windows):
                 (before if end <= window.begin else after).append((begin, end))
-        after = after[-NEIGHBOURS:]  # the first of them
+        after = after[-NEIGHBOURS:]  # those nearest to the save
         followed = any(other.begin > window.begin for other in windows)
         if not followed and (len(after) < 2 or len(before) + len(after) < _ENOUGH):
             return None

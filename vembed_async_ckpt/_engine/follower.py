@@ -1,5 +1,8 @@
-"""A rank that does not write: it adds its own random states and data position to the first rank's checkpoint, and its handles
-tell what became of it. What all ranks hold alike (weights, optimizers) is copied on the first alone."""
+"""A rank that does not write.
+
+It adds its own random states and data position to the first rank's checkpoint. Its handles report how that save ended.
+The state that all ranks share (weights, optimizers) is copied on the first rank only.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from .ranks import Ranks
 
 
 class Follower:
-    """The counterpart of `Leader` on the other ranks. Holds no lock, no arena and no writer."""
+    """The counterpart of `Leader` on the other ranks. It holds no lock, no arena and no writer."""
 
     def __init__(
         self, options: Options, ranks: Ranks, ledger: Ledger, reporter: Reporter, allowed: Callable[[], None]
@@ -59,10 +62,10 @@ class Follower:
         return handle
 
     def prewarm(self, model: Any, optimizer: Any) -> None:
-        """Nothing is copied here."""
+        """Do nothing: this rank copies nothing."""
 
     def refuse_inside_save(self, what: str) -> None:
-        """Nothing here waits inside `save()`."""
+        """Do nothing: this rank never waits inside `save()`."""
 
     def check(self) -> None:
         self._ranks.check()
@@ -83,7 +86,7 @@ class Follower:
 
 
 class _Following:
-    """One save, as the first rank tells of it."""
+    """One save, as the first rank reports it."""
 
     def __init__(self, handle: SaveHandle, ledger: Ledger, reporter: Reporter) -> None:
         self._handle = handle
@@ -107,7 +110,7 @@ class _Following:
             self._reporter.emit(Event("save", phase, step=handle.step, bytes=size, detail=str(error or "")))
 
     def ignore(self, state: SaveState, info: CheckpointInfo | None, error: CheckpointError | None) -> None:
-        """The call itself raised; nobody has the handle."""
+        """Do nothing: the call itself raised, so nobody has the handle."""
 
 
 def _raising(error: BaseException) -> Callable[[], Files]:

@@ -1,8 +1,8 @@
-"""The other ranks' side of a save: which of the first rank's saves a call belongs to, what is added to it, and how it ended.
+"""The other ranks' side of a save: they find the save that a call belongs to, add their part, and learn how it ended.
 
-A call belongs to the oldest save of its directory that this rank has not taken part in. Saves that the first rank went on with
-without this rank are passed over, unless the call comes soon after the newest of them, or no further one comes soon: then the call
-was late, and learns what became of that one.
+A call belongs to the oldest save of its directory in which this rank has not taken part. The first rank may have gone
+on with a save without this rank. Such a save is skipped, with two exceptions: the call comes soon after the newest of
+them, or no further save appears soon. Then the call was late, and its handle reports how that newest save ended.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ class Following:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        # on the ranks' thread, by list of saves:
-        self.calls: dict[str, deque[_Follow]] = {}  # not matched with a save yet, in their order
+        # touched on the ranks' thread only; the keys are the lists of saves:
+        self.calls: dict[str, deque[_Follow]] = {}  # calls that belong to no save yet, oldest first
         self.newest: dict[str, int] = {}  # the newest save that this rank took part in
 
     def join(
         self, directory: str, step: int | None, of_every_rank: bool, render: Callable[[], Files], heard: Heard
     ) -> None:
-        """Add what `render` gives to the first rank's save, and pass on what that says until the save has ended. Both are
-        called on the ranks' thread; what `render` raises fails the save everywhere."""
+        """Add the files that `render` returns to the first rank's save, and report the save's states to `heard` until
+        it ends.
+
+        Both are called on the ranks' thread. If `render` raises, the save fails on every rank.
+        """
         self.ranks.add(_Follow(self, directory, step, of_every_rank, render, heard))
 
 
@@ -103,13 +106,13 @@ class _Follow:
         store = self._ranks.store
         try:
             files = self._render()
-        except Exception as error:  # whatever it is, the others must know
+        except Exception as error:  # the other ranks must learn of any error
             messages.put_refusal(store, name, f"{type(error).__name__}: {error}", raised=True)
         else:
             messages.put_files(store, name, files)
 
     def _listen(self, save: Entry) -> bool:
-        """Pass on what the first rank says; whether that was the end."""
+        """Pass on the first rank's latest report. Return True if the save has ended."""
         store, name = self._ranks.store, f"{save.number}/said"
         if not store.check([name]):
             return False

@@ -1,4 +1,8 @@
-"""The rank that writes: the only one of most trainings, the first of a distributed one. Request, plan, arena, staging, writer."""
+"""The rank that writes: the only rank of most trainings, the first rank of a distributed one.
+
+For each save it reads the request, makes the plan, takes an arena, copies the state into it, and hands it to the
+writer.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +37,19 @@ from .ranks import Ranks
 from .saving import Context, Save
 from .supervisor import Supervisor
 
-_SPACE_PATIENCE = 1.0  # seconds that training waits to be told that the disk has room again
+_SPACE_PATIENCE = 1.0  # seconds that save() waits for the writer to look again whether the disk has room
 
 
 class Leader:
-    """Holds the root's lock, the arenas and the writer. Raises what `AsyncCheckpointer` says, from its constructor on."""
+    """Runs the saves of the rank that writes. Holds the root's lock, the arenas and the writer.
+
+    The constructor raises what the constructor of `AsyncCheckpointer` documents.
+    """
 
     def __init__(
         self, options: Options, ranks: Ranks | None, ledger: Ledger, reporter: Reporter, allowed: Callable[[], None]
     ) -> None:
-        """`allowed` raises if nothing may begin any more."""
+        """Take the lock and start the writer. `allowed` raises if no save may begin any more."""
         self._options = options
         self._ranks = ranks
         self._exchanges = None if ranks is None else RankExchanges(ranks, options.root)
@@ -82,19 +89,20 @@ class Leader:
         )
         self._serials = itertools.count(1)
         self._saving = threading.Lock()  # one save() at a time goes from request to staged copy
-        self._saver = 0  # the thread inside
-        self._waits = False  # for an arena
+        self._saver = 0  # id of the thread that holds _saving, else 0
+        self._waits = False  # whether that thread waits for an arena
         # touched under _saving only:
         self._plan: SavePlan | None = None
         self._planned: tuple[Content, ...] = ()
         self._overlap = options.staging == "overlap"
-        self._overlapped = self._overlap  # the newest save did, or the first is expected to
+        # whether the newest save overlapped; before the first save, whether it is expected to
+        self._overlapped = self._overlap
         self._warned_of_waves = False
         self.closed = False
         STEP_BARRIER.install()
 
     def save(self, directory: str, step: int | None, objects: Objects, begun: float) -> SaveHandle:
-        """`begun`: time.perf_counter() of the call."""
+        """Save `objects`. `begun`: time.perf_counter() of the call."""
         with self._alone():
             exchange = self._exchange(directory, step, objects)
             try:
@@ -181,8 +189,11 @@ class Leader:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One thread at a time. A signal handler that interrupts its own thread's `save()` while that waits for an arena saves
-        first; anywhere else it is refused."""
+        """Admit one thread at a time.
+
+        A signal handler may interrupt its own thread's `save()`. While that `save()` waits for an arena, the handler
+        may save too, and its save comes first. Anywhere else the handler's call raises `CheckpointerBusy`.
+        """
         self.refuse_inside_save("save()")
         if self._saver == threading.get_ident():
             self._waits = False
@@ -200,7 +211,7 @@ class Leader:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Nothing of the save has begun, so a signal handler may save, wait and close."""
+        """Mark that nothing of the save has begun, so a signal handler may save, wait and close."""
         self._waits = True
         try:
             yield
@@ -208,7 +219,7 @@ class Leader:
             self._waits = False
 
     def refuse_inside_save(self, what: str) -> None:
-        """Raise `CheckpointerBusy` where `what` was called inside this thread's own `save()` and cannot be done."""
+        """Raise `CheckpointerBusy` if this thread is inside its own `save()` and `what` cannot be done there."""
         if self._saver == threading.get_ident() and not self._waits:
             raise CheckpointerBusy(
                 f"{what} was called while this thread is inside save(), by a signal handler perhaps. That save goes on. "
@@ -216,15 +227,17 @@ class Leader:
             )
 
     def _refuse_if_ended(self) -> None:
-        """While an arena is awaited: raise if none will come, or a signal handler closed the checkpointer."""
+        """Called while the save waits for an arena.
+
+        Raises if none will come or a signal handler closed the checkpointer.
+        """
         if self.closed:
             self._allowed()
         self.check()
 
     def _divide(self, request: Request) -> CopyPlan:
-        if (
-            not self._overlap or STEP_BARRIER.stepping
-        ):  # a signal handler saves in the middle of a step, which then goes on
+        # `stepping`: a signal handler saves in the middle of a step, and the step goes on afterwards
+        if not self._overlap or STEP_BARRIER.stepping:
             return all_now(len(request.tensors))
         key = tuple(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
         stepped = [state for state in request.optimizers if state.optimizer is not None]
@@ -237,7 +250,7 @@ class Leader:
         if self._plan is None or len(known) != len(request.contents) or any(map(is_not, known, request.contents)):
             with self._reporter.stage("plan", request.save_id, request.step):
                 self._plan = plan(request.contents)
-                self._planned = request.contents  # held: as long as they are, nothing else has their identity
+                self._planned = request.contents  # keep the objects alive: no other object can get their id meanwhile
             self._notice_devices(request)
         return self._plan
 
@@ -285,7 +298,7 @@ class Leader:
             needed = required_bytes(plan(request.contents), request)
             self._notice_devices(request)
             arena = self._pool.acquire(needed)
-            if arena is not None:  # else a save is under way; the arena it has, or the next, is what there is to warm
+            if arena is not None:  # else a save is under way, and its arena (or the next one) is the one to warm
                 self._pool.release(arena)
 
     def check(self) -> None:
@@ -345,7 +358,10 @@ class _NoArena(Exception):
 
 
 class _AfterFirstStep:
-    """Waits at the barrier for the first step of optimizers that had no state, then has the arena sized again."""
+    """Sizes the arena again after the first step of optimizers that had no state.
+
+    The step barrier calls it before every optimizer step, until each of these optimizers has state.
+    """
 
     def __init__(self, leader: Leader, model: Any, optimizer: Any, waiting: Sequence[Any]) -> None:
         self._leader = weakref.ref(leader)
@@ -368,10 +384,10 @@ class _AfterFirstStep:
         try:
             with leader._alone():
                 leader.reserve(model, optimizer)
-        except Exception as error:  # not the training step's business; `save()` will raise it
+        except Exception as error:  # a failure here must not break the training step; `save()` will raise it
             logger.warning("%s: prewarming after the first step failed: %s", leader._options.root, error)
 
 
 def _unnamed(objects: Sequence[tuple[str, Any]]) -> Any:
-    """The inverse of `named`."""
+    """The inverse of `named`: return the single unnamed object, or the dict of named ones."""
     return objects[0][1] if [name for name, _ in objects] == [""] else dict(objects)

@@ -1,4 +1,4 @@
-"""What became of the saves: which are in flight, how many ended how, and the failures that nobody has read."""
+"""Keeps the record of the saves: which are in flight, how many ended in which way, and which failures nobody has read."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from .options import OnError
 
 
 class Ledger:
-    """Thread-safe. A failure stays on its handle; unless it is read there it is raised once, by `raise_unread`, but not with
-    `on_error="warn"`: its event is logged in any case."""
+    """The record of one checkpointer's saves. Thread-safe.
+
+    A failure stays on its handle. If nobody reads it there, `raise_unread` raises it once. With `on_error="warn"` it is
+    not raised. The failure's event is logged in both cases.
+    """
 
     def __init__(self, on_error: OnError) -> None:
         self._on_error = on_error
@@ -34,19 +37,19 @@ class Ledger:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Nothing begins or ends meanwhile."""
+        """No save begins or ends inside this context."""
         with self._changed:
             yield
 
     def begun(self, handle: SaveHandle, allowed: Callable[[], None]) -> None:
-        """`allowed` raises if nothing may begin any more."""
+        """Record that a save begins. `allowed` raises if no save may begin any more."""
         with self._changed:
             allowed()
             self._in_flight.add(handle)
             self._counts["started"] += 1
 
     def withdrawn(self, handle: SaveHandle) -> None:
-        """`save()` itself raises: nobody gets the handle."""
+        """Record that `save()` itself raises, so that nobody gets the handle."""
         with self._changed:
             self._in_flight.discard(handle)
             self._counts["failed"] += 1
@@ -72,9 +75,10 @@ class Ledger:
             self._changed.notify_all()
 
     def raise_unread(self) -> None:
-        """Raise the oldest failure that nobody has read from its handle, once."""
+        """Raise the oldest failure that nobody has read from its handle. Each failure is raised once."""
         with self._changed:
-            ended = [handle for handle in self._unread if handle.done()]  # the others' turn comes with the next call
+            # each call raises one failure; the next one follows at the next call
+            ended = [handle for handle in self._unread if handle.done()]
         for handle in ended:
             with self._changed:
                 self._unread.remove(handle)
@@ -83,8 +87,11 @@ class Ledger:
                 raise error
 
     def wait(self, timeout: float | None, busy: Callable[[], bool], alive: Callable[[], None]) -> None:
-        """Return when nothing is in flight and `busy` says no. Raises TimeoutError, and what `alive` raises, which is asked
-        again and again. The call of `save()` that a signal handler has interrupted is not waited for: it would never end."""
+        """Return when no save is in flight and `busy` returns False.
+
+        Raises TimeoutError after `timeout` seconds. Also raises what `alive` raises, which is called repeatedly. A
+        `save()` call that a signal handler has interrupted is not waited for: it cannot end before the handler returns.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         for handle in self.in_flight():
             handle._waited_for(timeout)

@@ -1,4 +1,4 @@
-"""What the ranks of a job write for each other into its store, and how it is read."""
+"""The messages that the ranks of a job write for each other into the job's store: how they are written and read."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from ..handle import CheckpointInfo, SaveState, Timings
 Files = list[tuple[str, bytes]]
 
 ENDS = (SaveState.COMMITTED, SaveState.FAILED, SaveState.SKIPPED)
-_CHUNK = 4 << 20  # bytes of one value: the job's store refuses larger ones than 8 MiB
+_CHUNK = 4 << 20  # bytes of one value: the job's store refuses values of more than 8 MiB
 
 
 class RaisedElsewhere(StageError):
-    """`save()` itself raised it on another rank, where it was seen."""
+    """`save()` itself raised this error on another rank, so the user saw it there."""
 
 
 @dataclass
 class Entry:
-    """One save in the list of those that the first rank began for a directory. `time`: of the call, since the epoch.
-    `released`: it goes on without the ranks that have not added their part."""
+    """One save in the list of saves that the first rank began for a directory.
+
+    `number`: assigned by the first rank. `time`: when save() was called, in seconds since the epoch. `released`: the
+    save goes on without the ranks that have not added their part.
+    """
 
     number: int
     step: int | None
@@ -35,7 +38,7 @@ class Entry:
 
 
 def put_entries(store: Any, name: str, entries: list[Entry]) -> None:
-    """Replace the list."""
+    """Replace the list; delete it if `entries` is empty."""
     if entries:
         store.set(name, json.dumps(list(map(astuple, entries))))
     else:
@@ -43,7 +46,7 @@ def put_entries(store: Any, name: str, entries: list[Entry]) -> None:
 
 
 def get_entries(store: Any, name: str) -> list[Entry]:
-    """The list, oldest first; empty if there is none."""
+    """Return the list, oldest first; empty if there is none."""
     return [Entry(*entry) for entry in json.loads(store.get(name))] if store.check([name]) else []
 
 
@@ -53,12 +56,12 @@ def put_files(store: Any, name: str, files: Files) -> None:
 
 
 def put_refusal(store: Any, name: str, reason: str, *, raised: bool) -> None:
-    """Store why a rank has no part. `raised`: its own `save()` raised it."""
+    """Store the reason why a rank has no part. `raised`: its own `save()` raised that error."""
     _put(store, name, json.dumps({"error": reason, "raised": raised}))
 
 
 def get_part(store: Any, name: str) -> Files | tuple[str, bool] | None:
-    """A rank's part, or (reason, raised) of a rank that has none; None while nothing is there."""
+    """Return a rank's part, or (reason, raised) of a rank that has none. Return None while neither is in the store."""
     if not store.check([name]):
         return None
     part = json.loads("".join(store.get(f"{name}/{number}").decode() for number in range(int(store.get(name)))))
@@ -68,7 +71,7 @@ def get_part(store: Any, name: str) -> Files | tuple[str, bool] | None:
 
 
 def _put(store: Any, name: str, text: str) -> None:
-    """Store a text in pieces; when `name` is there, all of it is."""
+    """Store a text in pieces. `name` itself is set last, so a reader that finds `name` finds every piece."""
     pieces = [text[start : start + _CHUNK] for start in range(0, len(text), _CHUNK)]
     for number, piece in enumerate(pieces):
         store.set(f"{name}/{number}", piece)
@@ -76,7 +79,7 @@ def _put(store: Any, name: str, text: str) -> None:
 
 
 def take_back(store: Any, name: str) -> None:
-    """Remove a rank's part, if it is there."""
+    """Remove a rank's part, if there is one."""
     if store.check([name]):
         for number in range(int(store.get(name))):
             store.delete_key(f"{name}/{number}")
@@ -85,7 +88,7 @@ def take_back(store: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class Said:
-    """Where a save is. `without`: the ranks whose part is not in it."""
+    """What the first rank reports about a save. `without`: the ranks whose part is not in it."""
 
     state: SaveState
     info: CheckpointInfo | None = None
@@ -94,7 +97,7 @@ class Said:
 
 
 def render(said: Said) -> str:
-    """`said` as text."""
+    """Return `said` as text."""
     value: dict[str, Any] = {"state": said.state.value, "without": said.without}
     info, error = said.info, said.error
     if info is not None:
@@ -112,7 +115,7 @@ def render(said: Said) -> str:
 
 
 def parse(text: bytes) -> Said:
-    """The inverse of `render`."""
+    """Return the `Said` that `render` made `text` of."""
     value = json.loads(text)
     info = error = None
     if "info" in value:

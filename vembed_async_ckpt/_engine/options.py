@@ -1,4 +1,4 @@
-"""Options of a checkpointer, checked once."""
+"""The options of a checkpointer, checked once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WriterKind = Literal["process", "thread"]
 
 @dataclass(frozen=True)
 class Options:
-    """See `AsyncCheckpointer` for what each means."""
+    """`AsyncCheckpointer` documents each option."""
 
     root: str
     retention: Policy | None
@@ -39,7 +39,7 @@ class Options:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError naming the option, its value and what it may be."""
+        """Check every option. Raises TypeError or ValueError that names the option, its value and the allowed values."""
         for name, allowed in (
             ("when_busy", WhenBusy),
             ("on_error", OnError),
@@ -72,9 +72,9 @@ class Options:
             raise ValueError(f"max_host_bytes is {self.max_host_bytes}; at least {MIN_HOST_BYTES} are needed, or None")
 
 
-MIN_HOST_BYTES = 16 << 20  # the smallest arena through which a large state can pass in waves
+MIN_HOST_BYTES = 16 << 20  # the smallest arena through which a large state can pass in parts
 
 
 def root_path(root: Any) -> str:
-    """The root as an absolute path without symbolic links. Raises TypeError for what is no path."""
+    """Return the root as an absolute path without symbolic links. Raises TypeError if `root` is not a path."""
     return str(os.path.realpath(os.fspath(root)))

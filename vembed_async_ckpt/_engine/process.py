@@ -1,4 +1,4 @@
-"""Starting the writer process, and hearing of its end."""
+"""Starts the writer process and notices its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import isal
 import xxhash
 
-# The user's folder must not reach the writer (a json.py in it): stdlib first, then what is named, nothing else.
+# Modules in the user's folder (a json.py, say) must not reach the writer. So its path has the standard library first,
+# then the named folders, and nothing else.
 _BOOTSTRAP = (
     "import sys; sys.path += sys.argv[5:]; from vembed_async_ckpt._writer.__main__ import main; main(sys.argv[1:5])"
 )
@@ -20,7 +21,7 @@ REMEDY = "use writer='thread', which needs no process of its own"
 
 
 def start(root: str, sock: int, lock: int, log: int) -> subprocess.Popen[bytes]:
-    """A writer process on `root` that inherits the descriptors of its socket and of the lock. Raises OSError."""
+    """Start a writer process for `root`. It inherits the descriptors of its socket and of the lock. Raises OSError."""
     try:
         return _popen(root, sock, lock, log)
     except OSError as error:
@@ -45,7 +46,10 @@ def _popen(root: str, sock: int, lock: int, log: int) -> subprocess.Popen[bytes]
 
 
 def _packages() -> list[str]:
-    """Where this package and what the writer needs are installed, each where this process found it, in the order of its path."""
+    """Return the folders where this package and the writer's dependencies are installed, in the order of `sys.path`.
+
+    Each folder is the one from which this process imported the package.
+    """
     import vembed_async_ckpt
 
     modules = (vembed_async_ckpt, xxhash, isal)
@@ -55,7 +59,10 @@ def _packages() -> list[str]:
 
 
 def end_of(process: subprocess.Popen[bytes]) -> int:
-    """A descriptor that is readable when the process has ended: a pidfd, or a pipe where the kernel has none to give."""
+    """Return a descriptor that becomes readable when the process has ended.
+
+    It is a pidfd, or a pipe where the kernel has no pidfd.
+    """
     try:
         return os.pidfd_open(process.pid)
     except (OSError, AttributeError):
@@ -65,7 +72,7 @@ def end_of(process: subprocess.Popen[bytes]) -> int:
     def wait() -> None:
         process.wait()
         with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
-            os.write(other, b"\0")  # not the closing alone: a forked child may hold that end
+            os.write(other, b"\0")  # closing alone is not enough: a forked child may hold that end
         os.close(other)
 
     threading.Thread(target=wait, name="vembed-ckpt-writer-end", daemon=True).start()
@@ -74,7 +81,7 @@ def end_of(process: subprocess.Popen[bytes]) -> int:
 
 @contextlib.contextmanager
 def calling(call: str) -> Iterator[None]:
-    """An OSError says which call failed: a kernel or a sandbox may not have it."""
+    """Add to an OSError which call failed: a kernel or a sandbox may refuse the call."""
     try:
         yield
     except OSError as error:

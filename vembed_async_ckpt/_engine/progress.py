@@ -1,4 +1,4 @@
-"""The progress of saves in the last line of a terminal, which is kept out of everybody else's way meanwhile."""
+"""Shows the progress of saves in the last line of a terminal, without disturbing other output."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from rich.filesize import decimal
 from ..handle import SaveHandle
 
 _LOOK = 0.1  # seconds between looks at a save under way
-_LINE = threading.Lock()  # held by the one that has the last line
+_LINE = threading.Lock()  # held by the ProgressLine that uses the last line
 
 
 class ProgressLine:
-    """Shows bytes, rate and time left of the saves that it is told of, while standard error is a terminal.
+    """Shows bytes, rate and time left of the saves passed to `show`, if standard error is a terminal.
 
-    While a save is written, the terminal scrolls in all lines but the last, so that bars and prints of the training stand where
-    they would, and ours is not among them. The line is given back when no save is under way.
+    While a save is written, the terminal scrolls in all lines but the last. So the training's bars and prints stay
+    where they would be, and this line is not among them. When no save is under way, the last line is part of the
+    scrolling again.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class ProgressLine:
                 self._thread.start()
 
     def close(self) -> None:
-        """Show nothing any more."""
+        """Stop showing saves."""
         with self._changed:
             self._over = True
             self._changed.notify()
@@ -56,19 +57,19 @@ class ProgressLine:
                 try:
                     self._show_while_busy(_LastLine(sys.stderr.fileno()))
                 except (OSError, ValueError):
-                    pass  # no terminal any more
+                    pass  # no longer a terminal
                 finally:
                     _LINE.release()
 
     def _wait(self) -> bool:
-        """Return when there is something to show; False if there never will be."""
+        """Wait for something to show. Return True when there is, False if the line was closed."""
         with self._changed:
             while not self._over and not self._newest():
                 self._changed.wait(_LOOK if self._handles else None)
             return not self._over
 
     def _newest(self) -> SaveHandle | None:
-        """The oldest save that is being written. Forgets those that have ended."""
+        """Return the oldest save that is being written, or None. Forgets the saves that have ended."""
         self._handles = [handle for handle in self._handles if not handle.done()]
         return next((handle for handle in self._handles if handle.progress[1]), None)
 
@@ -91,11 +92,11 @@ class ProgressLine:
 
 
 class _LastLine:
-    """The last line of a terminal, by the escape sequences that package managers use for it."""
+    """The last line of a terminal. Uses the escape sequences that package managers use for it."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._rows = 0  # of the terminal when the line was taken; 0 before
+        self._rows = 0  # rows of the terminal when the line was taken; 0 before
 
     def write(self, text: str) -> None:
         columns, rows = os.get_terminal_size(self._fd)
@@ -103,7 +104,8 @@ class _LastLine:
             return
         out = ""
         if rows != self._rows:
-            # One line down, which scrolls if this is the last, and up again; from now on all lines but the last scroll.
+            # Move one line down, which scrolls if this is the last line, and up again. From now on all lines but the
+            # last scroll.
             out = f"\033D\033[1A\0337\033[1;{rows - 1}r\0338"
             self._rows = rows
         self._send(f"{out}\0337\033[{rows};1H\033[2K{text[: columns - 1]}\0338")
@@ -114,7 +116,7 @@ class _LastLine:
             self._rows = 0
 
     def _send(self, text: str) -> None:
-        """In one piece, so that nothing of somebody else's comes in between."""
+        """Write in one call, so that no other output comes in between."""
         sys.stderr.flush()
         os.write(self._fd, text.encode())
 

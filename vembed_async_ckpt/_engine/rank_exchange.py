@@ -1,7 +1,9 @@
-"""The first rank's side of a save by several ranks: it collects what the others add, and tells them what became of the save.
+"""The first rank's side of a save by several ranks. It collects what the other ranks add, and tells them how the save
+ended.
 
-The state that a save needs is whole on the first rank. So a rank that does not take part costs its own random states and place in
-the data, never the checkpoint: the save is held for it for a while, in the background, and goes on without it.
+The first rank has all the state that a checkpoint needs. A rank that does not take part loses only its own random
+states and data position; the checkpoint is still saved. The save waits some time for such a rank, in the background,
+and then goes on without it.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ from . import messages, patience
 from .messages import ENDS, Entry, Files, RaisedElsewhere, Said
 from .ranks import Ranks
 
-ROOM = 256 << 10  # bytes that a rank's files are expected to take, until more has been seen
-_KEPT = 64  # saves whose end is kept for ranks that have not read it
+ROOM = 256 << 10  # bytes that a rank's files are expected to take, until larger ones were seen
+_KEPT = 64  # saves whose outcome is kept for ranks that have not read it
 
-_NUMBERS = itertools.count(1)  # of the saves that this process begins, whatever the root
+_NUMBERS = itertools.count(1)  # numbers of the saves that this process begins, whatever the root
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the other ranks add to a save, and the ranks that it goes on `without`."""
+    """What the other ranks add to a save. `without`: the ranks that the save goes on without."""
 
     files: Files
     without: tuple[int, ...] = ()
@@ -39,19 +41,22 @@ Gathered = Parts | CheckpointError
 
 
 class RankExchange(Protocol):
-    """One save on the rank that writes it, and the others' part in it."""
+    """One save on the rank that writes it, and the part that the other ranks have in it."""
 
-    room: int  # bytes of an arena to be kept for the others' files
+    room: int  # bytes of the arena to reserve for the other ranks' files
 
     def gather(self, done: Callable[[Gathered], None]) -> None:
-        """Call `done` once, with what the other ranks add or with why the save must fail, at the latest after `HOLD`."""
+        """Call `done` once, with what the other ranks add or with the error for which the save must fail.
+
+        The call comes at the latest about `HOLD` seconds later.
+        """
 
     def say(self, state: SaveState, info: CheckpointInfo | None = None, error: CheckpointError | None = None) -> None:
-        """Let the other ranks know where the save is."""
+        """Tell the other ranks the state of the save."""
 
 
 class SingleRank:
-    """The meeting of a training that has one rank."""
+    """The exchange of a training that has one rank: there is nobody to exchange with."""
 
     room = 0
 
@@ -63,24 +68,27 @@ class SingleRank:
 
 
 class RankExchanges:
-    """The saves that this process begins as first rank of a job, for one checkpointer."""
+    """The saves that this process begins as the first rank of a job, for one checkpointer."""
 
     def __init__(self, ranks: Ranks, root: str) -> None:
         self.ranks = ranks
         self.root = root
         self.room = ROOM
-        # on the ranks' thread:
-        self._entries: dict[str, list[Entry]] = {}  # by their list's name
+        # touched on the ranks' thread only:
+        self._entries: dict[str, list[Entry]] = {}  # by the name of their list
         self._kept: deque[tuple[str, Entry]] = deque()  # all of them, oldest first
-        self._absent: dict[int, bytes | None] = {}  # ranks that were missed, with their sign `here` at that time
+        self._absent: dict[int, bytes | None] = {}  # ranks that were missed, with their `here` sign at that time
         self._warned_of: tuple[int, ...] = ()
 
     def meet(self, directory: str, step: int | None, of_every_rank: bool) -> RankExchange:
-        """One call of `save()`. With `of_every_rank` the others have a part in it."""
+        """Begin the exchange for one call of `save()`. With `of_every_rank` the other ranks have a part in it."""
         return _JobExchange(self, directory, step, of_every_rank)
 
     def stop_holding(self) -> None:
-        """A save waits for memory that a held one has: hold no longer for ranks that have trained on without calling."""
+        """Stop holding saves for ranks that trained on without calling `save()`.
+
+        Called when a new save waits for memory that a held save occupies.
+        """
         for task in self.ranks.tasks():
             if isinstance(task, _Gather):
                 task.hurried = True
@@ -88,7 +96,7 @@ class RankExchanges:
     # -- on the ranks' thread
 
     def is_expected(self, rank: int) -> bool:
-        """Whether a save is held for `rank`: not if it was missed before and has given no sign since."""
+        """Return whether to hold a save for `rank`. False if it was missed before and has given no sign since."""
         return rank not in self._absent or self.ranks.here(rank) != self._absent[rank]
 
     def came(self, rank: int) -> None:
@@ -97,7 +105,7 @@ class RankExchanges:
             self._warned_of = ()
 
     def missed(self, directory: str, ranks: tuple[int, ...]) -> None:
-        """A save goes on without `ranks`. Warn, once for the same ranks."""
+        """Note that a save goes on without `ranks`. Warn, but only once for the same ranks."""
         for rank in ranks:
             self._absent[rank] = self.ranks.here(rank)
         self.warn(directory, ranks, "did not call save() in time")
@@ -114,7 +122,7 @@ class RankExchanges:
         )
 
     def begin(self, name: str, entry: Entry) -> None:
-        """Show a new save to the others."""
+        """Show a new save to the other ranks."""
         self._entries.setdefault(name, []).append(entry)
         self._kept.append((name, entry))
         self.show(name)
@@ -125,7 +133,7 @@ class RankExchanges:
         messages.put_entries(self.ranks.store, name, self._entries.get(name, []))
 
     def forget(self, name: str, entry: Entry) -> None:
-        """Nobody needs to hear of this save any more."""
+        """Remove a save from the store: no rank needs to read about it any more."""
         if (name, entry) not in self._kept:
             return
         self._kept.remove((name, entry))
@@ -147,7 +155,7 @@ class _JobExchange:
         self.directory = directory
         self.list = f"{'all' if of_every_rank else 'first'}/{directory}"
         self.entry = Entry(next(_NUMBERS), step, time.time())
-        self.steps = STEP_BARRIER.steps  # that optimizers had made at the call
+        self.steps = STEP_BARRIER.steps  # optimizer steps counted at the call
         self.room = exchanges.room * (self._ranks.world_size - 1) if of_every_rank else 0
         self.gathered = False
         self.joined: set[int] = set()  # ranks whose part has come
@@ -193,12 +201,15 @@ class _Say:
         return True
 
     def fail(self, error: CheckpointError) -> None:
-        pass  # the others notice by themselves that the store is gone
+        pass  # the other ranks notice by themselves that the store is gone
 
 
 class _Forget:
-    """A save has ended: wait until the ranks that take part in it know, then take back what is in the store for it. The end itself
-    stays for ranks that come later."""
+    """Removes what the store holds for a save that has ended, once the ranks that take part in it have read how it
+    ended.
+
+    The outcome itself stays in the store for ranks that come later.
+    """
 
     def __init__(self, exchanges: RankExchanges, exchange: _JobExchange) -> None:
         self._exchanges = exchanges
@@ -217,7 +228,7 @@ class _Forget:
         return True
 
     def _listeners(self) -> int:
-        """How many ranks will read the end."""
+        """Return how many ranks will read the outcome."""
         if self._exchange.gathered:
             return len(self._exchange.joined)
         others = range(1, self._exchanges.ranks.world_size)
@@ -228,7 +239,7 @@ class _Forget:
 
 
 class _Gather:
-    """The first rank waits for what the others add."""
+    """Waits on the first rank for what the other ranks add."""
 
     def __init__(self, exchanges: RankExchanges, exchange: _JobExchange, done: Callable[[Gathered], None]) -> None:
         self._exchanges = exchanges
@@ -266,7 +277,7 @@ class _Gather:
         return True
 
     def _hold(self, rank: int) -> float:
-        """Seconds that the save is held for `rank`."""
+        """Return for how many seconds the save is held for `rank`."""
         ranks = self._exchanges.ranks
         if not self._exchanges.is_expected(rank) or (ranks.silence(rank) or 0.0) > patience.SILENCE:
             return 0.0
@@ -287,7 +298,7 @@ class _Gather:
 
 
 def merge(own: Files, gathered: Files) -> Files:
-    """The files of all ranks; of those that several wrote under one name, the first rank's."""
+    """Return the files of all ranks. If several ranks have a file of the same name, the first rank's is used."""
     merged = dict(own)
     for name, data in gathered:
         merged.setdefault(name, data)

@@ -1,16 +1,17 @@
-"""The ranks of a distributed training: this process among them, and the thread that looks into the job's store for it.
+"""The ranks of a distributed training: this process among them, and the thread that polls the job's store.
 
-They speak through the job's own store, by polling. No collective ever runs in the background, and the training thread waits for
-nobody. What is in the store, all of it under the root's path:
+The ranks exchange messages through the job's own store, by polling. No collective ever runs in the background, and the
+training thread waits for no other rank. The keys in the store, all under the root's path:
 
-- `here/{rank}`: that the rank has a checkpointer for this root; changes with every call of `save()` there.
+- `here/{rank}`: the rank has a checkpointer for this root. The value changes with every call of `save()` there.
 - `beat/{rank}`: changes as long as the rank lives.
 - `{kind}/{directory}`: the saves of the directory that the first rank began (see `messages.Entry`).
 - `{number}/from/{rank}`: what a rank adds to a save, or why it cannot.
-- `{number}/said`: what the first rank last said of it; `{number}/seen`: how many ranks have read its end.
+- `{number}/said`: the latest report of the first rank about the save.
+- `{number}/seen`: how many ranks have read how the save ended.
 
-The number is the first rank's. Another rank's call belongs to the oldest save of its directory that it has not taken part in
-yet (see `following`), so ranks may call a different number of times.
+The first rank assigns the number. Another rank's call belongs to the oldest save of its directory in which it has not
+taken part yet (see `following`). So ranks may call `save()` a different number of times.
 """
 
 from __future__ import annotations
@@ -33,18 +34,21 @@ _INSTANCES = itertools.count(1)
 
 class Task(Protocol):
     def poll(self) -> bool:
-        """Look once into the store; whether there is nothing more to look for."""
+        """Look into the store once. Return True when the task is done."""
 
     def fail(self, error: CheckpointError) -> None:
-        """The store is gone."""
+        """Called when the store cannot be used any more."""
 
 
 class Ranks:
     """This process among the ranks of its job, for one checkpointer."""
 
     def __init__(self, store: Any, rank: int, world_size: int, server: Any = None) -> None:
-        """`store` is a torch.distributed.Store that no other thread uses; `server`, which may serve the other ranks, is kept
-        alive as long."""
+        """Start the thread.
+
+        `store`: a torch.distributed.Store that no other thread uses. `server`: kept alive as long as this object,
+        because it may serve the other ranks.
+        """
         self.rank = rank
         self.world_size = world_size
         self.store = store
@@ -66,21 +70,25 @@ class Ranks:
 
     @classmethod
     def of_this_process(cls, root: str) -> Ranks | None:
-        """None unless this process belongs to a torch.distributed job of several ranks. Ranks that save together spell the
-        root, an absolute path without symbolic links, alike."""
+        """Return the ranks of this process's job, or None unless it is a torch.distributed job of several ranks.
+
+        The root is an absolute path without symbolic links. It must be spelled the same on all ranks that save
+        together.
+        """
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return None
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
         shared = _get_default_store()
-        # torch before 2.8 cannot clone: then the calls, all short, take turns with the training's own.
+        # Before 2.8, torch cannot clone a store. Then our calls, which are all short, take turns with the training's
+        # own calls.
         own = shared.clone() if hasattr(shared, "clone") else shared
         return cls(PrefixStore(f"vembed_async_ckpt{root}", own), dist.get_rank(), dist.get_world_size(), shared)
 
     # -- from any thread
 
     def add(self, task: Task) -> None:
-        """Have `task` polled until it is done."""
+        """Poll `task` until it is done."""
         with self._changed:
             broken = self._broken
             if broken is None:
@@ -90,12 +98,12 @@ class Ranks:
             task.fail(broken)
 
     def tasks(self) -> list[Task]:
-        """Those that are not done."""
+        """Return the tasks that are not done."""
         with self._changed:
             return list(self._tasks)
 
     def close(self, timeout: float) -> None:
-        """Let the others read what was said last, for at most `timeout` seconds, and end the thread."""
+        """Let the other ranks read the last reports, for at most `timeout` seconds, and end the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -108,14 +116,14 @@ class Ranks:
         self._thread.join(1.0)
 
     def check(self) -> None:
-        """Raise `StageError` if nobody looks into the store any more."""
+        """Raise `StageError` if the thread has not looked into the store for a long time."""
         if self._tasks and time.monotonic() - self._looked > 2 * patience.PATIENCE:
             raise StageError("the job's store has not answered for a long time; is the first rank's host gone?")
 
     # -- on the ranks' thread
 
     def silence(self, rank: int) -> float | None:
-        """Seconds since `rank` gave its last sign of life; None if it never gave one."""
+        """Return the seconds since `rank` gave its last sign of life; None if it never gave one."""
         name = f"beat/{rank}"
         now = time.monotonic()
         if not self.store.check([name]):
@@ -127,16 +135,16 @@ class Ranks:
         return now - known[1]
 
     def called(self) -> None:
-        """Say that this rank takes part in saving."""
+        """Announce that this rank takes part in saving."""
         self.store.set(f"here/{self.rank}", f"{self._sign}{next(self._signs)}")
 
     def here(self, rank: int) -> bytes | None:
-        """The last sign that `rank` takes part in saving; None if it has no checkpointer for this root."""
+        """Return the last sign that `rank` takes part in saving; None if it has no checkpointer for this root."""
         name = f"here/{rank}"
         return bytes(self.store.get(name)) if self.store.check([name]) else None
 
     def _leave(self) -> None:
-        """Take back the sign `here`, unless it is that of a later checkpointer of this process."""
+        """Remove this rank's `here` sign, unless a later checkpointer of this process wrote it."""
         if (self.here(self.rank) or b"").startswith(self._sign.encode()):
             self.store.delete_key(f"here/{self.rank}")
 
@@ -163,7 +171,7 @@ class Ranks:
                 task.fail(broken)
 
     def _wait(self) -> list[Task] | None:
-        """The tasks to be looked after now; None at the end."""
+        """Wait until it is time to poll. Return the tasks to poll now, or None at the end."""
         with self._changed:
             if not self._closing:
                 self._changed.wait(patience.POLL if self._tasks else max(0.0, self._next_beat - time.monotonic()))

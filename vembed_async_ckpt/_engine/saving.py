@@ -1,4 +1,6 @@
-"""One save's way: from a request and an arena to a job for the writer, and back to its handle."""
+"""The steps of one save: from a request and an arena to a job for the writer, and from the writer's reply to the
+handle.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,11 @@ from .waves import Waves, part_size
 
 @dataclass(frozen=True)
 class Context:
-    """What all saves of a checkpointer share. `after`: what the writer does after a commit, as `Job` has it. `ended` is told of
-    every save that ended, with its failure or None."""
+    """What all saves of a checkpointer share.
+
+    `after`: what the writer does after a commit, as the job states it. `ended` is called for every save that ended,
+    with its failure or None.
+    """
 
     root: Path
     after: Mapping[str, Any]
@@ -50,7 +55,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tensors of a `CopyPlan` go."""
+    """The arena tensors into which the tensors of a `CopyPlan` are copied."""
 
     small: SmallPlaces
     now: list[torch.Tensor]
@@ -59,8 +64,12 @@ class Places:
 
 @dataclass
 class Image:
-    """A plan as it stands in an arena: headers and known files are written, the tensors' places are known; behind it, those of the
-    training state's last layout. Further, the places of the last division."""
+    """A plan laid out in an arena.
+
+    The headers and the files with constant content are written, and the places of the tensors are known. `training`:
+    the last layout of the training state, which lies behind the plan, and the places of its tensors. `divided`: the
+    last copy plan and its places.
+    """
 
     plan: SavePlan
     destinations: Destinations
@@ -83,7 +92,10 @@ class Image:
 
 
 def prepare(arena: Arena, plan: SavePlan, request: Request) -> Image:
-    """Make `arena` the image of `plan`: every byte that is the same for all saves is in place afterwards."""
+    """Return the image of `plan` in `arena`; make it if need be.
+
+    Afterwards every byte that is the same for all saves of the plan is in place.
+    """
     image = arena.image
     if isinstance(image, Image) and image.plan is plan:
         return image
@@ -97,8 +109,11 @@ def prepare(arena: Arena, plan: SavePlan, request: Request) -> Image:
 
 
 class Save:
-    """A save under way. `stage` and `pass_in_waves` run on the training thread, `finish` on the staging thread, the methods of
-    `supervisor.Job` on the supervisor's."""
+    """One save under way.
+
+    `stage` and `pass_in_waves` run on the training thread, `finish` on the staging thread, and the methods of
+    `supervisor.Job` on the supervisor's thread.
+    """
 
     arena: Arena
 
@@ -129,10 +144,10 @@ class Save:
     # -- training thread
 
     def stage(self, copy_plan: CopyPlan, *, blocking: bool) -> None:
-        """Copy into the arena everything but the tensors that are late; `finish` copies those. Raises what a copy raises.
+        """Copy everything into the arena except the late tensors, which `finish` copies. Raises what a copy raises.
 
-        Copies from devices are under way when this returns, and the caller's streams come after them; with `blocking`
-        they have arrived.
+        Copies from devices may still run when this returns; later work on the caller's streams waits for them. With
+        `blocking` and no late tensors they have completed.
         """
         request = self._request
         image = prepare(self.arena, self._plan, request)
@@ -162,7 +177,7 @@ class Save:
     def _issue(
         self, device: DeviceCopies, to: list[torch.Tensor], sources: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Start the copies from devices; returns those within host memory."""
+        """Start the copies from devices. Return the copies within host memory, as (destinations, sources)."""
         pairs = list(zip(to, sources, strict=True))
         on_device = [pair for pair in pairs if is_on_device(pair[1])]
         device.issue([to for to, _ in on_device], [source for _, source in on_device])
@@ -171,7 +186,7 @@ class Save:
         return [to for to, _ in in_host], [source for _, source in in_host]
 
     def abandon(self) -> None:
-        """The call failed or was interrupted: unless the save ends by itself, give back what it holds."""
+        """The call failed or was interrupted. Give back what the save holds, unless the save already ends by itself."""
         with self._once:
             if self._handed_over:
                 return
@@ -182,9 +197,9 @@ class Save:
         self._give_arena_back()
 
     def _let_devices_end(self) -> None:
-        """Nothing writes into the arena any more, unless a device is stuck."""
+        """Wait for the device copies: afterwards no device writes into the arena, unless one is stuck."""
         if self._device is not None and not self._device.stuck:
-            # A device that failed does not write either. The save has failed already.
+            # A failed device does not write either, and the save has already failed.
             with contextlib.suppress(RuntimeError, StageError):
                 self._device.wait()
 
@@ -195,9 +210,9 @@ class Save:
             self._context.release(self.arena)
 
     def pass_in_waves(self) -> None:
-        """The arena is smaller than the plan: fill it and have it written, again and again, until all of the state has passed.
+        """Save a state that is larger than the arena: fill the arena and have it written, part by part.
 
-        Returns when the last part is in the arena, or with the failure on the handle.
+        Returns when the last part is in the arena, or when the save has failed and the failure is on the handle.
         """
         begun = time.perf_counter()
         self.arena.image = None
@@ -210,7 +225,7 @@ class Save:
         try:
             waves.run(lambda start, end: supervisor.send_wave(self, start, end), self.handle.done, supervisor.check)
         except BaseException:
-            supervisor.send_wave(self, 0, 0)  # the writer gives up, and with that the arena is free again
+            supervisor.send_wave(self, 0, 0)  # makes the writer give up this save, and that frees the arena
             self.handle._mark_read()  # the call itself raises; nobody gets the handle
             raise
         self._staging = time.perf_counter() - begun
@@ -233,13 +248,13 @@ class Save:
         return waves
 
     def stalled(self, seconds: float) -> None:
-        """Note what the call cost the training thread."""
+        """Add the seconds that the call cost the training thread."""
         self._stall += seconds
 
     # -- staging thread
 
     def finish(self) -> None:
-        """Complete the copy, add what is rendered, and submit. Whatever fails ends on the handle."""
+        """Complete the copy, add the rendered files, and submit the job. Any failure ends on the handle."""
         with self._once:
             if self._abandoned:
                 return
@@ -262,10 +277,10 @@ class Save:
         except BaseException as error:
             self._staging_failed(error)
 
-    # -- staging thread, or that of the ranks
+    # -- staging thread or the ranks' thread
 
     def _submit(self, gathered: Gathered) -> None:
-        """All that belongs to the checkpoint is there, or the reason why it will not be."""
+        """Submit the job with what the other ranks added. If `gathered` is an error, the save fails with it."""
         try:
             if isinstance(gathered, CheckpointError):
                 raise gathered
@@ -359,12 +374,13 @@ class Save:
         parts = (timings.write, timings.commit)
         self._emit("write", "complete", sum(parts), info.total_bytes, parts=parts)
         if self._waves is not None:
-            self.handle._move(SaveState.STAGED)  # only now: before its last part was written a death could lose it
+            # only now: before its last part was written, the writer's death could lose the save
+            self.handle._move(SaveState.STAGED)
         self._end(None, info)
 
     def failed(self, error: CheckpointError) -> None:
         if isinstance(error, CommitError | WriteError):
-            reason = str(error).removeprefix(f"{self.handle.path}: ")  # a message says a thing once
+            reason = str(error).removeprefix(f"{self.handle.path}: ")  # the new message names the path already
             error = type(error)(f"{self.handle.path} was not saved: {reason}")
         self._end(error)
 
@@ -375,7 +391,7 @@ class Save:
             self._over = True
         written, total = self.handle.progress
         self.handle._progress = lambda: (written if error else total, total)
-        # The arena is free before the handle ends: whoever waited for it may save again at once.
+        # Free the arena before the handle ends, so that a caller who waited for the handle can save again at once.
         self._give_arena_back()
         self.handle._move(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
         self._exchange.say(SaveState.FAILED if error else SaveState.COMMITTED, info, error)

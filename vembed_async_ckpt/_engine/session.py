@@ -1,7 +1,8 @@
-"""What lives as long as a root is saved to: the engine with its writer, threads and memory, and the way it ends.
+"""A session: everything that lives while this process saves to a root, and how it ends. It has the engine with its
+writer, threads and memory.
 
-A session knows nothing of the `AsyncCheckpointer` that the user holds, so that this one may be dropped: then its session ends by
-itself, once its saves are finished. A process has one session for a root at a time.
+A session has no reference to the `AsyncCheckpointer` that the user holds. So that object can be dropped: then its
+session ends by itself when its saves have finished. A process has one session per root at a time.
 """
 
 from __future__ import annotations
@@ -29,22 +30,25 @@ from .ranks import Ranks
 from .steps import StepClock
 from .when import Decider, refuse_for_ranks
 
-EXIT_DEADLINE = 600.0  # seconds for pending saves at interpreter exit
+EXIT_DEADLINE = 600.0  # seconds that pending saves get at interpreter exit
 
 _OPEN: set[Session] = set()
-_LOST: list[str] = []  # what saves failed with that nobody could be told
+_LOST: list[str] = []  # failures of saves that could not be reported to anybody
 
 
 class Session:
-    """One root being saved to by this process."""
+    """This process saves to one root."""
 
     def __init__(self, options: Options) -> None:
-        """Ends an earlier session of the root in this process first, with a warning unless its checkpointer was dropped."""
+        """Begin the session. An earlier session of the same root in this process is ended first.
+
+        That gives a warning, unless the earlier session's checkpointer was dropped.
+        """
         self.options = options
-        self.closed = ""  # why no more saves are taken
-        self.ended = False  # and all is given back
+        self.closed = ""  # why no more saves are accepted; empty while they are
+        self.ended = False  # closed, and everything is given back
         self.dropped = False  # nobody has the checkpointer any more
-        self._closer = 0  # the thread that closes it
+        self._closer = 0  # id of the thread that closes the session, else 0
         self._pid = os.getpid()
         with _signals.held():
             self._take_over()
@@ -56,7 +60,7 @@ class Session:
                 earlier.give_way()
 
     def give_way(self) -> None:
-        """Close, because another checkpointer is made for the same root. What a save failed with is logged."""
+        """Close, because a new checkpointer is made for the same root. A failure of a save is logged."""
         if not self.dropped:
             self.closed = self.closed or "closed, because a later one was made for the same directory"
             warn(
@@ -103,7 +107,7 @@ class Session:
         _OPEN.add(self)
 
     def refuse_if_closed(self) -> None:
-        """Raise `CheckpointerClosed` if no more saves are taken."""
+        """Raise `CheckpointerClosed` if no more saves are accepted."""
         if self.closed:
             raise CheckpointerClosed(f"{self.options.root}: the checkpointer is {self.closed}; make a new one")
 
@@ -114,7 +118,7 @@ class Session:
             self.ledger.wait(timeout, lambda: self.engine.prewarming, self.engine.check)
 
     def in_flight(self) -> list[SaveHandle]:
-        """The saves that have not ended yet."""
+        """Return the saves that have not ended yet."""
         with _signals.held():
             return self.ledger.in_flight()
 
@@ -129,8 +133,11 @@ class Session:
                 self._close(timeout, deadline)
 
     def _may_close(self, deadline: float) -> bool:
-        """Whether this thread is to close it: not if that is done, or once another thread has done it. A signal handler that
-        interrupted `close()` does it all the same."""
+        """Return whether this thread must close the session.
+
+        False if the session has ended. While another thread closes it, wait for that. A signal handler that interrupted
+        `close()` in its own thread does the closing itself. Raises TimeoutError at `deadline`.
+        """
         while True:
             with self.ledger.changing():
                 if self.ended:
@@ -172,11 +179,14 @@ class Session:
         return ended
 
     def drop(self) -> None:
-        """The checkpointer is garbage: close in the background. This may run in the middle of anything, so it takes no lock."""
+        """Close in the background, because the checkpointer was garbage collected.
+
+        The garbage collector may call this at any point in any thread, so it takes no lock.
+        """
         if self.ended or self._pid != os.getpid():
             return
         self.dropped = True
-        with contextlib.suppress(RuntimeError):  # no more threads: then it is closed at exit
+        with contextlib.suppress(RuntimeError):  # no thread can be started any more: the session is closed at exit
             _thread.start_new_thread(self._close_dropped, ())
 
     def _close_dropped(self) -> None:
@@ -187,20 +197,23 @@ class Session:
             logger.error("a checkpointer that nobody has any more: %s", _LOST[-1])
 
     def forget(self) -> None:
-        """In a forked child: the parent's writer, lock and memory are not ours."""
+        """Called in a forked child: the writer, the lock and the memory belong to the parent."""
         self.closed = "that of the parent process"
         self.ended = True
         self.engine.forget()
 
 
 def open_sessions() -> list[Session]:
-    """Those of this process that have not ended."""
+    """Return the sessions of this process that have not ended."""
     return [session for session in list(_OPEN) if not session.ended]
 
 
 class _Unclean:
-    """A standard stream as it was, but the interpreter's last flush of it fails: that is how Python itself knows that cleaning up
-    went wrong, and ends with exit code 120 (see `sys.exit`) after everybody's exit handlers have run."""
+    """Wraps a standard stream so that the interpreter exits with code 120.
+
+    The interpreter flushes the standard streams last, after all exit handlers. If that flush fails, Python itself exits
+    with 120 (see `sys.exit`). Here only that last flush fails.
+    """
 
     closed = False
 
@@ -219,17 +232,21 @@ class _Unclean:
 
 @atexit.register
 def _drain_at_exit() -> None:
-    """What nobody closed is closed, within `EXIT_DEADLINE`. What failed is printed, and the exit code is 120, whatever it would
-    have been: no other way is left to say it, and a script that looks at the code must not go on as if all had been saved."""
+    """At exit, close every session that is still open, each within `EXIT_DEADLINE`.
+
+    Failures are printed, and the exit code becomes 120, whatever it would have been. Nothing else can report them then,
+    and a script that checks the exit code must not go on as if everything had been saved.
+    """
     interrupt: BaseException | None = None
     for session in open_sessions():
         try:
             session.close(EXIT_DEADLINE)
-        except BaseException as error:  # every root gets its turn
+        except BaseException as error:  # go on, so that every root is closed
             interrupt = interrupt or (None if isinstance(error, Exception) else error)
             _LOST.append(f"{type(error).__name__}: {error}")
     for lost in _LOST:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it, but the exit code still says it
+        # nobody can read the text, but the exit code still reports the failure
+        with contextlib.suppress(OSError, ValueError):
             if sys.stderr is not None:
                 print(f"vembed_async_ckpt: at exit: {lost}", file=sys.stderr)
         if not isinstance(sys.stderr, _Unclean):

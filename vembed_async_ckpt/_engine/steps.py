@@ -1,4 +1,4 @@
-"""The training's steps, timed for the sinks that want to know them."""
+"""Times the steps of the training, for the sinks that want this."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from itertools import pairwise
 from .._memory.barrier import STEP_BARRIER
 from ..events import Event, Reporter
 
-REPORT_EVERY = 1.0  # seconds of training that one event tells of
+REPORT_EVERY = 1.0  # seconds of training that one event covers
 
 
 class StepClock:
-    """Notes when each training step ends, and reports about a second of them in one `step` event.
+    """Notes when each training step ends. About once a second it reports the steps in one `step` event.
 
-    A step ends where the loop calls `should_save()`. In a loop that never does, it ends where an optimizer steps.
+    A step ends where the loop calls `should_save()`. In a loop that never calls it, a step ends where an optimizer
+    steps.
     """
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
-        self._ends: list[float] = []  # time.perf_counter(); the first is the end of the step before
+        self._ends: list[float] = []  # time.perf_counter(); the first one is the end of the step before
         self._due = 0.0
         self._step: int | None = None
         self._asked = False
@@ -31,7 +32,7 @@ class StepClock:
         self._note(time.perf_counter())
 
     def tick(self, step: int, now: float) -> None:
-        """The loop is at the end of `step`; `now` is time.perf_counter()."""
+        """The loop is at the end of `step`. `now` is time.perf_counter()."""
         if not self._asked:
             self._asked = True
             STEP_BARRIER.remove(self)
@@ -40,7 +41,7 @@ class StepClock:
         self._note(now)
 
     def close(self) -> None:
-        """Report what is left."""
+        """Report the remaining steps."""
         STEP_BARRIER.remove(self)
         self._report()
 

@@ -1,7 +1,7 @@
-"""The trainer's side of the writer: starts it, feeds it, watches it, and replaces it when it dies.
+"""The trainer's side of the writer: starts it, sends it jobs, watches it, and replaces it when it dies.
 
-All of it is one anyio task group in one daemon thread; other threads only post to its inbox. Its waits end with the writer, with a
-post, or with a deadline.
+It is one anyio task group in one daemon thread. Other threads only post calls to its inbox. Each of its waits ends when
+the writer ends, when something is posted, or at a deadline.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from . import process as processes
 from .options import WriterKind
 from .process import calling
 
-LIVES = 3  # writers that may die of one job
-_EXIT_DEADLINE = 10.0  # seconds between a writer's end of file and its death
-_START_DEADLINE = 60.0  # seconds until the first writer answers: on a busy machine a python takes some to start
-_PROBE = 0  # number of the arena by which a writer shows that it works; those of saves start at 1
+LIVES = 3  # a job fails when this many writers have died while they had it
+_EXIT_DEADLINE = 10.0  # seconds between the writer's end of file and its kill
+_START_DEADLINE = 60.0  # seconds until the first writer answers: on a busy machine Python may start slowly
+_PROBE = 0  # number of the arena that tests whether a writer works; the arenas of saves start at 1
 
 
 class Job(Protocol):
-    """A save, as far as the supervisor sees it. The methods are called on its thread and must not block."""
+    """A save, as far as the supervisor sees it. The methods are called on the supervisor's thread and must not block."""
 
     serial: int
     arena: Arena
 
     def location(self) -> tuple[int, int]:
-        """(offset, length) of its JSON in the arena."""
+        """Return (offset, length) of the job's JSON in the arena."""
 
     def accepted(self) -> None: ...
 
@@ -56,7 +56,7 @@ class Job(Protocol):
     def wave_written(self) -> None: ...
 
     def writer_died(self, error: WriteError) -> bool:
-        """Whether another writer can take it over from the arena; otherwise it has failed with `error`."""
+        """Return True if another writer can redo the job from the arena. Otherwise the save has failed with `error`."""
 
     def committed(self, reply: dict[str, Any]) -> None: ...
 
@@ -65,7 +65,11 @@ class Job(Protocol):
 
 @dataclass
 class _Writer:
-    """A running writer: its socket, and for a process its Popen, a descriptor that is readable when it has ended, and its log."""
+    """A running writer.
+
+    `sock`: its socket. `process`: its Popen, None for a thread. `end`: a descriptor that is readable when the process
+    has ended. `log`: a descriptor of the file with its standard error.
+    """
 
     sock: socket.socket
     process: subprocess.Popen[bytes] | None = None
@@ -74,7 +78,7 @@ class _Writer:
     started: float = field(default_factory=time.monotonic)
 
     def epitaph(self) -> str:
-        """How it ended, with the last it said."""
+        """Return how the writer ended, with the end of its log."""
         if self.process is None:
             return "the writer thread ended"
         said = os.pread(self.log, 1 << 16, 0).decode(errors="replace").strip()
@@ -92,7 +96,7 @@ class _Writer:
 
 
 class Supervisor:
-    """Keeps a writer at work on `root`. If the supervisor itself breaks, its jobs fail and `check` raises."""
+    """Keeps a writer running for `root`. If the supervisor itself breaks, its jobs fail and `check` raises."""
 
     def __init__(
         self,
@@ -114,13 +118,14 @@ class Supervisor:
         self._posting = threading.Lock()
         self._over = False
         self._writer: _Writer | None = None
-        self._jobs: dict[int, Job] = {}  # sent or to be sent, in order; touched by the supervisor thread only
+        # jobs that are sent or to be sent, in order; touched by the supervisor thread only
+        self._jobs: dict[int, Job] = {}
         self._populating: set[int] = set()
-        self._space: int | None = None  # bytes free where the root is, when the writer last looked
+        self._space: int | None = None  # free bytes at the root, as the writer last reported
         self._questions = 0
         self._told = threading.Event()  # the last question was answered
-        self._begun = threading.Event()  # the first writer is at work, or could not be started
-        self._refusal: str | None = None  # why it could not
+        self._begun = threading.Event()  # the first writer works, or could not be started
+        self._refusal: str | None = None  # why it could not be started
         self._ends = 0
         self._closing = False
         self._broken: BaseException | None = None
@@ -130,7 +135,7 @@ class Supervisor:
     # -- from other threads
 
     def refuse_without_writer(self) -> None:
-        """Wait for the first writer to be at work. Raises `CheckpointError` saying why, if it cannot be."""
+        """Wait until the first writer works. Raises `CheckpointError` with the reason if it does not."""
         if not self._begun.wait(_START_DEADLINE):
             self._refusal = f"it has not answered for {_START_DEADLINE:.0f} s"
         if self._refusal is not None:
@@ -142,12 +147,12 @@ class Supervisor:
         return writer.process.pid if writer is not None and writer.process is not None else None
 
     def submit(self, job: Job) -> None:
-        """Give the writer a job that lies complete in its arena."""
+        """Give the writer a job that is complete in its arena."""
         if not self._post(lambda: self._take(job)):
             job.failed(WriteError(f"nobody watches the writer any more: {self._broken!r}"))
 
     def send_wave(self, job: Job, start: int, end: int) -> None:
-        """Tell the writer that the plan's range [start, end) now lies in the job's arena."""
+        """Tell the writer that the plan's range [start, end) is now in the job's arena."""
         self._post(lambda: self._send(Command(Kind.WAVE, job.arena.number, job.serial, start, end)))
 
     def add_arena(self, arena: Arena) -> None:
@@ -160,8 +165,11 @@ class Supervisor:
         self._post(lambda: self._send(Command(Kind.DROP, number)))
 
     def missing_space(self, needed: int, patience: float) -> tuple[int, int] | None:
-        """(bytes missing, bytes free) if `needed` bytes do not fit where the root is. What the writer said last is asked again
-        before it is believed; if it does not answer within `patience` seconds, None."""
+        """Return (bytes missing, bytes free) if `needed` bytes do not fit at the root, else None.
+
+        If the last report of the writer says that they do not fit, the writer is asked again first. If it does not
+        answer within `patience` seconds, the result is None.
+        """
         if self._space is None or self._space >= needed:
             return None
         self._told.clear()
@@ -177,19 +185,19 @@ class Supervisor:
         return bool(self._populating)
 
     def check(self) -> None:
-        """Raise `WriteError` if nobody watches the writer any more."""
+        """Raise `WriteError` if the supervisor has ended."""
         if self._broken is not None or not self._thread.is_alive():
             raise WriteError(f"the supervisor of the writer broke: {self._broken!r}") from self._broken
 
     def close(self, timeout: float) -> bool:
-        """Let the writer finish what it has and end it. False if that took longer than `timeout` seconds."""
+        """Let the writer finish its jobs, then end it. Return False if that takes longer than `timeout` seconds."""
         self._post(self._begin_closing)
         if self._thread is not threading.current_thread():
             _signals.join(self._thread, timeout)
         return not self._thread.is_alive()
 
     def forget(self) -> None:
-        """In a forked child: close what belongs to the parent, touch nothing else."""
+        """In a forked child: close the descriptors that belong to the parent, and touch nothing else."""
         if self._writer is not None:
             os.close(self._writer.sock.detach())
             for fd in (self._writer.end, self._writer.log):
@@ -199,7 +207,7 @@ class Supervisor:
             self._bell.close()
 
     def _post(self, call: Callable[[], None]) -> bool:
-        """Have `call` run on the supervisor's thread; False if that has ended."""
+        """Run `call` on the supervisor's thread. Return False if that thread has ended."""
         with self._posting:
             if self._over:
                 return False
@@ -219,7 +227,7 @@ class Supervisor:
             with self._posting:
                 self._over = True
                 self._bell.close()
-            while self._inbox:  # what was posted and not taken: jobs among it fail below
+            while self._inbox:  # take the calls that are left in the inbox: their jobs fail below
                 self._inbox.popleft()()
             self._refuse(f"the supervisor of the writer broke: {self._broken!r}")
             for job in list(self._jobs.values()):
@@ -246,12 +254,12 @@ class Supervisor:
                 return
             while not self._jobs and not self._closing and self._begun.is_set():
                 self._wanted = anyio.Event()
-                await self._wanted.wait()  # a dead writer with nothing to do is replaced when there is something
+                await self._wanted.wait()  # a dead writer is replaced only when there is something to do
             if self._closing and not self._jobs:
                 return
 
     async def _run_one_writer(self) -> bool:
-        """Start a writer and serve it to its end. True if that end was asked for."""
+        """Start a writer and serve it until it ends. Return True if it ended because it was asked to."""
         try:
             writer = self._start()
         except OSError as error:
@@ -274,7 +282,7 @@ class Supervisor:
             orderly = True
         finally:
             self._writer = None
-            self._populating.clear()  # whoever waits for it waits for a writer that is gone
+            self._populating.clear()  # the writer that would answer is gone
             with anyio.CancelScope(shield=True):
                 epitaph = await self._reap(writer, orderly)
         if self._closing and not self._jobs:
@@ -282,20 +290,23 @@ class Supervisor:
             return True
         self._ends += 1
         killed = writer.process is not None and (writer.process.returncode or 0) < 0
-        if not killed or self._ends >= LIVES:  # one that somebody killed says nothing about the next
+        if not killed or self._ends >= LIVES:  # if somebody killed this writer, that says nothing about the next one
             self._refuse(f"{epitaph}; {processes.REMEDY}" if writer.process else epitaph)
         self._report("failed", epitaph)
         self._bury(WriteError(f"{epitaph}. The previous checkpoints are untouched"), again=True)
         return False
 
     def _refuse(self, why: str) -> None:
-        """The first writer, if it is still that one, does not come to work."""
+        """Record that the first writer cannot work, unless one has worked already."""
         if not self._begun.is_set():
             self._refusal = why
             self._begun.set()
 
     def _send_probe(self, writer: _Writer) -> None:
-        """Have a writer map a page of memory, as it maps arenas: when it says that it has, all that a save needs is there."""
+        """Let the writer map one page, in the way it maps arenas.
+
+        If it reports success, every call that a save needs works.
+        """
         if self._begun.is_set():
             return
         try:
@@ -308,7 +319,7 @@ class Supervisor:
             finally:
                 os.close(page)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it has ended already: how is said by what it leaves
+            pass  # it has ended already; its exit status and log tell why
         except OSError as error:
             self._refuse(error.strerror or str(error))
 
@@ -343,7 +354,7 @@ class Supervisor:
         return _Writer(ours, process, processes.end_of(process), log)
 
     async def _listen(self, writer: _Writer) -> None:
-        """Handle replies until the writer is gone, then what it had still said."""
+        """Handle replies until the writer has ended, then those that are still in the socket."""
         replies = ReplyReader()
         async with anyio.create_task_group() as tasks:
 
@@ -362,7 +373,7 @@ class Supervisor:
             pass
 
     def _receive(self, writer: _Writer, replies: ReplyReader, *, last: bool = False) -> bool:
-        """Read once and handle the replies; False at the end of what there is."""
+        """Read once and handle the replies. Return False when there is nothing more to read."""
         try:
             data, fds, _, _ = socket.recv_fds(writer.sock, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -370,13 +381,17 @@ class Supervisor:
         except OSError:
             return False
         for fd in fds:
-            self._lock.replace(fd)  # the writer had to make the lock file again
+            self._lock.replace(fd)  # the writer had to recreate the lock file
         for reply in replies.feed(data):
             self._handle(reply)
         return bool(data)
 
     async def _reap(self, writer: _Writer, orderly: bool) -> str:
-        """Wait for the end of a writer that closed its socket. One that we broke off with (not `orderly`) is left to finish."""
+        """Wait until the writer has ended. Return how it ended.
+
+        `orderly`: the writer closed its socket. Otherwise the supervisor stopped listening, and the writer is left to
+        finish.
+        """
         if not orderly:
             writer.close()
             return "the supervisor broke off"
@@ -384,7 +399,7 @@ class Supervisor:
             with anyio.move_on_after(_EXIT_DEADLINE):
                 await anyio.wait_readable(writer.end)
             if writer.process.poll() is None:
-                writer.process.kill()  # it closed its socket and did not end
+                writer.process.kill()  # it closed its socket and did not exit
                 with anyio.move_on_after(_EXIT_DEADLINE):
                     await anyio.wait_readable(writer.end)
                 writer.process.poll()
@@ -393,7 +408,7 @@ class Supervisor:
         return epitaph
 
     def _bury(self, error: WriteError, *, again: bool) -> None:
-        """A writer is gone: whether each of its jobs is given to another one is the job's decision."""
+        """A writer has ended. With `again`, each job decides whether another writer gets it; otherwise all jobs fail."""
         for serial, job in list(self._jobs.items()):
             if not again:
                 job.failed(error)
@@ -409,7 +424,7 @@ class Supervisor:
                 logger.warning("%s: %s", self._root, line)
                 self._report("complete", line)
             if "error" in reply:
-                self._report("failed", f"{self._root}: {reply['error']}")  # which logs it
+                self._report("failed", f"{self._root}: {reply['error']}")  # this also logs it
         elif event == "space":
             self._space = reply["free"]
             if reply["question"] == self._questions:
@@ -445,7 +460,10 @@ class Supervisor:
             job.failed(kind(reply["message"]))
 
     def _populate_here(self, number: int) -> None:
-        """The writer has faulted the pages in; mapping them here too is four times cheaper than it would have been first."""
+        """Map the arena's pages in this process, after the writer has faulted them in.
+
+        This is four times cheaper than faulting them in here first.
+        """
         arena = next((arena for arena in self._arenas() if arena.number == number), None)
         if arena is None or number not in self._populating:
             return
@@ -474,11 +492,12 @@ class Supervisor:
 
     def _send(self, command: Command, fds: tuple[int, ...] = ()) -> None:
         if self._writer is None:
-            return  # everything is sent anew to the next one
+            return  # the next writer gets everything again
         try:
             send_command(self._writer.sock, command, fds)
         except OSError as error:
-            logger.debug("the writer did not take %s: %s", command, error)  # its death is noticed by `_listen`
+            # `_listen` notices the writer's death.
+            logger.debug("the writer did not take %s: %s", command, error)
 
     def _begin_closing(self) -> None:
         self._closing = True
@@ -486,7 +505,7 @@ class Supervisor:
             try:
                 self._writer.sock.shutdown(socket.SHUT_WR)
             except OSError:
-                pass  # gone already
+                pass  # it has ended already
 
     def _report(self, phase: Any, detail: str) -> None:
         self._reporter.emit(Event("writer", phase, detail=detail))

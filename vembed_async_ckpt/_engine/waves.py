@@ -1,7 +1,7 @@
-"""A state that is larger than the memory allowed passes through a small arena in parts: one half is filled while the other is
-written.
+"""Passes a state that is larger than the allowed memory through a small arena in parts ("waves").
 
-The training thread is blocked all the while, and nothing of the save is staged before its last part is in the arena.
+One half of the arena is filled while the other is written. The training thread is blocked for the whole time. The save
+counts as staged only when its last part is in the arena.
 """
 
 from __future__ import annotations
@@ -33,12 +33,17 @@ class Waves:
         self._pieces += zip(plan.offsets, request.tensors, strict=True)
         state = request.state
         self._pieces += [(plan.end + state.layout.offsets[name], tensor) for name, tensor in state.tensors.items()]
-        self._turn = threading.Semaphore(0)  # halves that may be filled
+        self._turn = threading.Semaphore(0)  # counts the halves that may be filled
         self._accepted = False
-        self._flat: tuple[int, torch.Tensor] | None = None  # of the tensor that the last part ended in, by its position
+        # (position, bytes) of the tensor in which the last part ended
+        self._flat: tuple[int, torch.Tensor] | None = None
 
     def place_job(self) -> tuple[int, int]:
-        """Put the job where the first wave will go; the writer reads it before it accepts. Returns offset and length."""
+        """Write the job to the place of the first part. The writer reads the job before it accepts it. Return (offset,
+        length).
+
+        Raises `StageError` if the job alone does not fit into the arena.
+        """
         job = self._assembly.job
         if START + len(job) > self._arena.size:
             raise StageError(
@@ -48,12 +53,15 @@ class Waves:
         return START, len(job)
 
     def go_on(self) -> None:
-        """The writer has taken the job or written a part, or the save has ended."""
+        """Called when the writer has read the job, when it has written a part, or when the save has ended."""
         self._turn.release(1 if self._accepted else 2)
         self._accepted = True
 
     def run(self, send: Callable[[int, int], None], ended: Callable[[], bool], alive: Callable[[], None]) -> None:
-        """Pass every part through. Returns early when the save has `ended`; `alive` raises when nobody would ever answer."""
+        """Pass every part through the arena.
+
+        Returns early once `ended()` is True: then the save is over. `alive` raises if no answer can come any more.
+        """
         window = part_size(self._arena)
         for start in range(START, self._assembly.end, window):
             end = min(start + window, self._assembly.end)
@@ -94,7 +102,11 @@ class Waves:
                 copies.wait()
 
     def _bytes_of(self, tensor: torch.Tensor, position: int) -> torch.Tensor:
-        """Its elements in order, kept while parts begin or end in it: to put them in order may take a copy of all of it."""
+        """Return the bytes of the tensor's elements in order.
+
+        The result is kept while further parts need this tensor: a tensor that is not contiguous must be copied as a
+        whole.
+        """
         if self._flat is None or self._flat[0] != position:
             flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
             self._flat = position, flat
@@ -102,5 +114,5 @@ class Waves:
 
 
 def part_size(arena: Arena) -> int:
-    """Bytes of each part, but for the last."""
+    """Return the bytes of each part. The last part may be shorter."""
     return (arena.size - START) // 2 // mmap.PAGESIZE * mmap.PAGESIZE

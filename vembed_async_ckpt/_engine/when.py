@@ -1,4 +1,4 @@
-"""The policy of a checkpointer at work: the answer of `should_save()`."""
+"""Evaluates the policy of a checkpointer: computes the answer of `should_save()`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from .steps import StepClock
 
 
 def refuse_for_ranks(policy: SavePolicy | None, world_size: int) -> None:
-    """Raise ValueError for a policy that several ranks cannot agree on: one would save, and wait for the others in vain."""
+    """Raise ValueError if ranks could get different answers from the policy: one would save and wait for the others in
+    vain.
+    """
     wrong = [] if policy is None or world_size == 1 else [part for part in policy.parts() if not part.agreed]
     if wrong:
         raise ValueError(
@@ -22,7 +24,7 @@ def refuse_for_ranks(policy: SavePolicy | None, world_size: int) -> None:
 
 
 class Decider:
-    """Answers for one checkpointer. Is what `policies.Run` describes. Belongs to the training thread."""
+    """Answers `should_save()` for one checkpointer. Implements `policies.Run`. Only the training thread may call it."""
 
     def __init__(self, policy: SavePolicy, root: str, reporter: Reporter) -> None:
         self.root = root
@@ -62,11 +64,14 @@ class Decider:
         return self._figures.step_seconds
 
     def time_steps_with(self, clock: StepClock | None) -> None:
-        """Tell `clock` of each step."""
+        """Tell `clock` about each step."""
         self._clock = clock
 
     def ask(self, step: int, metrics: Mapping[str, float] | None) -> bool:
-        """Whether to save at `step`. Asked again about the same step, the answer is the same unless `metrics` are new."""
+        """Return whether to save at `step`.
+
+        Asking again for the same step gives the same answer, unless `metrics` are passed.
+        """
         if step != self.step:
             self.before = None if self.step < 0 else self.step
             self.step = step
@@ -85,7 +90,7 @@ class Decider:
         return self._due
 
     def saved(self, step: int | None, metrics: Mapping[str, float] | None, begun: float) -> None:
-        """A save was begun at `begun`, time.perf_counter()."""
+        """Note that a save began at `begun` (time.perf_counter())."""
         self.saved_at = begun
         self._saves += 1
         if metrics is None and step == self.step:
@@ -94,6 +99,6 @@ class Decider:
             rule.saved(step, metrics)
 
     def close(self) -> None:
-        """Let go of signals and threads."""
+        """Stop the rules. They give up their signal handlers and threads."""
         for rule in self._rules:
             rule.close()
