@@ -1,4 +1,4 @@
-"""The checkpoints under a root, for programs: list them, find the best one, delete one. Loads no torch."""
+"""The checkpoints under a root, for programs: list them, find the best one, delete one. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from .errors import CheckpointerBusy
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """One directory that is a checkpoint or claims to be one.
+    """One directory that is a checkpoint or claims to be one. A value that cannot be read is None, {} or 0.
 
-    `path`: absolute. `step`: as given to `save()`, or None. `sequence`: the order of the saves under this root, newest is
-    largest. `metrics`: as given to `save()`. `total_bytes`: the size of its files in bytes without the manifest, a file with two
-    names counted once. `time`: when it was saved, in seconds since 1970. `complete`: every file that the manifest names is there
-    and has its size. `problem`: what is wrong with it, "" if it is complete. What cannot be read is None, {} or 0.
+    `path`: absolute path.
+    `step`: as given to `save()`, or None.
+    `sequence`: order of the saves under this root; the newest has the largest.
+    `metrics`: as given to `save()`.
+    `total_bytes`: bytes of its files without the manifest; a file with two names counts once.
+    `time`: when it was saved, in seconds since 1970.
+    `complete`: whether every file in the manifest exists and has its size.
+    `problem`: what is wrong, "" if it is complete.
     """
 
     path: Path
@@ -40,18 +44,19 @@ class CheckpointEntry:
 
 
 def checkpoints(root: str | os.PathLike[str]) -> list[CheckpointEntry]:
-    """List every checkpoint under `root`, newest first; those whose manifest cannot be read come last.
+    """List every checkpoint under `root`, newest first. Those with an unreadable manifest come last.
 
-    A root that does not exist gives an empty list. Raises `CheckpointError` if the root cannot be listed.
+    Returns an empty list if the root does not exist. Raises `CheckpointError` if the root cannot be listed.
     """
     return [_entry(found) for found in reversed(catalog.survey(os.path.abspath(root)))]
 
 
 def best(root: str | os.PathLike[str], metric: str, mode: Literal["min", "max"] = "min") -> Path | None:
-    """Return the complete checkpoint under `root` with the smallest (`mode="min"`) or largest (`"max"`) value of `metric`.
+    """Return the complete checkpoint under `root` with the smallest (`mode="min"`) or largest (`"max"`) value of
+    `metric`.
 
-    Of equal values the newest wins. A checkpoint without the metric, or with NaN for it, does not take part; None if no other
-    is left. Raises ValueError for any other `mode`, and `CheckpointError` if the root cannot be listed.
+    Among equal values the newest wins. Checkpoints without the metric, or with NaN for it, are ignored. Returns None if
+    no other is left. Raises ValueError for any other `mode`, and `CheckpointError` if the root cannot be listed.
     """
     if mode not in ("min", "max"):
         raise ValueError(f"mode is {mode!r}; use 'min' or 'max'")
@@ -63,11 +68,11 @@ def best(root: str | os.PathLike[str], metric: str, mode: Literal["min", "max"] 
 
 
 def delete(path: str | os.PathLike[str]) -> None:
-    """Delete the checkpoint `path`: first move it out of sight, then delete the files that its manifest names.
+    """Delete the checkpoint `path`: move it into the work directory, then delete the files that its manifest names.
 
-    Files in it that this library did not write are kept in the root's `_vembed_async_ckpt/replaced/`. Raises
-    `CorruptCheckpoint` if its manifest cannot be read (then nothing proves that the files are ours, and nothing is deleted),
-    and `CheckpointerBusy` if a training saves in the same root or if somebody is loading this checkpoint.
+    Files that this library did not write are kept in `_vembed_async_ckpt/replaced/` under the root. Raises
+    `CorruptCheckpoint` if the manifest cannot be read; then nothing proves that the files are ours, and nothing is
+    deleted. Raises `CheckpointerBusy` if a training saves in the same root, or if somebody is loading this checkpoint.
     """
     directory = os.path.abspath(path)
     root, name = os.path.split(directory)

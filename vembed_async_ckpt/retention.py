@@ -1,6 +1,8 @@
-"""Which committed checkpoints go. A policy only says what it wants to keep; policies are combined with `|`.
+"""Decides which committed checkpoints are deleted. A policy names the checkpoints to keep; policies are combined with
+`|`.
 
-Whatever the policy says, these stay: the newest complete checkpoint, one that a reader holds, and one that is not complete.
+These are kept whatever the policy says: the newest complete checkpoint, a checkpoint that a reader holds, and an
+incomplete one.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ Unrated = Literal["keep", "drop"]
 
 
 class Policy:
-    """Something that names the checkpoints it wants to keep."""
+    """Names the checkpoints to keep."""
 
     def keep(self, newest_first: Sequence[Manifest]) -> set[str]:
-        """The save ids to keep among all checkpoints of the root, given newest first."""
+        """Return the save ids to keep. `newest_first` has all checkpoints of the root."""
         raise NotImplementedError
 
     def spec(self) -> list[dict[str, Any]]:
-        """The policy as JSON, for the writer process."""
+        """Return the policy as JSON, for the writer process."""
         return [{"policy": type(self).__name__, **{name: getattr(self, name) for name in self.__dataclass_fields__}}]  # type: ignore[attr-defined]
 
     def __or__(self, other: Policy) -> Policy:
-        """Keep what either of the two keeps."""
+        """Return a policy that keeps what either of the two keeps."""
         if not isinstance(other, Policy):
             return NotImplemented
         return AnyOf((self, other))
@@ -49,7 +51,7 @@ class KeepLast(Policy):
 
 @dataclass(frozen=True)
 class KeepEvery(Policy):
-    """Keep every checkpoint whose step is a multiple of `steps`, and those that were saved without a step."""
+    """Keep every checkpoint whose step is a multiple of `steps`, and every checkpoint saved without a step."""
 
     steps: int
 
@@ -62,10 +64,11 @@ class KeepEvery(Policy):
 
 @dataclass(frozen=True)
 class KeepBest(Policy):
-    """Keep the `n` with the smallest (`mode="min"`) or largest (`"max"`) value of a metric given to `save()`.
+    """Keep the `n` checkpoints with the smallest (`mode="min"`) or largest (`"max"`) value of a metric given to
+    `save()`.
 
-    A checkpoint without the metric, or with NaN for it, is unrated. `unrated="keep"` keeps all of those, `"drop"` keeps none of
-    them. As long as no checkpoint is rated, all are kept. Of equal values the newest is kept.
+    A checkpoint is unrated if it lacks the metric or has NaN for it. `unrated="keep"` keeps all unrated checkpoints,
+    `"drop"` keeps none. While no checkpoint is rated, all are kept. Among equal values the newest is kept.
     """
 
     metric: str
@@ -96,7 +99,7 @@ class KeepBest(Policy):
 
 @dataclass(frozen=True)
 class AnyOf(Policy):
-    """Keep what any of the policies keeps."""
+    """Keep every checkpoint that at least one of the policies keeps."""
 
     policies: tuple[Policy, ...]
 
@@ -108,13 +111,13 @@ class AnyOf(Policy):
 
 
 def is_rated(manifest: Manifest, metric: str) -> bool:
-    """Whether a checkpoint has a number for the metric by which it can be compared."""
+    """Return whether the checkpoint has a value for the metric that can be compared (a number, not NaN)."""
     value: Any = manifest.metrics.get(metric)
     return isinstance(value, int | float) and value == value
 
 
 def unknown_metrics(policy: Policy, manifests: Iterable[Manifest]) -> list[str]:
-    """What to say of each metric that the policy goes by and no checkpoint has."""
+    """Return one message for each metric that the policy uses and no checkpoint has."""
     manifests = list(manifests)
     there = sorted({name for manifest in manifests for name in manifest.metrics})
     have = f"they have {', '.join(map(repr, there))}" if there else "they have no metrics at all"
@@ -144,6 +147,6 @@ def _at_least_one(policy: str, what: str, value: SupportsIndex) -> int:
 
 
 def from_spec(spec: Sequence[Mapping[str, Any]]) -> Policy:
-    """The policy that `spec()` described."""
+    """Return the policy that `spec()` described."""
     kinds = {"KeepLast": KeepLast, "KeepEvery": KeepEvery, "KeepBest": KeepBest}
     return AnyOf(tuple(kinds[item["policy"]](**{k: v for k, v in item.items() if k != "policy"}) for item in spec))

@@ -1,1 +1,1 @@
-"""The files of a checkpoint as pure functions: names, layouts and the manifest. Touches no disk, loads no torch."""
+"""Pure functions for the files of a checkpoint: names, layouts and the manifest. Does not use the disk or import torch."""

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself, and whether it is true.
+"""The manifest: the file in which a checkpoint describes itself.
 
-The file is one JSON object. Its last key, `self`, is the xxh3_128 (hex) of all bytes of the file before the opening quote of
-that key, so that a manifest that was cut short or altered is known as such.
+The file is one JSON object. Its last key, `self`, is the xxh3_128 (hex) of all bytes of the file before the opening
+quote of that key. A manifest that was cut short or altered does not match this hash.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .plan import is_safe_relative
 FORMAT = "vembed_async_ckpt"
 VERSION = 1
 
-MAX_BYTES = 1 << 28  # a manifest of a million tensors takes half of it
-MAX_CONTAINERS = 1 << 22  # lists and objects, about a hundred bytes of memory each; a tensor of an optimizer has two
+MAX_BYTES = 1 << 28  # a manifest with a million tensors is half this size
+MAX_CONTAINERS = 1 << 22  # lists and objects of about 100 bytes each in memory; an optimizer's tensor has two
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,15 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One checkpoint. `sequence` orders the checkpoints of a root; `files` names everything in it but the manifest.
+    """The manifest of one checkpoint.
 
-    `ranks`: those whose random states and data positions are in it, where that is not all `world_size` of them.
-    `metrics` that are NaN or infinite are in the file as {"$float": "nan"}, "inf" or "-inf".
-    `tensors`: for a file that is not safetensors (optimizer.bin), its tensors as {key: [dtype, shape, offset]}, and as a
-    fourth entry the strides of those that are not contiguous: their bytes lie in the order of their strides.
-    `names`: for a weights file, where its tensors live in the model: {file name: {tensor: where}}.
+    `sequence`: orders the checkpoints of a root.
+    `ranks`: the ranks whose random states and data positions were saved; None if they are all `world_size` ranks.
+    `metrics`: as given to `save()`. In the file, NaN and infinity stand as {"$float": "nan"}, "inf" or "-inf".
+    `names`: for each weights file, the place of its tensors in the model: {file name: {tensor: place}}.
+    `tensors`: the tensors of each file that is not safetensors (optimizer.bin), as {key: [dtype, shape, offset]}. A
+        tensor that is not contiguous has its strides as a fourth entry; its bytes then lie in the order of the strides.
+    `files`: size and hash of every file of the checkpoint except the manifest.
     """
 
     save_id: str
@@ -58,11 +60,11 @@ class Manifest:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Newest is largest: by sequence, then by step."""
+        """The sort key (sequence, step). The newest checkpoint has the largest one."""
         return (self.sequence, -1 if self.step is None else self.step)
 
     def to_bytes(self) -> bytes:
-        """The manifest file's content."""
+        """Return the content of the manifest file."""
         body = {
             "format": FORMAT,
             "version": VERSION,
@@ -84,7 +86,7 @@ class Manifest:
 
 
 def too_large(content: bytes) -> str | None:
-    """Why a manifest is more than `parse` takes, or None."""
+    """Return why `parse` would refuse a manifest of this size, or None if it would accept it."""
     if len(content) > MAX_BYTES:
         return f"{len(content)} bytes; at most {MAX_BYTES} can be read back"
     containers = content.count(b"[") + content.count(b"{")
@@ -94,7 +96,10 @@ def too_large(content: bytes) -> str | None:
 
 
 def parse(content: bytes, *, file: str) -> Manifest:
-    """The manifest in `content`. Raises `CorruptCheckpoint` naming `file` if it is not whole or makes no sense."""
+    """Parse a manifest file. `file` is its name in errors.
+
+    Raises `CorruptCheckpoint` if the content is incomplete, altered or malformed.
+    """
     cut = content.rfind(b'"self"')
     try:
         if excess := too_large(content):
@@ -131,7 +136,7 @@ def parse(content: bytes, *, file: str) -> Manifest:
 
 
 def _to_json(metric: float) -> Any:
-    """A metric as the trees of the training state have it: JSON has no NaN and no infinity."""
+    """Encode a metric as in the training state (see `_capture.tree`), because JSON has no NaN and no infinity."""
     return metric if math.isfinite(metric) else {"$float": repr(float(metric))}
 
 
@@ -140,7 +145,7 @@ def _from_json(value: Any) -> float:
         return float(value["$float"])
     if not isinstance(value, int | float):
         raise TypeError(f"a metric is {str(value)[:60]!r}")
-    float(value)  # OverflowError for a number that is none
+    float(value)  # raises OverflowError for an integer too large for a float
     return value
 
 

@@ -1,7 +1,8 @@
-"""Every on-disk name is made and parsed here, and nowhere else.
+"""Makes and parses every name on disk. No other module does.
 
-Hosts to mind: transformers globs `checkpoint-*` when it rotates, hub upload skips `_*`, accelerate reads a number out of every
-entry of its automatic folder. So all that is not committed lives in `_vembed_async_ckpt/` beside the checkpoints.
+Other programs restrict the names. transformers globs `checkpoint-*` when it rotates checkpoints, the hub upload skips
+`_*`, and accelerate reads a number from every entry of its automatic folder. So everything that is not committed lives
+in `_vembed_async_ckpt/` beside the checkpoints.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ WORK = "_vembed_async_ckpt"
 LOCK = "lock"
 REPLACED = "replaced"
 ORPHAN_LOG = "orphan.log"
-LATEST = "latest"  # in the root: a link to the newest checkpoint
-SAVE_NOW = "save-now"  # a file in the root: somebody asks for a save
+LATEST = "latest"  # a link in the root to the newest checkpoint
+SAVE_NOW = "save-now"  # a file in the root; whoever creates it asks for a save
 
 MANIFEST = "vembed_manifest.json"
 CONFIG = "vembed_config.json"
 TRAINING_STATE = "vembed_training_state.json"
 TRAINING_TENSORS = "vembed_training_state.safetensors"
 WEIGHTS = "model.safetensors"
-UNCOVERED = "vembed_uncovered.safetensors"
+UNCOVERED = "vembed_uncovered.safetensors"  # model state that its own save_pretrained did not write to safetensors
 SCALER = "scaler.pt"
-PROGRESS = "training_state.json"  # vembed's own, since it resumes
+PROGRESS = "training_state.json"  # vembed itself writes and reads this file to resume
 
 _CHECKPOINT = re.compile(r"checkpoint(?:-|_|-step-|-epoch-)(0|[1-9][0-9]*)")
 _SAVE_ID = r"[0-9a-f]{32}"
@@ -53,39 +54,49 @@ _OURS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class WorkEntry:
-    """What an entry of the work directory says it is: a save under way, or a checkpoint on its way out: one of ours, of which
-    only what its manifest names goes, or one that rotation may delete whole, whoever wrote it."""
+    """The parsed name of an entry in the work directory.
+
+    `kind`: "work" is a save in progress. "trash" is a checkpoint of ours that is being deleted; only the files in its
+        manifest may be deleted. "rotated" is a checkpoint that rotation removes; all of it may be deleted, whoever
+        wrote it.
+    `save_id`: the id in the name.
+    """
 
     kind: Literal["work", "trash", "rotated"]
     save_id: str
 
 
 def checkpoint(step: int) -> str:
-    """Name of the directory that `AsyncCheckpointer.save(step)` publishes."""
+    """Return the name of the directory that `AsyncCheckpointer.save(step)` publishes."""
     return f"checkpoint-{step}"
 
 
 def parse_checkpoint(name: str) -> int | None:
-    """The number in a checkpoint directory's name (four grammars: `checkpoint-N`, `checkpoint_N`, `checkpoint-step-N`,
-    `checkpoint-epoch-N`), or None if the name is none of ours."""
+    """Return the number in the name of a checkpoint directory, or None if the name is not one of ours.
+
+    Four forms are known: `checkpoint-N`, `checkpoint_N`, `checkpoint-step-N`, `checkpoint-epoch-N`.
+    """
     match = _CHECKPOINT.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def trailing_number(name: str) -> int | None:
-    """The last integer in a name, if there is one."""
+    """Return the last integer in a name, or None."""
     numbers = re.findall(r"[0-9]+", name)
     return int(numbers[-1]) if numbers else None
 
 
 def work_directory(root: str) -> str:
-    """Where everything of a root lies that is no checkpoint: in the root, unless there is one beside it."""
+    """Return the directory that holds everything of a root except its checkpoints.
+
+    It lies inside the root, unless `work_directory_beside(root)` exists.
+    """
     beside = work_directory_beside(root)
     return beside if os.path.isdir(beside) else os.path.join(root, WORK)
 
 
 def work_directory_beside(root: str) -> str:
-    """The work directory of a root in which nothing may lie but checkpoints."""
+    """Return the work directory for a root that may contain nothing but checkpoints."""
     return os.path.join(os.path.dirname(root), f"{WORK}.{os.path.basename(root)}")
 
 
@@ -94,62 +105,71 @@ def lock_file(root: str) -> str:
 
 
 def save_directory(root: str, save_id: str, attempt: int) -> str:
-    """Where a save is built before it is published."""
+    """Return the directory in which a save is built before it is published."""
     return os.path.join(work_directory(root), f"work-{save_id}.{attempt}")
 
 
 def trash_directory(root: str, save_id: str) -> str:
-    """Where retention moves a checkpoint before it deletes it."""
+    """Return the directory to which retention moves a checkpoint before it deletes it."""
     return os.path.join(work_directory(root), f"trash-{save_id}")
 
 
 def rotated_directory(root: str, identity: str) -> str:
-    """Where rotation moves a checkpoint that Trainer itself wrote, before all of it is deleted. `identity` is like a save's."""
+    """Return the directory to which rotation moves a checkpoint that Trainer wrote, before deleting all of it.
+
+    `identity` has the form of a save id.
+    """
     return os.path.join(work_directory(root), f"rotated-{identity}")
 
 
 def replaced_directory(root: str) -> str:
-    """Where things wait that are not ours to delete."""
+    """Return the directory that keeps files which we must not delete."""
     return os.path.join(work_directory(root), REPLACED)
 
 
 def is_save_id(value: object) -> bool:
-    """Whether this can be the id of a save: names are made of it."""
+    """Return whether `value` is a valid save id. Names on disk are built from save ids."""
     return isinstance(value, str) and re.fullmatch(_SAVE_ID, value) is not None
 
 
 def parse_work_entry(name: str) -> WorkEntry | None:
-    """What an entry of the work directory is, or None if it was made neither by `save_directory` nor by `trash_directory` nor by
-    `rotated_directory`."""
+    """Parse the name of an entry in the work directory.
+
+    Returns None unless `save_directory`, `trash_directory` or `rotated_directory` made the name.
+    """
     match = _WORK_ENTRY.fullmatch(name)
     if match is None or (match["kind"] == "work") != (match["attempt"] is not None):
         return None
-    return WorkEntry(match["kind"], match["save_id"])  # type: ignore[arg-type]  # it is one of the three
+    return WorkEntry(match["kind"], match["save_id"])  # type: ignore[arg-type]  # the pattern allows these three kinds only
 
 
 def new_link(root: str, save_id: str) -> str:
-    """Where the link `latest` is made before it gets its name."""
+    """Return where a new `latest` link is created, before it is renamed to its final name."""
     return os.path.join(work_directory(root), f"latest-{save_id}")
 
 
 def is_new_link(name: str) -> bool:
-    """Whether an entry of the work directory was made by `new_link`."""
+    """Return whether `new_link` made the name of this entry in the work directory."""
     return _NEW_LINK.fullmatch(name) is not None
 
 
 def swap_directory(root: str, save_id: str, name: str) -> str:
-    """Where the old directory `name` waits while a file system without exchange gets the new one of save `save_id`."""
+    """Return where the old directory `name` is kept while save `save_id` replaces it.
+
+    Used where the file system cannot exchange two directories.
+    """
     return os.path.join(work_directory(root), REPLACED, f"swap-{save_id}.{name}")
 
 
 def parse_swap(name: str) -> tuple[str, str] | None:
-    """(save id of the replacing save, checkpoint name) of an entry made by `swap_directory`, or None."""
+    """Return (id of the replacing save, checkpoint name) for a name made by `swap_directory`, else None."""
     match = _SWAP.fullmatch(name)
     return (match[1], match[2]) if match else None
 
 
 def kept_directory(root: str, save_id: str, name: str) -> str:
-    """Where what remains of the replaced directory `name` is kept: files we did not write and cannot carry over."""
+    """Return where the rest of the replaced directory `name` is kept: files that we did not write and cannot carry
+    over."""
     return os.path.join(work_directory(root), REPLACED, f"kept-{save_id}.{name}")
 
 
@@ -174,7 +194,7 @@ def custom_checkpoint(index: int) -> str:
 
 
 def state_dict(prefix: str) -> str:
-    """The second name that `save_checkpoint` gives the weights file."""
+    """Return the second name that `save_checkpoint` gives to the weights file."""
     return f"{prefix or 'model'}_state_dict.safetensors"
 
 
@@ -183,17 +203,18 @@ def random_states(rank: int) -> str:
 
 
 def rank_state(rank: int) -> str:
-    """What `load` restores on a rank other than the first, whose state is in `TRAINING_STATE`."""
+    """Return the name of the file from which `load` restores a rank other than the first. The first rank uses
+    `TRAINING_STATE`."""
     return f"vembed_rank_state_{rank}.json"
 
 
 def plain_weights(index: int) -> str:
-    """The state_dict of a model, as `accelerator.save_state` names it."""
+    """Return the name that `accelerator.save_state` gives to the state_dict of a model."""
     return f"model_{index}.safetensors" if index else WEIGHTS
 
 
 def pickled_weights(index: int) -> str:
-    """The state_dict of a model, as `accelerator.save_state(safe_serialization=False)` names it."""
+    """Return the name that `accelerator.save_state(safe_serialization=False)` gives to the state_dict of a model."""
     return f"pytorch_model_{index}.bin" if index else "pytorch_model.bin"
 
 
@@ -208,16 +229,18 @@ def trainer_random_states(rank: int, world_size: int) -> str:
 
 
 def is_plan_name(relative: str) -> bool:
-    """Whether a plan of ours can make this name: carried over from a replaced directory it would be read as part of the
-    new checkpoint."""
+    """Return whether one of our plans can produce this name.
+
+    Such a file must not be carried over from a replaced directory: it would be read as part of the new checkpoint.
+    """
     return _OURS.fullmatch(relative) is not None
 
 
 def is_training_state(relative: str) -> bool:
-    """Whether a file is only for a training that resumes: optimizer, scheduler, random states and the like."""
+    """Return whether a file is needed only to resume training: optimizer, scheduler, random states and the like."""
     return _TRAINING_STATE.fullmatch(relative) is not None
 
 
 def is_second_name(relative: str) -> bool:
-    """Whether a file has the name that `save_checkpoint` gives the weights file besides its own (see `state_dict`)."""
+    """Return whether a file has the second name that `save_checkpoint` gives to the weights file (see `state_dict`)."""
     return relative.endswith("_state_dict.safetensors")

@@ -1,7 +1,7 @@
-"""From contents to a plan: every file of a checkpoint, its place in the arena, and every tensor's offset.
+"""Computes the plan of a checkpoint: its files, their places in the arena, and the offset of every tensor.
 
-A pure function of names, dtypes and shapes. It moves nothing and touches no disk; what cannot be saved is refused here, in
-the caller's stack.
+The plan is a pure function of names, dtypes and shapes. It moves no data and uses no disk. What cannot be saved is
+refused here, in the caller's stack.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from . import safetensors, torch_zip
 from .safetensors import TensorSpec
 from .torch_zip import ZipLayout
 
-PAGE = 4096  # every file starts on a page of its own: O_DIRECT writes whole pages
+PAGE = 4096  # every file starts on a new page, because O_DIRECT writes whole pages
 START = PAGE  # the page before the first file is the arena's control page
 
 
 @dataclass(frozen=True)
 class TensorContent:
-    """A safetensors file."""
+    """A safetensors file: its name, tensors and metadata."""
 
     name: str
     tensors: tuple[TensorSpec, ...]
@@ -29,7 +29,11 @@ class TensorContent:
 
 @dataclass(frozen=True)
 class ZipContent:
-    """A torch zip whose storages hold one tensor each; `pickle_bytes` is the size of its `data.pkl` as far as known."""
+    """A torch zip file with one storage per tensor.
+
+    `sizes`: bytes of each storage.
+    `pickle_bytes`: the expected size of its `data.pkl`.
+    """
 
     name: str
     sizes: tuple[int, ...]
@@ -38,7 +42,7 @@ class ZipContent:
 
 @dataclass(frozen=True)
 class BytesContent:
-    """A file whose bytes are known: config, tokenizer, processor."""
+    """A file whose bytes are already known: config, tokenizer or processor."""
 
     name: str
     data: bytes
@@ -49,7 +53,10 @@ Content = TensorContent | ZipContent | BytesContent
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file: where it starts in the arena and its size in bytes. A zip's size is its room; the save says how much is used."""
+    """One planned file: its start in the arena and its size, in bytes.
+
+    For a zip, `size` is the space reserved for it. The save decides how much of it is used.
+    """
 
     name: str
     start: int
@@ -59,10 +66,12 @@ class PlannedFile:
 
 @dataclass(frozen=True, eq=False)
 class SavePlan:
-    """The layout of an arena. All positions count from the start of the arena.
+    """The layout of an arena. All positions are bytes from the start of the arena.
 
-    `offsets`: where each tensor goes, in the order of the contents and of their tensors. `pieces`: bytes that are the same for
-    every save: headers, descriptors, known files. `end`: where what varies from save to save begins.
+    `files`: the files, in the order of the contents.
+    `offsets`: the position of each tensor, in the order of the contents and of the tensors in them.
+    `pieces`: (position, bytes) that are the same in every save: headers, descriptors, files with known bytes.
+    `end`: where the data begins that differs from save to save.
     """
 
     files: tuple[PlannedFile, ...]
@@ -72,17 +81,20 @@ class SavePlan:
 
     @property
     def capacity(self) -> int:
-        """Bytes an arena needs for this plan, with slack for what grows from save to save."""
+        """Bytes that an arena needs for this plan, including reserve for data that grows from save to save."""
         return self.end + max(1 << 20, self.end // 100)
 
 
 def pages(size: int) -> int:
-    """`size` rounded up to whole pages."""
+    """Round `size` up to whole pages."""
     return -(-size // PAGE) * PAGE
 
 
 def plan(contents: Sequence[Content]) -> SavePlan:
-    """Lay out a checkpoint. Raises `PlanError` for names that clash or leave the directory and for what the formats refuse."""
+    """Lay out a checkpoint.
+
+    Raises `PlanError` if names clash or leave the directory, or if a file format cannot hold a content.
+    """
     check_names(content.name for content in contents)
     files: list[PlannedFile] = []
     offsets: list[int] = []
@@ -113,7 +125,8 @@ def _place(
 
 
 def check_names(file_names: Iterable[str]) -> None:
-    """Raise `PlanError` if two files have the same name, or if a name leaves the directory."""
+    """Raise `PlanError` if two files have the same name, if a name is both a file and a directory, or if a name leaves
+    the directory."""
     seen: set[str] = set()
     for name in file_names:
         if not is_safe_relative(name):
@@ -128,7 +141,7 @@ def check_names(file_names: Iterable[str]) -> None:
 
 
 def is_safe_relative(name: str) -> bool:
-    """Whether `name` is a relative path, with `/` between its parts, that cannot leave its directory."""
+    """Return whether `name` is a relative path, with `/` between its parts, that cannot leave its directory."""
     parts = name.split("/")
     return (
         0 < len(name) <= 1024

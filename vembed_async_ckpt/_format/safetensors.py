@@ -1,8 +1,8 @@
-"""The safetensors format, made and parsed only here.
+"""Writes and parses the safetensors format. No other module does.
 
-Format: an 8-byte little-endian header length, a JSON header padded with spaces to a multiple of 8, the tensors' bytes back
-to back (https://github.com/huggingface/safetensors#format). For the same tensors and metadata the layout here is the one
-that safetensors 0.8 itself writes, byte for byte.
+A file is an 8-byte little-endian header length, a JSON header padded with spaces to a multiple of 8, and the tensors'
+bytes back to back (https://github.com/huggingface/safetensors#format). The layout equals that of safetensors 0.8, byte
+for byte, for the same tensors and metadata.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import CorruptCheckpoint, PlanError
 
-# (bits of one element, rank in the file): safetensors writes tensors by descending rank of their dtype, then by name.
+# The order of tensors in a file: safetensors sorts them by dtype, in this order, and then by name.
 _DTYPE_ORDER = [
     "U64",
     "I64",
@@ -48,17 +48,17 @@ BITS |= dict.fromkeys(("BF16", "F16", "U16", "I16"), 16)
 BITS |= {name: 8 for name in _DTYPE_ORDER if name.startswith("F8") or name in ("I8", "U8", "BOOL")}
 BITS |= {"F4": 4}
 
-MAX_HEADER_BYTES = 100_000_000  # what safetensors accepts
+MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
 _METADATA = "__metadata__"
 _MAX_METADATA = 1 << 16  # keys
-_MAX_ENTRY = 4096  # characters; a tensor of 64 dimensions needs a tenth
+_MAX_ENTRY = 4096  # characters; a tensor with 64 dimensions needs a tenth of this
 _END = r"\Z"
 _TOKENS = {token: re.compile(r"[ \t\n\r]*" + token) for token in ("{", "}", ":", ",", '"', _END)}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, safetensors dtype and shape of one tensor (F4: the shape counts 4-bit elements)."""
+    """Name, safetensors dtype and shape of one tensor. For F4 the shape counts 4-bit elements."""
 
     name: str
     dtype: str
@@ -71,7 +71,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One safetensors file: `prefix` (length and header), then each tensor at its offset from the start of the file."""
+    """The layout of one safetensors file.
+
+    `prefix`: the length field and the header.
+    `offsets`: position of each tensor by name, in bytes from the start of the file.
+    `size`: bytes of the whole file.
+    """
 
     prefix: bytes
     offsets: Mapping[str, int]
@@ -79,13 +84,14 @@ class Layout:
 
 
 def layout(tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None, *, file: str) -> Layout:
-    """Lay out one file. `file` only names it in errors.
+    """Lay out one file. `file` is its name in errors.
 
-    Raises `PlanError` for a dtype the format does not know, a name that cannot be read back, or two equal names.
+    Raises `PlanError` for a dtype that the format does not know, a name that cannot be read back, two equal names, or a
+    header that is too large.
     """
     header: dict[str, Any] = {}
     if metadata:
-        # With several keys safetensors' own order is that of a hash map; ours is sorted.
+        # safetensors writes the keys in hash map order; we sort them.
         header[_METADATA] = dict(sorted(metadata.items()))
     offset = 0
     starts: dict[str, int] = {}
@@ -122,7 +128,8 @@ def _checked(tensors: Iterable[TensorSpec], file: str) -> list[TensorSpec]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor found in a file: `offset` counts from the start of the file, `nbytes` is checked against the shape."""
+    """One tensor found in a file. `offset` is in bytes from the start of the file. `nbytes` was checked against the
+    shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -131,10 +138,10 @@ class Entry:
 
 
 def parse(head: bytes, size: int, *, file: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Parse the start of a file of `size` bytes; `head` must hold at least length and header.
+    """Parse the start of a file of `size` bytes. `head` must contain at least the length field and the header.
 
-    Returns its tensors by name, and its metadata. Raises `CorruptCheckpoint` unless the tensors cover the data exactly, with
-    no hole and no overlap, and every offset agrees with its shape.
+    Returns the tensors by name, and the metadata. Raises `CorruptCheckpoint` unless the tensors cover the data exactly,
+    with no gap and no overlap, and the byte range of each tensor agrees with its shape.
     """
     length = header_length(head[:8], size, file=file)
     try:
@@ -152,7 +159,7 @@ def parse(head: bytes, size: int, *, file: str) -> tuple[dict[str, Entry], dict[
 
 
 def header_length(first: bytes, size: int, *, file: str) -> int:
-    """The header's length, checked against the file's size. Raises `CorruptCheckpoint`."""
+    """Return the length of the header in bytes. Raises `CorruptCheckpoint` if the file is too short for it."""
     if len(first) < 8:
         raise CorruptCheckpoint(f"{file}: {len(first)} bytes are too short for a safetensors file")
     (length,) = struct.unpack("<Q", first[:8])
@@ -193,15 +200,18 @@ def _entry(value: dict[str, Any], data_start: int) -> Entry:
 
 
 class _Scanner:
-    """Reads a header piece by piece, so that one that is not what it should be is refused there, and takes no more memory than
-    a good one: read whole, any other JSON would become 30 times as large."""
+    """Reads a header one part at a time and stops at the first part that is wrong.
+
+    Malformed input therefore takes no more memory than a good header. A general JSON parser would need up to 30 times
+    the size of the input.
+    """
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
 
     def members(self) -> Iterator[str]:
-        """The names in an object; the value of each is read before the next one is asked for."""
+        """Yield the names in an object. The caller must read each value before it asks for the next name."""
         self._expect("{")
         if self._take("}"):
             return
@@ -219,7 +229,7 @@ class _Scanner:
         return str(found)
 
     def flat_object(self) -> Any:
-        """An object with no object in it, of `_MAX_ENTRY` characters at most."""
+        """Read an object that contains no other object and has at most `_MAX_ENTRY` characters."""
         self._expect("{")
         end = self._text.find("}", self._at, self._at + _MAX_ENTRY) + 1
         if not end:
@@ -237,7 +247,7 @@ class _Scanner:
             raise ValueError(f"{self._next()!r} is where {token} belongs")
 
     def _take(self, token: str) -> bool:
-        """Go on behind `token`, if it comes next."""
+        """Skip `token` and return True if it comes next; else return False."""
         found = _TOKENS[token].match(self._text, self._at)
         if found is None:
             return False

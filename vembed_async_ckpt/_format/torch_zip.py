@@ -1,8 +1,10 @@
-"""The container of `optimizer.bin`: a stored zip as `torch.load` reads it, laid out before any byte is moved.
+"""The container format of `optimizer.bin`: an uncompressed zip that `torch.load` reads, laid out before any byte is
+moved.
 
-Storages come first, each on a 64-byte boundary, then `data.pkl`, `byteorder`, `version` and the central directory, so that
-only the end of the file changes with the values in `param_groups`. torch's own order has `data.pkl` first, which would move
-every tensor whenever a number takes one digit more. Format: PKWARE APPNOTE 6.3.10, sections 4.3 and 4.5.3 (zip64).
+The storages come first, each on a 64-byte boundary. `data.pkl`, `byteorder`, `version` and the central directory
+follow. So only the end of the file changes when the values in `param_groups` change. torch itself writes `data.pkl`
+first; then every tensor would move when a number gets one more digit. Format: PKWARE APPNOTE 6.3.10, sections 4.3 and
+4.5.3 (zip64).
 """
 
 from __future__ import annotations
@@ -20,15 +22,20 @@ _DESCRIPTOR32 = struct.Struct("<4s3I")
 _DESCRIPTOR64 = struct.Struct("<4sI2Q")
 _HAS_DESCRIPTOR = 1 << 3
 _LIMIT = 0xFFFFFFFF
-_PADDING_ID = 0x4246  # "FB": the extra field that torch itself uses to align records
+_PADDING_ID = 0x4246  # "FB": the extra field with which torch aligns records
 
 
 @dataclass(frozen=True, slots=True)
 class ZipLayout:
-    """Where the storages of one file lie, and all bytes between them.
+    """The layout of one zip file. All offsets are in bytes from the start of the file, unless said otherwise.
 
-    `data`: offset of each storage from the start of the file. `pieces`: (offset, bytes) of headers and descriptors.
-    `end`: where the variable part starts (see `tail`). `central`: the storages' central directory entries.
+    `data`: offset of each storage.
+    `sizes`: bytes of each storage.
+    `pieces`: (offset, bytes) of the headers and descriptors.
+    `locals`: where the CRC of each storage goes in its data descriptor.
+    `centrals`: where the CRC of each storage goes in the central directory, from the start of that directory.
+    `central`: the central directory entries of the storages.
+    `end`: where the variable part starts (see `tail`).
     """
 
     data: tuple[int, ...]
@@ -40,12 +47,13 @@ class ZipLayout:
     end: int
 
     def records(self) -> list[list[int]]:
-        """[data, size, where its CRC goes, where it goes in the central directory] of each storage (`protocol.Checksums`)."""
+        """Return [data, size, local, central] of each storage, as `protocol.Checksums` has them."""
         return [list(row) for row in zip(self.data, self.sizes, self.locals, self.centrals, strict=True)]
 
 
 def layout(sizes: Sequence[int]) -> ZipLayout:
-    """Lay out storages of `sizes` bytes as records `data/0`, `data/1`, ... Their CRC fields are zero, to be filled in."""
+    """Lay out storages of `sizes` bytes as the records `data/0`, `data/1`, ... Their CRC fields are zero and must be
+    filled in."""
     position = 0
     data, pieces, crcs, centrals, central = [], [], [], [], bytearray()
     for index, size in enumerate(sizes):
@@ -86,9 +94,9 @@ def _central_entry(name: bytes, crc: int, size: int, header: int, flags: int) ->
 
 
 def tail(plan: ZipLayout, data_pkl: bytes) -> tuple[bytes, int]:
-    """Everything from `plan.end` to the end of the file, and the offset of the central directory in the file.
+    """Return the bytes from `plan.end` to the end of the file, and the offset of the central directory in the file.
 
-    The storages' CRC fields in it are zero, at central directory + `plan.centrals`.
+    The CRC fields of the storages in it are zero. They lie at the offset of the central directory plus `plan.centrals`.
     """
     content = bytearray()
     central = bytearray(plan.central)
@@ -114,5 +122,5 @@ def _end(count: int, size: int, start: int) -> bytes:
 
 
 def room_for_tail(plan: ZipLayout, pickle_bytes: int) -> int:
-    """Bytes to keep free behind `plan.end` for tails whose `data.pkl` grows somewhat beyond `pickle_bytes`."""
+    """Return the bytes to reserve after `plan.end`, so that `data.pkl` can grow beyond `pickle_bytes`."""
     return len(plan.central) + 2 * pickle_bytes + (64 << 10)

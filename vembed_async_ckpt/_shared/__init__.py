@@ -1,1 +1,1 @@
-"""What the trainer and the writer process share: the arena's memory and the messages between them. Loads no torch."""
+"""What the trainer and the writer process share: the memory of the arenas and the message protocol. Does not import torch."""

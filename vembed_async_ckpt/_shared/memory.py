@@ -1,4 +1,4 @@
-"""Mapping an arena and faulting its pages in, without holding the GIL."""
+"""Maps an arena and faults its pages in, without holding the GIL."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import os
 import weakref
 
 _MADV_DONTFORK, _MADV_HUGEPAGE, _MADV_DONTDUMP, _MADV_POPULATE_WRITE = 10, 14, 16, 23  # asm-generic/mman-common.h
-MEMFD = "vembed_async_ckpt"  # name of every arena's memory
-_STEP = 16 << 20  # mmap_sem is held for one step at a time, so that other threads' faults get in between
+MEMFD = "vembed_async_ckpt"  # name of the memfd of every arena
+_STEP = 16 << 20  # bytes per madvise call, which holds mmap_sem; other threads' page faults run between calls
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -20,15 +20,18 @@ _mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 def _keep_for_ever() -> None:
-    """In a forked child the mappings are not there, and the end of their objects, garbage or not, would unmap whatever the child
-    has put in the same place. The descriptors that those objects have are closed: each would hold all of the memory."""
+    """In a forked child, prevent Python from unmapping arenas, and close their descriptors.
+
+    The child does not inherit the mappings. If Python deleted their objects, it would unmap whatever the child has
+    mapped at the same addresses. Each open descriptor would keep the memory of the whole arena alive.
+    """
     if not _mapped:
         return
     for memory in list(_mapped):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
     _mapped.clear()
     for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the listing's own is closed already
+        with contextlib.suppress(OSError):  # the descriptor that listdir used is closed by now
             if os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{MEMFD} "):
                 os.close(int(fd))
 
@@ -37,10 +40,10 @@ os.register_at_fork(after_in_child=_keep_for_ever)
 
 
 def map_arena(fd: int, size: int) -> mmap.mmap:
-    """Map `size` bytes of an arena, shared and writable; left out of core dumps and of forked children, which close its
-    descriptors.
+    """Map `size` bytes of an arena, shared and writable.
 
-    Huge pages are advised, never depended on.
+    The mapping is left out of core dumps and of forked children, and the children close the descriptor. Huge pages are
+    requested but not required.
     """
     memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     _mapped.add(memory)
@@ -50,14 +53,17 @@ def map_arena(fd: int, size: int) -> mmap.mmap:
 
 
 def address_of(memory: mmap.mmap) -> int:
-    """Address of the first byte. The mapping must be kept alive by the caller."""
+    """Return the address of the first byte. The caller must keep the mapping alive."""
     view = (ctypes.c_char * 0).from_buffer(memory)
     return ctypes.addressof(view)
 
 
 def populate(memory: mmap.mmap, size: int) -> None:
-    """Fault every page in for writing; contents are unchanged. Where the kernel cannot (before 5.14), pages are faulted
-    in by the first copy instead. ctypes releases the GIL around the call; `mmap.madvise` would hold it."""
+    """Fault every page in for writing. The contents do not change.
+
+    Kernels before 5.14 cannot do this; there the first copy faults the pages in. The call uses ctypes, which releases
+    the GIL; `mmap.madvise` would hold it.
+    """
     base = address_of(memory)
     for offset in range(0, size, _STEP):
         if _libc.madvise(base + offset, min(_STEP, size - offset), _MADV_POPULATE_WRITE):

@@ -1,7 +1,7 @@
-"""What trainer and writer say to each other over one SOCK_STREAM pair.
+"""The messages between trainer and writer over one SOCK_STREAM pair.
 
-Trainer to writer: constant-size commands, so that a send never blocks for long; a job itself lies as JSON in its arena, and
-descriptors travel beside the command. Writer to trainer: JSON replies behind a 4-byte length.
+The trainer sends commands of constant size, so a send never blocks for long. A job is JSON in its arena. Descriptors
+are sent beside the command. The writer sends JSON replies, each after a 4-byte length.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any, TypedDict
 
 from .._format.plan import START
 
-PROGRESS = struct.Struct("<Q")  # at byte 0 of an arena: bytes of its job written so far
-DATA_START = START  # where the first file of an arena starts; the page before it is the control page
+PROGRESS = struct.Struct("<Q")  # at byte 0 of an arena: how many bytes of its job have been written
+DATA_START = START  # start of the first file in an arena; the page before it is the control page
 
 _COMMAND = struct.Struct("<B3xIQQQ")
 _LENGTH = struct.Struct("<I")
 
 
 def wave_base(start: int, size: int) -> int:
-    """Where in the arena the part of the plan lies that begins at `start`: parts of `size` bytes take turns in two places, so that
-    one is filled while the other is written."""
+    """Return where the part of the plan that begins at `start` lies in the arena.
+
+    Parts of `size` bytes alternate between two places: one is filled while the other is written.
+    """
     return DATA_START + (start - DATA_START) // size % 2 * size
 
 
 class Kind(IntEnum):
-    ARENA = 1  # arena, size; one descriptor travels along
+    ARENA = 1  # arena, size; the descriptor is sent with it
     DROP = 2  # arena
     JOB = 3  # arena, serial, offset and length of the job's JSON in the arena
-    WAVE = (
-        4  # arena, serial, start and end of the part of the plan that lies at `wave_base`; end 0: there will be no more
-    )
-    SPACE = 5  # 0, number of the question: how much room has the root's file system now?
+    WAVE = 4  # arena, serial, start and end of the part of the plan at `wave_base`; end 0: no part follows
+    SPACE = 5  # 0, number of the query: how much space is free on the root's file system?
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ class Command:
 
 
 class FileSlot(TypedDict):
-    """One file of a job: its place in the plan (bytes from the start of the arena, a multiple of PAGE) and size."""
+    """One file of a job. `start` is its position in the plan, in bytes from the start of the arena (a multiple of
+    PAGE)."""
 
     name: str
     start: int
@@ -57,9 +58,10 @@ class FileSlot(TypedDict):
 
 
 class Checksums(TypedDict):
-    """CRC-32 of the records of one zip file, to be filled in by whoever writes it. Positions count from the file's start.
+    """Where to write the CRC-32 of the records of one zip file. Positions are bytes from the start of the file.
 
-    `records`: [data, size, local, central] each; the CRC is stored at `local`, and at `central` + `central_start`.
+    `central_start`: start of the central directory.
+    `records`: [data, size, local, central] of each record. Its CRC goes to `local` and to `central_start` + `central`.
     """
 
     central_start: int
@@ -67,32 +69,32 @@ class Checksums(TypedDict):
 
 
 class Job(TypedDict):
-    """All that the writer must know of one save."""
+    """Everything the writer must know about one save."""
 
     save_id: str
     step: int | None
-    name: str  # directory to publish under the root
-    files: list[FileSlot]  # by start
+    name: str  # of the directory to publish under the root
+    files: list[FileSlot]  # sorted by start
     checksums: dict[str, Checksums]
-    links: list[list[str]]  # [existing file, further name]: one copy of the bytes
+    links: list[list[str]]  # [existing file, second name]: a hard link to it
     manifest: dict[str, Any]  # world_size, time, versions, metrics, names, tensors
     retention: list[dict[str, Any]] | None
     latest_link: bool  # move the link `latest` to this checkpoint
     waves: (
-        int  # 0, or the arena is smaller than the plan: parts of so many bytes follow as WAVE commands, see `wave_base`
+        int  # bytes per part if the plan exceeds the arena and its parts follow as WAVE commands (`wave_base`), else 0
     )
 
 
 def send_command(sock: socket.socket, command: Command, fds: Sequence[int] = ()) -> None:
-    """Send one command. Raises OSError, BrokenPipeError when the writer is gone."""
+    """Send one command. Raises OSError, BrokenPipeError if the writer is gone."""
     frame = _COMMAND.pack(command.kind, command.arena, command.first, command.second, command.third)
     sent = socket.send_fds(sock, [frame], list(fds)) if fds else sock.send(frame)
-    if sent != len(frame):  # a stream may take part of it; the rest carries no descriptors
+    if sent != len(frame):  # the stream took only a part; the rest has no descriptors
         sock.sendall(frame[sent:])
 
 
 class CommandReader:
-    """Puts commands together from what the socket gives. `closed` is set at end of file."""
+    """Assembles commands from the bytes of the socket. `closed` is True after end of file."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -101,9 +103,9 @@ class CommandReader:
         self.closed = False
 
     def read(self) -> list[tuple[Command, int | None]]:
-        """All complete commands now available, each with its descriptor. Blocks only as the socket does.
+        """Return all complete commands now available, each with its descriptor or None. Blocks only if the socket does.
 
-        A reset is not the end: commands queued before it still come, then end of file.
+        A connection reset is not the end. Commands that were queued before it still arrive, and then end of file.
         """
         try:
             data, fds, _, _ = socket.recv_fds(self._sock, 64 * _COMMAND.size, 16)
@@ -131,13 +133,13 @@ def encode_reply(reply: Mapping[str, Any]) -> bytes:
 
 
 class ReplyReader:
-    """Puts replies together from the bytes of the stream."""
+    """Assembles replies from the bytes of the stream."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
-        """The complete replies after `data` more bytes."""
+        """Add `data` and return the replies that are now complete."""
         self._buffer += data
         replies = []
         while len(self._buffer) >= _LENGTH.size:
