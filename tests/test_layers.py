@@ -21,7 +21,7 @@ LAYERS = [
     *("_engine", "_restore", "_capture", "_memory", "_writer"),
     *("handle", "policies", "_disk", "_shared", "retention", "_format"),
     *("sinks", "stall", "ettr", "events", "errors"),
-    *("_bell", "_frozen", "_signals"),
+    *("_bell", "_frozen", "_signals", "_tensor_guard"),
 ]
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
 TORCH_FREE = ["_writer", "_disk", "_shared", "_format", "retention"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .._tensor_guard import TensorGuard
 from .settings import Settings
 
 
@@ -39,6 +40,7 @@ class Fingerprint:
         self._sets = [names for names in sets if names]
         self._copies = [set(names) for names in self._sets]
         self._watched = list(watched)
+        self._guard = TensorGuard(self._watched)
         self._shapes = [tensor.shape for tensor in watched]
         self._dtypes = [tensor.dtype for tensor in watched]
         self._divided = list(divided)
@@ -57,13 +59,18 @@ class Fingerprint:
             and not any(self._vacant)
             and list(map(len, self._filled)) == self._counts
             and self._sets == self._copies
-            and list(map(torch.Tensor.size, self._watched)) == self._shapes
-            and list(map(_DTYPE, self._watched)) == self._dtypes
-            and list(map(torch.Tensor.stride, self._divided)) == self._strides
+            and (self._guard.holds(self._watched) or self._look_as_learned())
             and not any(map(torch.Tensor.numel, self._empty))
             and not any(map(_REQUIRES_GRAD, self._left_out))
             and list(map(torch.Tensor.data_ptr, self._one)) == list(map(torch.Tensor.data_ptr, self._other))
             and self._settings.unchanged()
+        )
+
+    def _look_as_learned(self) -> bool:
+        return (
+            list(map(torch.Tensor.size, self._watched)) == self._shapes
+            and list(map(_DTYPE, self._watched)) == self._dtypes
+            and list(map(torch.Tensor.stride, self._divided)) == self._strides
         )
 
 

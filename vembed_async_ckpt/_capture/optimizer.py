@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .._format.plan import ZipContent
+from .._tensor_guard import TensorGuard
 from ..errors import PlanError
 from . import memory_format, optimizer_pickle, tree
 from .dtypes import FROM_TORCH, check_storage
@@ -138,12 +139,18 @@ def call_state_dict(what: str, owner: Any, ask: Callable[[Any], Any] = lambda ow
         ) from error
 
 
+def _looks(tensors: Sequence[torch.Tensor]) -> Any:
+    return [list(map(look, tensors)) for look in (_DTYPE, torch.Tensor.size, torch.Tensor.stride)]
+
+
 class OptimizerReader:
     """Reads one optimizer again and again; remembers only names, shapes and the pickle that describes them."""
 
     def __init__(self, file: str) -> None:
         self._file = file
         self._layout: Any = None
+        self._looks: Any = None
+        self._guard = TensorGuard([])
         self._content: ZipContent | None = None
         self._keys: list[str] = []
         self._labels: list[str] = []
@@ -183,11 +190,11 @@ class OptimizerReader:
         arrays = {name: tensors[keys.index(name)] for name in _arrays(small)} if beside else {}
         # When what is pickled with the tensors has grown to twice its size, the file gets more room for it.
         rough_size = tree.rough_size(small) + (0 if plain is None else 24 * len(plain.indices))
-        shapes, strides = list(map(torch.Tensor.size, tensors)), list(map(torch.Tensor.stride, tensors))
-        layout = (rough_size.bit_length(), keys, list(map(_DTYPE, tensors)), shapes, strides)
-        if self._content is None or layout != self._layout:
+        layout = (rough_size.bit_length(), keys)
+        if self._content is None or layout != self._layout or not self._look_as_learned(tensors):
             self._learn(keys, tensors, captured, arrays)
             self._layout = layout
+            self._looks, self._guard = _looks(tensors), TensorGuard(tensors)
         assert self._content is not None
         for place, order in self._orders:
             tensors[place] = tensors[place].permute(order)
@@ -208,6 +215,9 @@ class OptimizerReader:
             state_pickle=None if plain is None else plain.pickled,
             rough_size=rough_size,
         )
+
+    def _look_as_learned(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return self._guard.holds(tensors) or _looks(tensors) == self._looks
 
     def _plain_state(self, state: Any, tensors: list[torch.Tensor]) -> PlainState | None:
         return PlainState.of(state, self._plain, tensors)

@@ -22,6 +22,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .. import _signals
+from .._tensor_guard import TensorGuard
 from .captures import is_capturing
 from .devices import is_on_device
 from .host_copy import are_plain, is_small
@@ -148,6 +149,7 @@ class OverlapPolicy:
     def __init__(self) -> None:
         self._key: Any = None
         self._copy_plan = all_now(0)
+        self._guard = TensorGuard([])
 
     def divide(
         self,
@@ -184,11 +186,13 @@ class OverlapPolicy:
             ]
             rest = sorted(set(range(len(tensors))) - small - set(late))
             self._copy_plan = _copy_plan(sorted(small), rest, late, pick(names(), late), tensors)
-            self._key = now
+            self._key, self._guard = now, TensorGuard(tensors)
         return self._copy_plan
 
     def _still_divides(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether tensors of the same dtypes and shapes lie in memory as those that were divided."""
+        if self._guard.holds(tensors):
+            return True
         copy_plan = self._copy_plan
         late = pick(tensors, copy_plan.late)
         return (
