@@ -1,1 +1,1 @@
-"""Host memory for a save: the arena that is shaped like the files, and the copies of tensors into it."""
+"""Host memory for a save: the arena, laid out like the files, and the copies of tensors into it."""

@@ -1,7 +1,7 @@
-"""Arenas and their pool, the only limiter of how much is in flight.
+"""Arenas and the pool that owns them. The pool alone limits how many saves are in flight.
 
-An arena is a memfd, so the writer process maps the very same pages; it is not bound by the size of /dev/shm, and it vanishes
-with the last process that has it.
+An arena is a memfd, so the writer process can map the same pages. The size of /dev/shm does not limit it, and the
+kernel frees it when the last process that holds it ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _PIN_TRIES = 3
 
 
 class Arena:
-    """`size` bytes of shared memory. `image` is the plan whose headers are in it now, with what was made for it."""
+    """`size` bytes of shared memory.
+
+    `image`: the plan whose headers are in the memory now, with what was made for that plan.
+    """
 
     def __init__(self, number: int, size: int) -> None:
         self.number = number
@@ -33,8 +36,8 @@ class Arena:
         self.fd = os.memfd_create(MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, size)
-            # With its size sealed, no process can make the other's mapping fault (SIGBUS).
-            with contextlib.suppress(OSError):  # a precaution, which a sandbox may refuse
+            # A sealed size: no process can shrink the file and make the other's mapping fault (SIGBUS).
+            with contextlib.suppress(OSError):  # only a precaution, and a sandbox may refuse it
                 fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
             self.memory: mmap.mmap = map_arena(self.fd, size)
         except BaseException:
@@ -47,17 +50,20 @@ class Arena:
         self._pin_tries = 0
 
     def write(self, start: int, data: bytes) -> None:
-        """Put `data` at `start`."""
+        """Write `data` at offset `start`."""
         self.memory[start : start + len(data)] = data
 
     def clear(self, start: int, end: int) -> None:
-        """Zero the range."""
+        """Zero the bytes from `start` to `end`."""
         ctypes.memset(self.address + start, 0, end - start)
 
     def pin(self) -> None:
-        """Have CUDA devices copy into it by themselves; once, as it takes as long as faulting the pages in. What failed, as it does
-        while a graph is recorded, is tried again by the next save."""
-        from . import pinning  # torch: only whoever has used a device needs it
+        """Pin the memory for CUDA devices, so that they copy into it by DMA.
+
+        This happens once, because it takes as long as faulting the pages in. If it fails, as it does while a CUDA graph
+        is recorded, the next save tries again, three times in all.
+        """
+        from . import pinning  # it imports torch, which only a training with a device needs here
 
         with self._pinning:
             if not self._pinned and self._pin_tries < _PIN_TRIES and self.fd >= 0 and pinning.can_pin():
@@ -65,16 +71,17 @@ class Arena:
                 self._pinned = pinning.pin(self.address, self.size)
 
     def forget(self) -> None:
-        """In a forked child: the memory is the parent's, its descriptors are closed (see `map_arena`)."""
+        """In a forked child: drop the memory, which belongs to the parent. Its descriptors are closed already (see
+        `map_arena`)."""
         self.fd = -1
         self._pinned = False
-        self._pinning = threading.Lock()  # that of the parent may have been held
+        self._pinning = threading.Lock()  # a thread of the parent may have held the old one
         self.close()
 
     def close(self) -> None:
-        """Give the memory back once the last view of it is gone."""
+        """Unpin the memory and close the descriptor. The memory is freed when its last view is gone."""
         self.image = None
-        with self._pinning:  # else it could be pinned after this, for ever
+        with self._pinning:  # otherwise another thread could pin the memory after this and never unpin it
             if self._pinned:
                 from . import pinning
 
@@ -86,9 +93,10 @@ class Arena:
 
 
 class ArenaPool:
-    """At most `count` arenas, together at most `max_bytes` (None: what the machine and its cgroup have left).
+    """At most `count` arenas, which have at most `max_bytes` together (None: what the machine and its cgroup have
+    left).
 
-    `added` and `dropped` are told of arenas that come and go; they must not block.
+    `added` and `dropped` are called with each arena that is made or dropped. They must not block.
     """
 
     def __init__(
@@ -102,23 +110,26 @@ class ArenaPool:
         self._free: list[Arena] = []
         self._busy: list[Arena] = []
         self._kept: list[Arena] = []
-        self.pinned = False  # arenas will be pinned, so that the machine cannot swap them out
+        self.pinned = False  # whether arenas will be pinned; the machine cannot swap out pinned memory
         self._numbers: Iterator[int] = iter(range(1, 1 << 31))
 
     def limit(self) -> int:
-        """Bytes that one arena may have at this moment, were the free ones given back."""
+        """Return how many bytes one arena may have now if the free arenas were dropped."""
         with self._changed:
             held = sum(arena.size for arena in self._free)
             busy = sum(arena.size for arena in self._busy)
-        # Training goes on allocating: not all that is left is ours.
+        # Take only a part of what is left, because the training goes on allocating.
         room = (available_memory() + held) * (6 if self.pinned else 9) // 10
         if self._max_bytes is not None:
             room = min(room, self._max_bytes - busy)
         return max(room, 0) // mmap.PAGESIZE * mmap.PAGESIZE
 
     def acquire(self, capacity: int) -> Arena | None:
-        """A free arena of at least `capacity` bytes, or the largest one allowed if that much memory cannot be had; None while all
-        are busy. The caller gives it back with `release`. Raises `StageError` if the machine gives no memory at all."""
+        """Return a free arena of at least `capacity` bytes, or None while all are busy. Give it back with `release`.
+
+        If that much memory cannot be had, the arena is the largest one allowed. Raises `StageError` if the machine
+        gives no memory at all.
+        """
         with self._changed:
             fitting = sorted((a for a in self._free if a.size >= capacity), key=lambda a: a.size)
             if fitting:
@@ -126,8 +137,11 @@ class ArenaPool:
             return self._make(capacity) if self._free or len(self._busy) < self._count else None
 
     def wait(self, capacity: int, alive: Callable[[], None]) -> Arena:
-        """The same, but waits while all are busy. Calls `alive` again and again, which raises if nothing will ever be given back,
-        and delivers signals that are held back. Raises what `acquire`, `alive` and the signals' handlers raise."""
+        """Like `acquire`, but wait while all arenas are busy.
+
+        The wait calls `alive` repeatedly and delivers signals that are held back. `alive` must raise if no arena will
+        ever be given back. Raises what `acquire`, `alive` and the signal handlers raise.
+        """
         while (arena := self.acquire(capacity)) is None:
             with self._changed:
                 self._changed.wait(_signals.SLICE)
@@ -136,11 +150,11 @@ class ArenaPool:
         return arena
 
     def _make(self, capacity: int) -> Arena | None:
-        """A new arena, or None while memory for it is held by a save in flight."""
+        """Return a new arena, or None while a save in flight holds the memory for it."""
         size = -(-capacity // _ROUND) * _ROUND
         allowed = self.limit()
         if self._busy and self._max_bytes is None:
-            allowed //= 2  # a further one: it shortens a wait, and must not bring the training near the machine's limit
+            allowed //= 2  # a second arena only shortens a wait; it must not bring the training near the memory limit
         if capacity <= allowed < size:
             size = capacity // -mmap.PAGESIZE * -mmap.PAGESIZE
         if size > allowed:
@@ -151,7 +165,7 @@ class ArenaPool:
                 if arena.size >= size * 9 // 10:
                     return self._take(arena)
         for arena in sorted(self._free, key=lambda arena: arena.size):
-            # The free ones are too small: they go as far as their number or their bytes stand in the way.
+            # The free arenas are too small. Drop as many as the limits on number and bytes require.
             held = sum(other.size for other in (*self._free, *self._busy))
             if len(self._free) + len(self._busy) >= self._count or (self._max_bytes and held + size > self._max_bytes):
                 self._drop(arena)
@@ -174,7 +188,7 @@ class ArenaPool:
         arena.close()
 
     def release(self, arena: Arena) -> None:
-        """Give an arena back; a save waiting for one goes on."""
+        """Give an arena back. A save that waits for one continues."""
         with self._changed:
             if arena in self._busy:
                 self._busy.remove(arena)
@@ -182,7 +196,7 @@ class ArenaPool:
             self._changed.notify_all()
 
     def keep_for_ever(self, arena: Arena) -> None:
-        """Neither give an arena out again nor its memory back: a device that does not answer may still write to it."""
+        """Never reuse or free this arena: a device that does not answer may still write to it."""
         with self._changed:
             if arena in self._busy:
                 self._busy.remove(arena)
@@ -191,7 +205,7 @@ class ArenaPool:
             self._changed.notify_all()
 
     def arenas(self) -> list[Arena]:
-        """All arenas there are, for a new writer."""
+        """Return all arenas, free and busy. A new writer needs them."""
         with self._changed:
             return [*self._free, *self._busy]
 
@@ -204,12 +218,12 @@ class ArenaPool:
             }
 
     def forget(self) -> None:
-        """In a forked child: close the descriptors and touch nothing else."""
+        """In a forked child: drop every arena and touch nothing else."""
         for arena in (*self._free, *self._busy):
             arena.forget()
 
     def close(self) -> None:
-        """Close every arena, free or not."""
+        """Close every arena, free or busy."""
         with self._changed:
             for arena in (*self._free, *self._busy):
                 arena.close()
@@ -217,7 +231,8 @@ class ArenaPool:
 
 
 def available_memory() -> int:
-    """Bytes that can still be taken without swapping: of the machine and of every memory cgroup above this process."""
+    """Return how many bytes can be allocated without swapping, on the machine and in every memory cgroup above this
+    process."""
     room = _meminfo_available()
     for limit, usage in _cgroup_limits():
         room = min(room, limit - usage)
@@ -229,11 +244,12 @@ def _meminfo_available() -> int:
         for line in file:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10
-    return 1 << 62  # kernels before 3.14 do not say; nothing to go by
+    return 1 << 62  # kernels before 3.14 do not report it: assume no limit
 
 
 def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """(limit, usage without reclaimable file cache) of the memory cgroups of this process, version 1 and 2."""
+    """Yield (limit, usage without reclaimable file cache) in bytes for the memory cgroups of this process, version 1
+    and 2."""
     try:
         with open("/proc/self/cgroup") as file:
             groups = [line.rstrip("\n").split(":", 2) for line in file]
@@ -258,7 +274,7 @@ def _number(group: str, name: str) -> int | None:
     try:
         with open(os.path.join(group, name)) as file:
             return int(file.read())
-    except (OSError, ValueError):  # no such group here, or "max"
+    except (OSError, ValueError):  # no such cgroup here, or no limit ("max")
         return None
 
 

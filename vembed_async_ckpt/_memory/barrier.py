@@ -1,9 +1,10 @@
-"""The barrier: before any optimizer changes anything, it waits for what is still being copied.
+"""The step barrier: before an optimizer changes anything, it waits for the copies that are still running.
 
-One global hook of torch, installed once per process. It also learns which optimizers really pass through it: only their
-tensors may be copied after `save()` has returned. Optimizers that bypass the hook (not torch's, `step` replaced on the instance,
-the functional API) are never seen, so nothing of theirs is ever copied late. One that changes weights first and then calls a
-hooked step is seen, but too late: only the nets of `staging.DeferredCopy` catch it.
+The barrier is torch's global step hook, installed once per process. It also records which optimizers pass through it.
+Only the tensors of these optimizers may be copied after `save()` has returned. Some optimizers bypass the hook: those
+that are not torch's, those with `step` replaced on the instance, and the functional API. They are never recorded, so
+their tensors are never copied late. An optimizer that changes weights first and then calls a hooked step is recorded,
+but waits too late. Only the checks of `staging.DeferredCopy` detect that.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ class Pending(Protocol):
 
 
 class SavedOptimizer(Protocol):
-    """An optimizer, or what stands for one, among what is saved."""
+    """An optimizer that is saved, or an object that represents one."""
 
     @property
     def optimizer(self) -> Any: ...
 
     def parameter_ids(self) -> set[int] | None:
-        """Of the parameters that it steps; None if nobody knows which these are."""
+        """Return the ids of the parameters that it steps, or None if they are not known."""
 
 
 class _StepBarrier:
@@ -55,8 +56,8 @@ class _StepBarrier:
         self._installed = False
         self.seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.captured: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self.steps = 0  # that optimizers have begun, as far as the hook saw them
-        self.generation = 0  # grows when an optimizer is seen for the first time
+        self.steps = 0  # how many optimizer steps the hook has seen begin
+        self.generation = 0  # grows when an optimizer is recorded for the first time
         self.pending: tuple[Pending, ...] = ()
         self.stepping: list[int] = []  # ids of optimizers that are in the middle of a step
 
@@ -79,7 +80,8 @@ class _StepBarrier:
             self.generation += 1
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Those seen so far that are still there, but for those whose step a CUDA graph repeats without the hook."""
+        """Return the recorded optimizers that still exist, except those whose step a CUDA graph replays without the
+        hook."""
         with _signals.held(), self._lock:
             return [optimizer for optimizer in self.seen if optimizer not in self.captured]
 
@@ -92,7 +94,7 @@ class _StepBarrier:
             self.pending = tuple(other for other in self.pending if other is not snapshot)
 
     def _forget(self) -> None:
-        """In a forked child nobody copies: there is nothing to wait for."""
+        """In a forked child: drop the pending snapshots, because no thread copies here."""
         self._lock = threading.Lock()
         self.pending = ()
         self.stepping = []
@@ -104,7 +106,7 @@ STEP_BARRIER = _StepBarrier()
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     STEP_BARRIER.steps += 1
-    _after_step(optimizer, args, kwargs)  # in case its last step ended in an exception
+    _after_step(optimizer, args, kwargs)  # in case its previous step ended in an exception
     STEP_BARRIER.stepping.append(id(optimizer))
     if optimizer not in STEP_BARRIER.seen:
         STEP_BARRIER.note(optimizer)
@@ -122,9 +124,16 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """Which tensors are copied before `save()` returns (`small` are host tensors of a few KiB, `now` the others) and which may be
-    copied late, as indices. `names` and `devices` are those of the late; `on_device` says which of them are copied by a device, and
-    `tails` is for the others."""
+    """Which tensors are copied before `save()` returns, and which may be copied later. All tensors are given by index.
+
+    `small`: host tensors of a few KiB, copied before `save()` returns.
+    `now`: the other tensors that are copied before `save()` returns.
+    `late`: tensors that may be copied later. The remaining fields describe these.
+    `names`: the name of each late tensor.
+    `devices`: the device of each late tensor.
+    `on_device`: whether a device copies the late tensor.
+    `tails`: the probe of those late tensors that are in host memory.
+    """
 
     small: list[int]
     now: list[int]
@@ -135,16 +144,17 @@ class CopyPlan:
     tails: TailProbe
 
     def host_part(self, values: Sequence[_Value]) -> Sequence[_Value]:
-        """Of one value for each late tensor, those of the tensors in host memory."""
+        """Of `values`, one for each late tensor, return those of the tensors in host memory."""
         return list(compress(values, map(not_, self.on_device))) if True in self.on_device else values
 
     def device_part(self, values: Sequence[_Value]) -> list[_Value]:
-        """Those of the tensors that a device copies."""
+        """Of `values`, one for each late tensor, return those of the tensors that a device copies."""
         return list(compress(values, self.on_device))
 
 
 class OverlapPolicy:
-    """Overlap is earned: late are only tensors that nothing but the step of an optimizer seen at the barrier changes."""
+    """Decides which tensors may be copied late: those that change only in the step of an optimizer recorded at the
+    barrier."""
 
     def __init__(self) -> None:
         self._key: Any = None
@@ -160,14 +170,17 @@ class OverlapPolicy:
         volatile: frozenset[int],
         saved: Sequence[SavedOptimizer] = (),
     ) -> CopyPlan:
-        """Divide the tensors of a save. `key` is equal as long as names, owners, dtypes, shapes and their order are the same.
-        `saved`: the optimizers among what is saved.
+        """Divide the tensors of a save into those copied at once and those that may be copied late.
 
-        Copied at once: what is small, buffers, frozen parameters, copies that nobody steps, computed values, parameters in
-        `volatile`, host tensors that are not contiguous, and everything of optimizers that have not been seen or whose step a CUDA
-        graph repeats. So are the parameters of a wrapper that has not been seen itself: it may change them before or after the step
-        that it wraps; and those of an optimizer with `train()` and `eval()`, which change them between its steps: schedule-free
-        ones are to be saved between `eval()` and `train()`.
+        `key`: equal as long as names, owners, dtypes, shapes and their order are the same.
+        `saved`: the optimizers that are saved.
+
+        These are copied at once: small tensors, buffers, frozen parameters, copies that no optimizer steps, computed
+        values, parameters in `volatile`, and host tensors that are not contiguous. So is everything of an optimizer
+        that has not been recorded, or whose step a CUDA graph replays. So are the parameters of a wrapper that has not
+        been recorded itself, because it may change them before or after the step that it wraps. So are the parameters
+        of an optimizer with `train()` and `eval()`, which change them between its steps; such a schedule-free optimizer
+        must be saved between `eval()` and `train()`.
         """
         seen = STEP_BARRIER.optimizers()
         groups = [group["params"] for optimizer in seen if not _switches(optimizer) for group in optimizer.param_groups]
@@ -190,7 +203,8 @@ class OverlapPolicy:
         return self._copy_plan
 
     def _still_divides(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether tensors of the same dtypes and shapes lie in memory as those that were divided."""
+        """Return whether the tensors lie in memory as those for which the copy plan was made. Their dtypes and shapes
+        are the same."""
         if self._guard.holds(tensors):
             return True
         copy_plan = self._copy_plan
@@ -208,7 +222,7 @@ def _switches(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def all_now(count: int) -> CopyPlan:
-    """Nothing is late."""
+    """Return the plan in which no tensor is copied late."""
     return _copy_plan([], list(range(count)), [], [], [])
 
 
@@ -222,12 +236,16 @@ def _copy_plan(
 
 
 def pick(values: Sequence[_Value], indices: Sequence[int]) -> list[_Value]:
-    """The values at these indices."""
+    """Return the values at these indices."""
     return list(map(values.__getitem__, indices))
 
 
 def _can_be_late(tensor: torch.Tensor) -> bool:
-    """A tensor of a device is not probed, and its device copies any strides: it only needs to have a version and values."""
+    """Return whether the tensor may be copied late.
+
+    A device copies any strides, and its tensors are not probed: they need only a version counter and at least one
+    element.
+    """
     if tensor.is_inference():
         return False
     if tensor.is_cpu:

@@ -1,4 +1,4 @@
-"""CUDA graphs that the training records: whether it does, and how calls of other threads leave them alone."""
+"""CUDA graphs that the training records: detect the recording, and keep calls of other threads from invalidating it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RELAXED = 2  # driver_types.h, cudaStreamCaptureModeRelaxed
 
 
 def is_capturing() -> bool:
-    """Whether the current stream records a graph: what runs now runs again later, without its hooks."""
+    """Return whether the current stream records a graph. What runs now will be replayed later without its hooks."""
     for module in (torch.cuda, torch.xpu):
         capturing = getattr(module, "is_current_stream_capturing", None)
         if capturing is not None and module.is_initialized() and capturing():
@@ -26,8 +26,11 @@ _relaxed = threading.local()
 
 
 def relax_captures(device: torch.device) -> None:
-    """Have later CUDA calls of this thread leave alone the graphs that other threads record: in torch's default mode of capture
-    they would invalidate them."""
+    """Set this thread's capture mode to "relaxed", so that its CUDA calls do not disturb graphs that other threads
+    record.
+
+    In torch's default mode these calls would invalidate such a graph.
+    """
     if device.type != "cuda" or getattr(_relaxed, "done", False):
         return
     _relaxed.done = True
@@ -38,7 +41,8 @@ def relax_captures(device: torch.device) -> None:
 
 
 def _exchange_capture_mode() -> Callable[[Any], int] | None:
-    """`cudaThreadExchangeStreamCaptureMode` of the runtime that torch has loaded, or HIP's; torch itself does not offer it."""
+    """Return `cudaThreadExchangeStreamCaptureMode` of the runtime that torch has loaded, or HIP's. torch itself does
+    not offer it."""
     with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
         for path in {fields[5].rstrip() for fields in (line.split(maxsplit=5) for line in maps) if len(fields) == 6}:
             name = path.rpartition("/")[2]

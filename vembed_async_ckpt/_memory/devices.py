@@ -1,8 +1,9 @@
-"""Copies from accelerators to an arena: issued on streams of their own, ordered by events, with no device-wide synchronization.
+"""Copies from accelerators to an arena, on side streams that are ordered by events. There is no device-wide
+synchronization.
 
-A save's copies come after all that the caller's streams were told before the call, and before all that they are told after
-`hold_back`. The CPU waits in `wait` only. Every type of device takes this way whose module (`torch.cuda`, `torch.xpu`, ...) has
-streams and events; tensors of other types are copied while `save()` waits.
+The copies of a save run after all work that the caller's streams had before the call, and before all work that they get
+after `hold_back`. The CPU waits only in `wait`. This works for every type of device whose torch module (`torch.cuda`,
+`torch.xpu`, ...) has streams and events. Tensors on other types of devices are copied while `save()` waits.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ..errors import StageError
 from .captures import relax_captures
 from .host_copy import DEADLINE
 
-CHUNK = 256  # copies with one event; a driver's queue holds about a thousand
-_POLL = 0.001  # seconds between two looks at an event
+CHUNK = 256  # copies per event; the queue of a driver holds about a thousand
+_POLL = 0.001  # seconds between two queries of an event
 _NEEDED = ("Stream", "Event", "current_stream", "stream", "device")
 
 _IS_CPU = attrgetter("is_cpu")
@@ -31,12 +32,12 @@ _usable: dict[str, bool] = {}  # by type of device
 
 
 def is_on_device(tensor: torch.Tensor) -> bool:
-    """Whether it is copied by its device."""
+    """Return whether the tensor is copied by its device."""
     return not tensor.is_cpu and _has_streams(tensor.device)
 
 
 def any_on_device(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether one of them is copied by its device."""
+    """Return whether at least one of the tensors is copied by its device."""
     return any(map(is_on_device, filterfalse(_IS_CPU, tensors)))
 
 
@@ -66,7 +67,8 @@ def copy_async(destinations: list[torch.Tensor], sources: list[torch.Tensor]) ->
 
 
 class DeviceCopies:
-    """The copies of one save from the devices its tensors are on. Keeps the memory they read alive until `wait` returns."""
+    """The copies of one save from all devices that hold its tensors. It keeps the source memory alive until `wait`
+    returns."""
 
     def __init__(
         self,
@@ -74,8 +76,11 @@ class DeviceCopies:
         module_of: Callable[[torch.device], Any],
         copy: Callable[[list[torch.Tensor], list[torch.Tensor]], None],
     ) -> None:
-        """From here on the state of `devices` is that of the call. `module_of` gives a device's module, as `torch.cuda`, and `copy`
-        is `copy_async`, or the tests' doubles of both."""
+        """Record the state of `devices` at this point: the copies will run after it.
+
+        `module_of`: returns a device's module, such as `torch.cuda`.
+        `copy`: `copy_async`. Tests replace both.
+        """
         self._modules = {device: module_of(device) for device in devices}
         self._copy = copy
         self._begun = {}
@@ -88,7 +93,7 @@ class DeviceCopies:
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> DeviceCopies | None:
-        """For all devices among `tensors` that copy by themselves; None if there is none."""
+        """Return the copies for all devices among `tensors` that copy by themselves, or None if there are none."""
         devices = {tensor.device for tensor in filterfalse(_IS_CPU, tensors) if is_on_device(tensor)}
         if not devices:
             return None
@@ -96,12 +101,12 @@ class DeviceCopies:
         return cls(devices, torch.get_device_module, copy_async)
 
     def issue(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Start copying; returns at once. If it raises, `wait` still waits for what was started."""
+        """Start the copies and return at once. If it raises, `wait` still waits for the copies that were started."""
         by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for to, source in zip(destinations, sources, strict=True):
             places, aliases = by_device.setdefault(source.device, ([], []))
             places.append(to)
-            # An alias: `p.data = other` must not free what is being read.
+            # Hold an alias, so that `p.data = other` does not free memory that is being read.
             aliases.append(source.view(torch.uint8) if source.dtype is not to.dtype else source.detach())
         with torch.no_grad():
             for device, (places, aliases) in by_device.items():
@@ -113,8 +118,11 @@ class DeviceCopies:
 
     @contextlib.contextmanager
     def _side(self, device: torch.device) -> Iterator[Any]:
-        """The side stream of `device` is the current one. With the device current too: leaving the stream makes the device that
-        was current before current again, which would give it a context if it had none."""
+        """Make the side stream of `device` current, and the device itself too.
+
+        Leaving a stream context makes the previous device current again. If that device had no context yet, this would
+        create one.
+        """
         module = self._modules[device]
         with module.device(device):
             side = _side_stream(module, device)
@@ -124,7 +132,8 @@ class DeviceCopies:
     def _issue_chunk(
         self, device: torch.device, side: Any, places: list[torch.Tensor], aliases: list[torch.Tensor]
     ) -> None:
-        # torch conjugates and negates in host memory, before an asynchronous copy has arrived (pytorch#146286).
+        # Resolve lazy conjugation and negation here. torch would do it in host memory, before an asynchronous copy has
+        # arrived (pytorch#146286).
         resolved = [a.resolve_conj().resolve_neg() if a.is_conj() or a.is_neg() else a for a in aliases]
         self._held += resolved
         try:
@@ -133,8 +142,8 @@ class DeviceCopies:
             self._done.append((device, _mark(self._modules[device], side)))
 
     def hold_back(self) -> None:
-        """What the current streams are told from now on happens after the copies issued so far. The CPU does not wait."""
-        for device, done in dict(self._done).items():  # a side stream is in order: its last event stands for all
+        """Make later work on the current streams wait for the copies issued so far. The CPU does not wait."""
+        for device, done in dict(self._done).items():  # a side stream runs in order, so its last event covers all
             module = self._modules[device]
             with module.device(device):
                 stream = module.current_stream(device)
@@ -143,8 +152,11 @@ class DeviceCopies:
                 self._holds[device].append((before, _mark(module, stream, timed=True)))
 
     def wait(self) -> None:
-        """Return when every byte issued so far has arrived. Raises RuntimeError if the device failed, and `StageError` if it does
-        not get on: then the memory is kept for ever (see `stuck`)."""
+        """Return when every byte issued so far has arrived.
+
+        Raises RuntimeError if the device failed. Raises `StageError` if a copy does not end within the deadline; its
+        memory is then kept for ever (see `stuck`).
+        """
         for device, done in self._done:
             if not _happens(done, DEADLINE):
                 _STUCK.append(self)
@@ -154,17 +166,20 @@ class DeviceCopies:
         self._held.clear()
 
     def relax_captures(self) -> None:
-        """To be called on a thread of ours before it calls `wait`."""
+        """Call this on a thread of ours before it calls `wait`. See `captures.relax_captures`."""
         for device in self._modules:
             relax_captures(device)
 
     @property
     def stuck(self) -> bool:
-        """Whether the device may still write to the arena, as it did not answer in time."""
+        """Whether the device did not answer in time and may still write to the arena."""
         return any(copies is self for copies in _STUCK)
 
     def held(self) -> float:
-        """Seconds for which the callers' streams were held back, after `wait`: of several devices, the one held longest."""
+        """Return for how many seconds the callers' streams were held back. Call it after `wait`.
+
+        With several devices, it is the time of the one held longest.
+        """
         return max((sum(map(_seconds, holds)) for holds in self._holds.values()), default=0.0)
 
 
@@ -187,7 +202,7 @@ def _happens(event: Any, timeout: float) -> bool:
 
 
 def _seconds(hold: tuple[Any, Any]) -> float:
-    """How long a stream was held; nothing if the copies had ended before it got there."""
+    """Return how long a stream was held, in seconds; 0 if the copies had ended before the stream reached this point."""
     before, after = hold
     if not before.query() or not _happens(after, 1.0):
         return 0.0
@@ -206,15 +221,15 @@ def _side_stream(module: Any, device: torch.device) -> Any:
         return streams[device]
 
 
-_device: torch.device | None = None  # that the training was seen to use
+_device: torch.device | None = None  # a device on which tensors of the training were seen
 
 
 def in_use() -> torch.device | None:
-    """A device that was seen to hold tensors of a training."""
+    """Return a device on which tensors of the training were seen, or None."""
     return _device
 
 
 def notice(tensors: Iterable[torch.Tensor]) -> None:
-    """Remember the device of the first of the tensors that is on one."""
+    """Remember the device of the first tensor that is on one."""
     global _device
     _device = next((t.device for t in filterfalse(_IS_CPU, tensors) if is_on_device(t)), _device)

@@ -1,4 +1,4 @@
-"""Copies within host memory: beside the training, in few calls; while the training waits, with all the threads it would use."""
+"""Copies within host memory: with few calls beside the training, or with many threads while the training waits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 from ..errors import StageError
 
-SMALL_BYTES = 4096  # up to here a copy costs no more than what is needed to make it later
-GROUP_BYTES = 32 << 20  # per call of _foreach_copy_, which holds no GIL: few calls, few waits for the GIL
-PIECE_BYTES = 16 << 20  # per call of memcpy, so that threads end together
-MAX_THREADS = 8  # a few threads fill the memory bus
-SERIAL = 32768  # elements up to which torch copies in one thread, at::internal::GRAIN_SIZE
+SMALL_BYTES = 4096  # up to this size, copying now costs no more than preparing a later copy
+GROUP_BYTES = 32 << 20  # per call of _foreach_copy_, which releases the GIL; few calls mean few waits for the GIL
+PIECE_BYTES = 16 << 20  # per call of memcpy, so that the threads end at about the same time
+MAX_THREADS = 8  # a few threads saturate the memory bus
+SERIAL = 32768  # up to this many elements torch copies in one thread (at::internal::GRAIN_SIZE)
 DEADLINE = 600.0  # seconds; a host copy of any state takes a fraction of it
 TOO_SLOW = f"the copy of the state did not end within {DEADLINE:.0f} s; is the host out of memory?"
 
-AS_BYTES = {getattr(torch, "float4_e2m1fn_x2", None)} - {None}  # dtypes that torch cannot copy as themselves
+AS_BYTES = {getattr(torch, "float4_e2m1fn_x2", None)} - {None}  # dtypes that are copied as bytes: torch cannot
 
 _libc = ctypes.CDLL(None)
 _libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -35,12 +35,13 @@ Group = tuple[list[torch.Tensor], list[torch.Tensor]]  # destinations, sources
 
 
 def is_small(tensor: torch.Tensor) -> bool:
-    """Whether it is one for `SmallPlaces`."""
+    """Return whether the tensor is one that `SmallPlaces` copies."""
     return 0 < tensor.nbytes <= SMALL_BYTES and tensor.untyped_storage().data_ptr() != 0 and _is_plain(tensor, tensor)
 
 
 def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether tensors that were small, of the same dtypes and shapes, may still be copied as bytes."""
+    """Return whether tensors that were small may still be copied as bytes. Their dtypes and shapes must be
+    unchanged."""
     return (
         False not in map(_IS_CPU, tensors)
         and False not in map(torch.Tensor.is_contiguous, tensors)
@@ -50,9 +51,9 @@ def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def addresses_of(tensors: Sequence[torch.Tensor], names: Sequence[str] = ()) -> list[int]:
-    """Where tensors in memory begin. Raises `StageError` for one whose storage was freed."""
+    """Return the start address of each tensor. Raises `StageError` for a tensor with freed storage."""
     addresses = list(map(torch.Tensor.data_ptr, tensors))
-    # Without memory the address of a part of a tensor is its offset.
+    # If the storage is freed, the address of a part of it is just its offset, so 0 does not show it.
     if 0 in addresses or any(map(torch.Tensor.storage_offset, tensors)):
         for n, tensor in enumerate(tensors):
             if not tensor.untyped_storage().data_ptr():
@@ -62,19 +63,20 @@ def addresses_of(tensors: Sequence[torch.Tensor], names: Sequence[str] = ()) -> 
 
 
 class SmallPlaces:
-    """The places of many small tensors: filled by a memcpy each, in loops that run in C."""
+    """The destinations of many small tensors. Each is filled by one memcpy, in a loop that runs in C."""
 
     def __init__(self, places: Sequence[torch.Tensor]) -> None:
         self._addresses = list(map(torch.Tensor.data_ptr, places))
         self._sizes = [place.nbytes for place in places]
 
     def fill(self, sources: Sequence[torch.Tensor]) -> None:
-        """Copy `sources`, which `are_plain`."""
+        """Copy `sources`. All of them must satisfy `are_plain`."""
         deque(map(_holding_gil.memcpy, self._addresses, addresses_of(sources), self._sizes), maxlen=0)
 
 
 def groups(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Iterator[Group]:
-    """All of a copy, in parts that take a few milliseconds: large contiguous tensors are divided, small ones share a group."""
+    """Yield a copy in parts of a few milliseconds each. Large contiguous tensors are split, small ones share a
+    group."""
     to: list[torch.Tensor] = []
     of: list[torch.Tensor] = []
     size = 0
@@ -105,8 +107,10 @@ def copy_group(destinations: list[torch.Tensor], sources: list[torch.Tensor]) ->
 
 
 def copy_alone(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy in this thread only, by memcpy where bytes are all there is to it: faster than `copy_group`, while nobody holds the GIL
-    for long. Returns when every byte has arrived."""
+    """Copy in this thread only, with memcpy where a byte copy is enough. Returns when every byte has arrived.
+
+    This is faster than `copy_group` while no thread holds the GIL for long.
+    """
     for to, source in zip(destinations, sources, strict=True):
         if _is_plain(to, source):
             _libc.memcpy(to.data_ptr(), source.data_ptr(), to.nbytes)
@@ -115,10 +119,10 @@ def copy_alone(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Ten
 
 
 def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy with as many threads as torch would use in this one. Returns when every byte has arrived.
+    """Copy with as many threads as torch would use here. Returns when every byte has arrived.
 
-    Contiguous tensors by memcpy, whose stores bypass the cache, large ones in threads that are gone afterwards; OpenMP's team,
-    which does the rest, makes every thread wait for the one whose core is busy.
+    Contiguous tensors are copied by memcpy, whose stores bypass the cache. Large ones use extra threads, which end with
+    the copy. The rest is copied by torch with its OpenMP team; in it, every thread waits for the slowest one.
     """
     rest: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     large: list[tuple[int, int, int]] = []
@@ -148,12 +152,12 @@ def copy_blocking(destinations: Sequence[torch.Tensor], sources: Sequence[torch.
             try:
                 helper.start()
             except RuntimeError:
-                break  # the process may have no more threads: then with those it has
+                break  # the process may start no more threads: continue with those that run
             helpers.append(helper)
         _copy_serially(*rest)
         _copy_pieces(pieces)
     finally:
-        pieces.clear()  # if this was interrupted: no thread writes to the arena once it may be another save's
+        pieces.clear()  # after an interruption: no thread may write to the arena when another save uses it
         for helper in helpers:
             helper.join(DEADLINE)
     if any(helper.is_alive() for helper in helpers):
@@ -176,7 +180,7 @@ def _copy_serially(destinations: Sequence[torch.Tensor], sources: Sequence[torch
 
 
 def _copy_pieces(pieces: deque[tuple[int, int, int]]) -> None:
-    """Copy until there are none left."""
+    """Copy pieces until none are left."""
     while True:
         try:
             piece = pieces.popleft()

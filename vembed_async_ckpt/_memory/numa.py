@@ -1,4 +1,4 @@
-"""Host memory on the NUMA node that a device is attached to: copies then do not cross the link between sockets."""
+"""Places host memory on the NUMA node of a device, so that copies do not cross the link between sockets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 _MBIND = {"x86_64": 237, "aarch64": 235}  # syscall numbers
-_MPOL_PREFERRED = 1  # linux/mempolicy.h: on that node while it has room, else elsewhere
+_MPOL_PREFERRED = 1  # linux/mempolicy.h: use that node while it has free memory, else another
 _MAX_NODES = 1024
 _PCI = "/sys/bus/pci/devices"
 
@@ -18,7 +18,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def node_of(device: torch.device, pci: str = _PCI) -> int | None:
-    """The node of a CUDA device, None if it is not known."""
+    """Return the NUMA node of a CUDA device, or None if it is not known."""
     if device.type != "cuda":
         return None
     properties: Any = torch.cuda.get_device_properties(device)
@@ -26,14 +26,16 @@ def node_of(device: torch.device, pci: str = _PCI) -> int | None:
         address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
         with open(f"{pci}/{address}/numa_node") as file:
             node = int(file.read())
-    except (AttributeError, OSError, ValueError):  # an older torch, or no such file
+    except (AttributeError, OSError, ValueError):  # an older torch, or the file does not exist
         return None
-    return node if node >= 0 else None  # -1: one node only
+    return node if node >= 0 else None  # -1: the machine has one node only
 
 
 def prefer(address: int, size: int, node: int) -> bool:
-    """Have pages of a mapping that are not there yet come from `node`, whichever process touches them first. Returns whether the
-    kernel took it; where it does not, pages come from anywhere."""
+    """Ask the kernel to take the missing pages of a mapping from `node`, whichever process touches them first.
+
+    Returns whether the kernel accepted. If not, pages may come from any node.
+    """
     number = _MBIND.get(platform.machine())
     if number is None or not 0 <= node < _MAX_NODES:
         return False

@@ -1,4 +1,5 @@
-"""Host memory locked for CUDA devices (and AMD's, which torch calls the same): copies into it run by themselves, at full speed."""
+"""Pins host memory for CUDA devices (and AMD devices, which torch also calls CUDA). Copies into it run asynchronously
+at full speed."""
 
 from __future__ import annotations
 
@@ -12,23 +13,25 @@ from ..events import logger
 from .captures import relax_captures
 from .devices import in_use
 
-_PORTABLE = 1  # driver_types.h, cudaHostRegisterPortable: pinned for every context of the process
+_PORTABLE = 1  # driver_types.h, cudaHostRegisterPortable: pinned for all contexts of the process
 _ALREADY_REGISTERED = 712  # driver_types.h, cudaErrorHostMemoryAlreadyRegistered
 
 
 def can_pin() -> bool:
-    """Whether the training's device is one for which memory can be pinned."""
+    """Return whether memory can be pinned for the device of the training."""
     device = in_use()
     return device is not None and device.type == "cuda"
 
 
 def pin(address: int, size: int) -> bool:
-    """Lock host memory for the devices. Where that fails, copies are slower and hold up the thread that issues them: then this
-    warns and returns False."""
+    """Pin host memory for the devices.
+
+    If that fails, this warns and returns False. Copies are then slower, and each holds up the thread that issues it.
+    """
 
     def register(cudart: Any) -> int:
         code = int(cudart.cudaHostRegister(address, size, _PORTABLE))
-        if code == _ALREADY_REGISTERED:  # of an arena that lay here before: not these pages
+        if code == _ALREADY_REGISTERED:  # left from an earlier arena at this address: other pages
             cudart.cudaHostUnregister(address)
             code = int(cudart.cudaHostRegister(address, size, _PORTABLE))
         return code
@@ -48,15 +51,18 @@ def unpin(address: int) -> None:
 
 
 def _on_a_thread(call: Callable[[Any], int]) -> list[object]:
-    """Make a call of the CUDA runtime on a thread of its own, where an error stays as CUDA's last one: on the caller's it would be
-    blamed on the next kernel. Returns what the call returned or raised."""
+    """Make a CUDA runtime call on a thread of its own. Returns what the call returned or raised.
+
+    CUDA keeps the last error of each thread. On the caller's thread, a later kernel launch would be blamed for it.
+    """
     codes: list[object] = []
 
     def run() -> None:
         try:
             device = in_use()
             if device is not None:
-                torch.cuda.set_device(device)  # a new thread's would be the first device, and get a context for nothing
+                # A new thread would use the first device and create a needless context on it.
+                torch.cuda.set_device(device)
                 relax_captures(device)
             codes.append(call(torch.cuda.cudart()))  # type: ignore[no-untyped-call]
         except Exception as error:

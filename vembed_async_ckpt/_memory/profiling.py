@@ -1,4 +1,4 @@
-"""What the training thread does for a save, as ranges in torch's profiler."""
+"""Shows the work of the training thread for a save as ranges in torch's profiler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _NOTHING = nullcontext()
 
 
 def recorded(name: str) -> AbstractContextManager[Any]:
-    """The range `vembed_async_ckpt.{name}` while a profiler runs, else nothing: a range costs several microseconds."""
+    """Return the profiler range `vembed_async_ckpt.{name}` while a profiler runs, else an empty context.
+
+    A range costs several microseconds.
+    """
     if profiler._is_profiler_enabled:
         return profiler.record_function(f"vembed_async_ckpt.{name}")
     return _NOTHING

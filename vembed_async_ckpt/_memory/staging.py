@@ -1,7 +1,7 @@
-"""Stage: copy a state to its place in an arena, at once or while forward and backward run.
+"""Staging: copies a state to its place in an arena, either at once or while forward and backward run.
 
-What is copied late is held by `.data` aliases, made per save and dropped when the copy is done: they keep the old memory alive
-when a parameter gets new storage. (`detach()` does the same in twice the time.)
+A late copy holds `.data` aliases, made for each save and dropped when the copy is done. They keep the old memory alive
+when a parameter gets new storage. (`detach()` would do the same in twice the time.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Destinations:
 
     def _place(self, whole: torch.Tensor, like: torch.Tensor, offset: int) -> torch.Tensor:
         dtype = torch.uint8 if like.dtype in AS_BYTES else like.dtype
-        if offset % dtype.itemsize:  # never so in files of ours; as_strided counts in elements
+        if offset % dtype.itemsize:  # never happens in our files; as_strided counts in elements
             raise AssertionError(f"offset {offset} is not a multiple of {dtype.itemsize}")
         base = self._bases.get(dtype)
         if base is None:
@@ -56,16 +56,17 @@ def _contiguous_strides(shape: Sequence[int]) -> list[int]:
 
 
 class DeferredCopy:
-    """What may be copied after `save()` has returned, and how it looked at the call.
+    """The tensors that may be copied after `save()` has returned, and their state at the call.
 
-    Two nets, neither a proof: version counters, blind to fused optimizers, `.data` and numpy; and the last bytes of what is in host
-    memory, blind to writes elsewhere in a tensor. For tensors of a device there are the version counters only.
+    Two checks detect a change in the meantime. Neither is a proof. Version counters do not see fused optimizers,
+    `.data` and numpy. The last bytes of a tensor in host memory do not show writes elsewhere in it. Tensors on a device
+    have the version counter only.
     """
 
     def __init__(
         self, copy_plan: CopyPlan, destinations: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
     ) -> None:
-        """Alias the late `tensors`."""
+        """Make aliases of the late `tensors`, and record their versions, addresses and last bytes."""
         self.names = copy_plan.names
         self._copy_plan = copy_plan
         self._destinations = destinations
@@ -76,15 +77,16 @@ class DeferredCopy:
         self._last_bytes = copy_plan.tails.read(copy_plan.host_part(self._addresses))
 
     def device_part(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(destinations, sources) of the copies from devices."""
+        """Return (destinations, sources) of the copies from devices."""
         return self._copy_plan.device_part(self._destinations), self._copy_plan.device_part(self.aliases)
 
     def host_part(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """(destinations, sources) of the copies within host memory."""
+        """Return (destinations, sources) of the copies within host memory."""
         return self._copy_plan.host_part(self._destinations), self._copy_plan.host_part(self.aliases)
 
     def moved(self) -> str | None:
-        """The name of a tensor whose storage was freed or resized since the call: its memory may not be read."""
+        """Return the name of a tensor whose storage was freed or resized since the call, or None. Its memory must not
+        be read."""
         for name, before, now in zip(
             self.names, self._addresses, map(torch.Tensor.data_ptr, self.aliases), strict=True
         ):
@@ -93,14 +95,15 @@ class DeferredCopy:
         return None
 
     def changed_version(self) -> str | None:
-        """The name of a tensor that was changed since the call, if its version counter shows it."""
+        """Return the name of a tensor that changed since the call according to its version counter, or None."""
         for name, before, now in zip(self.names, self._versions, map(_VERSION, self._tensors), strict=True):
             if now != before:
                 return name
         return None
 
     def check(self) -> str | None:
-        """The name of a tensor that was changed between the call and the end of the copy, if one shows it."""
+        """Return the name of a tensor that changed between the call and the end of the copy, or None if no check shows
+        one."""
         changed = self.changed_version()
         if changed is not None:
             return changed
@@ -111,23 +114,26 @@ class DeferredCopy:
         for name, alias, before, after in zip(
             copy_plan.host_part(self.names), copy_plan.host_part(self.aliases), self._last_bytes, copied, strict=True
         ):
-            # What is not contiguous (any more) has its last bytes elsewhere.
+            # A tensor that is not contiguous (any more) has its last bytes elsewhere.
             if before != after and alias.is_contiguous():
                 return name
         return None
 
 
 class SharedCopy:
-    """A copy within host memory that one thread makes beside the training, and further ones as soon as the training waits."""
+    """A copy within host memory. One thread makes it beside the training; more threads join when the training waits."""
 
     def __init__(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        self._left: deque[Group] = deque(groups(destinations, sources))  # begun by nobody
+        self._left: deque[Group] = deque(groups(destinations, sources))  # groups that no thread has taken yet
         self._changed = threading.Condition()
-        self._open = len(self._left)  # not ended yet
+        self._open = len(self._left)  # groups that are not finished yet
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Returns when every byte has arrived, or with what a copy raised; nobody copies any more then."""
+        """Return when every byte has arrived. Raises what a copy raised, after every thread has stopped copying.
+
+        Raises `StageError` if the copy does not end within `DEADLINE` seconds.
+        """
         self._copy(copy_group)
         with self._changed:
             if not self._changed.wait_for(lambda: self._open == 0, DEADLINE):
@@ -136,7 +142,8 @@ class SharedCopy:
             raise self._error
 
     def help(self, threads: int) -> None:
-        """Have so many threads more take part, or as many as can be had. They end with the copy."""
+        """Start up to `threads` more threads for this copy, or as many as the process can have. They end with the
+        copy."""
         for _ in range(threads if self._left else 0):
             try:
                 threading.Thread(target=self._copy, args=(copy_alone,), name="vembed-ckpt-copy", daemon=True).start()
@@ -163,15 +170,16 @@ class SharedCopy:
 
 
 class TornSnapshot(StageError):
-    """Something changed what was being copied: overlap cannot be trusted with this training."""
+    """A tensor changed while it was copied: overlap cannot be used with this training."""
 
 
 class Snapshot:
-    """One overlapped copy: the staging thread runs it, optimizers wait for it. Until the last byte has arrived it stands at the
-    barrier.
+    """One overlapped copy. The staging thread runs it; optimizers wait for it at the barrier until the last byte has
+    arrived.
 
-    `waited`: seconds that steps were held up by it, `went_on`: when the last of them went on (time.time()). After `run`, `error`
-    is None or says why the copy is no snapshot.
+    `waited`: seconds for which it held up optimizer steps.
+    `went_on`: when the last held-up step continued, as time.time().
+    `error`: after `run`, None or the reason why the copy is not a valid snapshot.
     """
 
     def __init__(self, late: DeferredCopy, device: DeviceCopies | None = None) -> None:
@@ -179,16 +187,16 @@ class Snapshot:
         self._late: DeferredCopy | None = late
         self._device = device
         self._host: SharedCopy | None = None
-        self._helpers = 0  # threads wanted for it
-        self._copied = threading.Event()  # what is in host memory; copies from devices are issued
+        self._helpers = 0  # how many more threads the copy shall use
+        self._copied = threading.Event()  # host memory is copied, and the copies from devices are issued
         self._arrived = threading.Event()
-        self._passed = False  # an optimizer has gone on
+        self._passed = False  # an optimizer has passed the barrier
         self.waited = 0.0
         self.went_on = 0.0
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Copy; afterwards optimizers go on whatever came of it, and no alias is held any more."""
+        """Copy. Afterwards optimizers continue, also after a failure, and no alias is held any more."""
         late = self._late
         assert late is not None
         try:
@@ -200,14 +208,15 @@ class Snapshot:
                     "Later saves of this checkpointer are blocking"
                 )
         except BaseException as error:
-            self.error = error.with_traceback(None)  # whose frames hold the aliases
+            self.error = error.with_traceback(None)  # the frames of the traceback hold the aliases
         finally:
             self._late = self._host = None
             del late
             self._end()
 
     def _changed(self, late: DeferredCopy) -> str | None:
-        """Copy. Returns the name of a tensor that was changed since the call, if one shows it."""
+        """Copy the tensors. Return the name of the first one that changed since `save()`, or None if no check shows
+        one."""
         try:
             return late.moved() or self._copy(late)
         except StageError:
@@ -217,7 +226,7 @@ class Snapshot:
             return moved
 
     def _copy(self, late: DeferredCopy) -> str | None:
-        """Returns the name of a tensor that was changed meanwhile, if one shows it."""
+        """Copy the tensors. Return the name of one that changed meanwhile, or None if no check shows one."""
         if self._device is not None:
             self._device.issue(*late.device_part())
         self._host = SharedCopy(*late.host_part())
@@ -228,12 +237,13 @@ class Snapshot:
         if self._device is not None:
             self._device.wait()
             later = late.changed_version()
-            if not self._passed:  # else an optimizer may have stepped already, behind the copies
+            if not self._passed:  # otherwise an optimizer may have stepped already, ordered after the copies
                 changed = changed or later
         return changed
 
     def abandon(self) -> None:
-        """The save is off before it was submitted: nobody waits for it, nothing is held."""
+        """Drop the snapshot of a save that failed before it was submitted: release the aliases, and let nobody wait for
+        it."""
         self._late = None
         self._end()
 
@@ -243,13 +253,13 @@ class Snapshot:
         self._arrived.set()
 
     def copy_with_more_threads(self) -> None:
-        """The training waits: copy with as many threads more as it would use."""
+        """The training waits now: copy with as many more threads as it would use."""
         self._helpers = min(torch.get_num_threads(), MAX_THREADS)
         if (host := self._host) is not None:
             host.help(self._helpers)
 
     def barrier(self) -> None:
-        # A graph that is being recorded cannot wait for what is outside of it.
+        # A CUDA graph that is being recorded cannot wait for events from outside of it.
         awaited = self._arrived if is_capturing() else self._copied
         if not awaited.is_set():
             begun = time.perf_counter()
@@ -267,8 +277,11 @@ class Snapshot:
 
 
 class StagingThread:
-    """The one thread that copies late and finishes saves. It keeps to one intra-op thread: a second OpenMP team in the process
-    makes every step of a small model slower for as long as it exists, even idle."""
+    """The thread that makes late copies and finishes saves.
+
+    It uses one intra-op thread. A second OpenMP team in the process would make every step of a small model slower as
+    long as it exists, even while it is idle.
+    """
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -276,16 +289,16 @@ class StagingThread:
         self._thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Queue a job; it must not raise."""
+        """Queue a job. The job must not raise."""
         self._jobs.put(job)
 
     def check(self) -> None:
-        """Raise `StageError` if nobody would run what is submitted."""
+        """Raise `StageError` if the thread has ended, so that no job would run."""
         if not self._thread.is_alive():
             raise StageError("the staging thread has ended; make a new checkpointer")
 
     def close(self, timeout: float) -> None:
-        """End the thread after the jobs queued so far; waits at most `timeout` seconds."""
+        """End the thread after the jobs queued so far. Wait at most `timeout` seconds."""
         self._jobs.put(None)
         _signals.join(self._thread, timeout)
 
@@ -295,13 +308,16 @@ class StagingThread:
             try:
                 job()
             except BaseException:
-                logger.exception("a job of the staging thread failed")  # jobs end their own saves; the thread goes on
+                logger.exception("a job of the staging thread failed")  # a job ends its own save; the thread goes on
             del job
 
 
 def _use_one_thread() -> None:
-    """One intra-op thread for this thread only. `set_num_threads` is per thread in OpenMP, but also becomes the default of
-    threads created later: another thread gives the old default back."""
+    """Limit this thread to one intra-op thread.
+
+    In OpenMP `set_num_threads` applies to the calling thread, but it also becomes the default of threads created later.
+    Another thread therefore restores the old default.
+    """
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     restore = threading.Thread(target=torch.set_num_threads, args=(count,))
