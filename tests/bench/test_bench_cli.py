@@ -148,3 +148,12 @@ def test_an_engine_of_the_default_that_is_not_installed_is_left_out(monkeypatch:
     assert missing == ["torch_checkpointing"]
     with pytest.raises(Refused, match="'torch_checkpointing' is not installed: pip install torch-checkpointing"):
         bench._engines(Options(engines=("torch_checkpointing",)), ())
+
+
+def test_help_is_not_cut():
+    """At 80 columns no name and no sentence of it ends in an ellipsis; the commands are listed."""
+    for arguments in (["--help"], ["run", "--help"], ["compare", "--help"], ["check", "--help"]):
+        shown = runner.invoke(app, ["bench", *arguments], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+        assert shown.exit_code == 0
+        assert "…" not in shown.output
+    assert all(name in runner.invoke(app, ["bench", "--help"]).output for name in ("run", "compare", "check"))

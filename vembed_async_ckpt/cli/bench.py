@@ -48,7 +48,7 @@ def run(
     ] = None,
     engines: Annotated[
         list[str] | None,
-        typer.Option(help=f"Comma-separated, or all; default: {','.join(DEFAULT_ENGINES)}.", show_default=False),
+        typer.Option(help=f"Comma-separated, or all; default: {', '.join(DEFAULT_ENGINES)}.", show_default=False),
     ] = None,
     engine: Annotated[
         list[str] | None,
