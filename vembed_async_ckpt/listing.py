@@ -82,6 +82,7 @@ def delete(path: str | os.PathLike[str]) -> None:
     try:
         if removal.in_use(os.path.join(root, name)):
             raise CheckpointerBusy(f"{directory}: somebody is loading this checkpoint; delete it later")
+        lock.refuse_if_lost()
         removal.discard(LocalFilesystem(), root, name, save_id)
         left = [entry for entry in catalog.scan(root) if entry.manifest is not None]
         latest_link.heal(LocalFilesystem(), root, os.path.basename(left[-1].path) if left else None, save_id)

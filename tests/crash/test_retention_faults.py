@@ -229,7 +229,7 @@ def test_the_best_is_protected(tally: Tally, root: Path) -> None:
         save(root, (step, step), keep=9)
         rewrite(root / f"checkpoint-{step}", lambda body, loss=loss: body.update(metrics={"loss": loss}))
         committed = [(entry.path, entry.manifest) for entry in scan(str(root)) if entry.manifest]
-        removal.prune(Hasty(), str(root), policy, committed)
+        removal.prune(Hasty(), str(root), policy, committed, lambda: None)
         best = min((s for s in losses if s <= step and losses[s] == losses[s]), key=lambda s: losses[s])
         tally.fault(step, [] if steps(root) == sorted({best, step}) else [f"{steps(root)}"])
     tally.settle(at_least=len(losses))

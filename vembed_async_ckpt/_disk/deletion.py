@@ -138,7 +138,7 @@ def prune(
     root: str,
     policy: Policy,
     committed: Collection[tuple[str, Manifest]],
-    allowed: Callable[[], object] = lambda: None,
+    allowed: Callable[[], object],
 ) -> list[str]:
     """Move the checkpoints that `policy` does not keep to the trash, then delete them; returns their names.
 

@@ -160,6 +160,12 @@ class RootLock:
         """Whether the file that is locked still has the name, so that nobody else can have locked it."""
         return self._is_at(self.work)
 
+    def refuse_if_lost(self) -> None:
+        """Before something is deleted: raise `CommitError` if the lock has lost its name. Nothing is made again: whoever removed it
+        may not be done yet."""
+        if not self.is_held():
+            raise CommitError("its lock file is gone or is another one, so nothing is deleted")
+
     def _is_beside(self) -> bool:
         return os.path.dirname(self.work) != self.root
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .._capture.request import Objects
 from .._capture.training_state import capture_rank
-from ..errors import CheckpointError, StageError
+from ..errors import CheckpointError, CommitError, StageError
 from ..events import Event, Phase, Reporter
 from ..handle import CheckpointInfo, SaveHandle, SaveState
 from .following import Following
@@ -80,6 +80,9 @@ class Follower:
     def close(self, deadline: float) -> bool:
         self._ranks.close(max(deadline - time.monotonic(), 0.1))
         return True
+
+    def refuse_to_delete(self) -> None:
+        raise CommitError("only the first rank deletes checkpoints")
 
     def forget(self) -> None:
         pass

@@ -329,6 +329,9 @@ class Leader:
         self._lock.close()
         return ended
 
+    def refuse_to_delete(self) -> None:
+        self._lock.refuse_if_lost()
+
     def forget(self) -> None:
         self.closed = True
         self._lock.close()

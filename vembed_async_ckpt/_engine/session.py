@@ -122,6 +122,10 @@ class Session:
         with _signals.held():
             return self.ledger.in_flight()
 
+    def refuse_to_delete(self) -> None:
+        """Raise `CommitError` if this process does not hold the lock of the root: then nothing there is its to delete."""
+        self.engine.refuse_to_delete()
+
     # -- the end
 
     def close(self, timeout: float) -> None:

@@ -155,7 +155,7 @@ class Server:
     def _work(self) -> None:
         self._say_space()
         try:
-            self._refuse_without_lock()
+            self._lock.refuse_if_lost()
             self._note(manifest.save_id for _, manifest in self._committed.refresh())
             self._send(event="ready", swept=removal.sweep(self._fs, self._root))
         except Exception as error:
@@ -350,7 +350,7 @@ class Server:
         pruned: dict[str, int] = {}
         try:
             if self._litter or replaced is not None:
-                self._refuse_without_lock()
+                self._lock.refuse_if_lost()
             if self._litter:
                 swept = removal.sweep(self._fs, self._root)
                 self._litter = False
@@ -380,14 +380,9 @@ class Server:
                 self._said.add(problem)
                 message = f"retention: {problem}. By that rule all are kept"
                 self._send(event="warning", serial=pending.serial, message=message)
-        gone = removal.prune(self._fs, self._root, policy, committed, self._refuse_without_lock)
+        gone = removal.prune(self._fs, self._root, policy, committed, self._lock.refuse_if_lost)
         files = {os.path.basename(path): set(manifest.files.values()) for path, manifest in committed}
         return {name: sum(record.size for record in files[name]) for name in gone}  # a hard link counts once
-
-    def _refuse_without_lock(self) -> None:
-        """Before anything is deleted. Nothing is made again here: whoever removes the root may not be done yet."""
-        if not self._lock.is_held():
-            raise CommitError("its lock file is gone, so nothing was deleted")
 
     def _secure(self) -> None:
         """Before anything is written or published: make sure that the root is still this writer's. Raises `CommitError`."""
@@ -400,7 +395,6 @@ class Server:
             if self._root != self._lock.root:
                 self._root = self._lock.root
                 self._committed = Committed(self._root)
-            self._send(fd=self._lock.fd, event="warning", message=done)
             there = self._committed.refresh()
             strangers = [path for path, found in there if self._seen is not None and found.save_id not in self._seen]
             if strangers:
@@ -408,6 +402,7 @@ class Server:
                     f"{self._root}: another process saved {', '.join(map(os.path.basename, sorted(strangers)))} here after the "
                     "lock file of this one was removed; stop one of the two, or use another directory"
                 )
+            self._send(fd=self._lock.fd, event="warning", message=done)  # from here on the trainer may delete again
         except Taken as error:
             self._taken = error  # for good: what is there now is that process's
             raise

@@ -47,7 +47,8 @@ def prune(
         return
     lock = RootLock.acquire(path, create=False)
     try:
-        _say("deleted", removal.prune(LocalFilesystem(), path, policy, _committed(path, policy)), as_json)
+        gone = removal.prune(LocalFilesystem(), path, policy, _committed(path, policy), lock.refuse_if_lost)
+        _say("deleted", gone, as_json)
     finally:
         lock.release()
 

@@ -37,12 +37,12 @@ from .._engine.options import OnError, Options, WhenBusy, WriterKind
 from .._engine.session import EXIT_DEADLINE
 from .._format import names
 from ..checkpointer import AsyncCheckpointer
-from ..errors import CheckpointError, CorruptCheckpoint, PlanError
+from ..errors import CheckpointError, CommitError, CorruptCheckpoint, PlanError
 from ..events import Sink, logger
 from ..handle import SaveHandle, SaveState
 from . import lightning_host as host
 from . import lightning_values as values
-from .shared import close_shared, open_at, shared
+from .shared import close_shared, open_at, refuse_to_delete, shared
 
 __all__ = ["VembedCheckpointIO", "read_checkpoint", "load_from_checkpoint"]
 
@@ -465,6 +465,11 @@ def _discard(path: str) -> None:
         return
     if removal.in_use(path):
         logger.warning("%s stays: somebody is reading it", path)
+        return
+    try:
+        refuse_to_delete(root)
+    except CommitError as error:
+        logger.warning("%s stays: %s", path, error)
         return
     removal.discard(LocalFilesystem(), root, name, manifest.save_id)
 

@@ -23,6 +23,7 @@ from .._format import names
 from .._format.manifest import Manifest
 from ..events import logger
 from ..retention import Policy
+from .shared import refuse_to_delete
 
 _OF_A_STEP = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
@@ -97,11 +98,12 @@ class Rotation:
         first: OSError | None = None
         for name in older if self._policy is None else ():
             if name not in kept:
+                refuse_to_delete(self._root)
                 try:
                     remove_rotated(self._fs, self._root, name, uuid.uuid4().hex)
                 except OSError as error:  # the others, and ours, get their turn
                     first = first or error
-        prune(self._fs, self._root, chosen, list(committed.values()))
+        prune(self._fs, self._root, chosen, list(committed.values()), lambda: refuse_to_delete(self._root))
         if first is not None:
             raise first
 

@@ -11,6 +11,7 @@ from typing import Any
 from .. import _signals
 from .._engine.session import EXIT_DEADLINE, open_sessions
 from ..checkpointer import AsyncCheckpointer
+from ..errors import CommitError
 from ..handle import SaveHandle, SaveState
 from ..sinks import SaveFigures
 
@@ -69,6 +70,15 @@ def wait_for(path: str) -> None:
     for session in open_sessions():
         if any(os.fspath(handle.path) == path for handle in session.in_flight()):
             session.wait(EXIT_DEADLINE)
+
+
+def refuse_to_delete(root: str) -> None:
+    """Raise `CommitError` unless this process saves to `root` and still holds its lock."""
+    for session in open_sessions():
+        if session.options.root == root:
+            session.refuse_to_delete()
+            return
+    raise CommitError("this process does not save there any more, so nothing is deleted")
 
 
 def close_shared(timeout: float = EXIT_DEADLINE, roots: Collection[str] | None = None) -> None:
