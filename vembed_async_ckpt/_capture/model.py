@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +21,12 @@ from torch.nn.parameter import is_lazy
 
 from .._format import names
 from .._format.plan import BytesContent, Content
-from ..errors import PlanError
+from ..errors import CheckpointError, PlanError
 from .fingerprint import Fingerprint
 from .interception import INTERCEPTOR, Captured, Files
 from .pickles import Replay
 from .processor import read_files
+from .scratch import in_scratch
 from .sharding import refuse_share
 from .tensor_map import (
     ModelTensor,
@@ -269,7 +269,7 @@ def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[Capt
             compute = True  # a conversion needed the contiguous copy that was withheld
         if compute:  # at the price of doing so for every save
             captured, side_files = _captured(save_pretrained, chosen, in_place=False)
-    except PlanError:
+    except CheckpointError:
         raise
     except Exception as error:
         raise PlanError(
@@ -286,12 +286,14 @@ def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[Capt
 def _captured(
     save_pretrained: Callable[..., Any], options: Mapping[str, Any], *, in_place: bool
 ) -> tuple[Captured, tuple[BytesContent, ...]]:
-    with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
+    def render(directory: str) -> tuple[Captured, tuple[BytesContent, ...]]:
         with INTERCEPTOR.collecting(in_place=in_place) as captured:
             save_pretrained(directory, **options)
         captured.files = {os.path.relpath(path, directory): file for path, file in captured.files.items()}
         captured.pickles = {os.path.relpath(path, directory): pickle for path, pickle in captured.pickles.items()}
         return captured, read_files(directory)
+
+    return in_scratch(render)
 
 
 def _parts_would_be_sharded(files: Files, max_shard_size: str | int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from .._disk.filesystem import read_regular
 from .interception import Pickle
+from .scratch import in_scratch
 
 
 class Replay:
@@ -27,10 +27,13 @@ class Replay:
 
     def bytes(self) -> bytes:
         """What torch.save would write now."""
-        with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
+
+        def render(directory: str) -> bytes:
             path = os.path.join(directory, self._name)
             torch.save(_flesh(self._skeleton, {}), path, *self._args, **self._kwargs)
             return read_regular(path)
+
+        return in_scratch(render)
 
     def _bones(self, value: Any, find: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
         if type(value) is torch.Tensor and not value.requires_grad:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from typing import Any
 
 from .._disk.filesystem import read_regular, walk_files
 from .._format.plan import BytesContent
-from ..errors import PlanError
+from ..errors import CheckpointError, PlanError
+from .scratch import in_scratch
 from .settings import Settings
 
 
@@ -55,10 +55,15 @@ def _settings_of(processor: Any) -> Settings | None:
 def _render(processor: Any) -> tuple[BytesContent, ...]:
     if not callable(getattr(processor, "save_pretrained", None)):
         raise PlanError(f"processor: a {type(processor).__qualname__} has no save_pretrained(directory)")
+
+    def render(directory: str) -> tuple[BytesContent, ...]:
+        processor.save_pretrained(directory)
+        return read_files(directory)
+
     try:
-        with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as directory:
-            processor.save_pretrained(directory)
-            return read_files(directory)
+        return in_scratch(render)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise PlanError(
             f"processor: {type(processor).__qualname__}.save_pretrained failed: {type(error).__name__}: {error}"

@@ -25,6 +25,7 @@ from .model import unwrap as unwrap_model
 from .optimizer import OptimizerReader, OptimizerState, RegisteredReader
 from .parameters import Names
 from .processor import ProcessorFiles
+from .scratch import Scratch
 from .sharding import refuse_shares
 from .state_dict import MappingReader, StateDict
 from .training_state import TrainingState, torch_save
@@ -120,10 +121,13 @@ class Objects:
 class RequestReader:
     """Turns the arguments of `save()` into a request; keeps what it learned of each model and optimizer, by name."""
 
-    def __init__(self, max_shard_size: str | int, save_original_format: bool, world_size: int = 1) -> None:
+    def __init__(
+        self, max_shard_size: str | int, save_original_format: bool, world_size: int = 1, scratch: Scratch | None = None
+    ) -> None:
         self._max_shard_size = max_shard_size
         self._save_original_format = save_original_format
         self._world_size = world_size
+        self._scratch = scratch or Scratch()
         self._models: dict[str, ModelReader] = {}
         self._state_dicts: dict[tuple[int, bool], ModelReader] = {}
         self._mappings: dict[int, MappingReader] = {}
@@ -134,7 +138,11 @@ class RequestReader:
 
     def read(self, directory: str, step: int | None, objects: Objects) -> Request:
         """The request as of now, to be published as `directory`. Raises `PlanError` in the caller's stack for what cannot be
-        saved; touches nothing on the disk of the checkpoints."""
+        saved, and `WriteError` if no disk has room to render files; touches no checkpoint."""
+        with self._scratch.in_use():
+            return self._read(directory, step, objects)
+
+    def _read(self, directory: str, step: int | None, objects: Objects) -> Request:
         if step is not None and (type(step) is not int or step < 0):
             raise PlanError(f"step is {step!r}; use a whole number of at least 0")
         files = objects.further_files()

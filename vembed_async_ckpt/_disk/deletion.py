@@ -266,7 +266,9 @@ def _sweep_entry(
     parsed = names.parse_work_entry(entry)
     if parsed is None or os.path.islink(path) or not os.path.isdir(path):
         return []
-    if parsed.kind == "rotated":
+    if parsed.kind == "scratch" and _is_locked(path):
+        return []  # a process renders files there
+    if parsed.kind in ("rotated", "scratch"):
         _remove_all(fs, path)
         return [f"finished deleting {entry}"]
     if parsed.kind == "work" and parsed.save_id not in committed:
@@ -283,6 +285,19 @@ def _sweep_entry(
     name = os.path.basename(home) if home else "checkpoint"
     dispose(fs, root, path, name, parsed.save_id, carried_to=home)
     return [f"finished deleting {entry}"]
+
+
+def _is_locked(directory: str) -> bool:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no locks for directories on this file system
+    finally:
+        os.close(fd)
+    return False
 
 
 def _orphans_failures(fs: Filesystem, root: str) -> list[str]:

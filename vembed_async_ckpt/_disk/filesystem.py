@@ -3,7 +3,7 @@
 Each method says what it promises; nothing here decides anything. Errors are `OSError` with errno and path.
 
 What does not go through it: the root, its work directory and the lock file in there (`make_directories_durable`, `RootLock`), made
-by the trainer before there is a writer; and the note of an orphan's failure (`ORPHAN_LOG`), on which nothing rests.
+by the trainer before there is a writer; and what no checkpoint rests on: the note of a failure (`ORPHAN_LOG`) and scratch.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .._capture.request import Objects
+from .._capture.scratch import Scratch
 from .._capture.training_state import capture_rank
 from ..errors import CheckpointError, CommitError, StageError
 from ..events import Event, Phase, Reporter
@@ -32,6 +33,7 @@ class Follower:
     ) -> None:
         self._options = options
         self._ranks = ranks
+        self._scratch = Scratch(options.root)
         self._following = Following(ranks)
         self._ledger = ledger
         self._reporter = reporter
@@ -45,7 +47,8 @@ class Follower:
             self._ledger.raise_unread()
             objects.refuse_shares()
             state = capture_rank(objects.dialect, objects.dataloader)
-            further = objects.further_files()
+            with self._scratch.in_use():
+                further = objects.further_files()
         except BaseException as error:
             self._ledger.withdrawn(handle)
             self._following.join(directory, step, objects.of_every_rank, _raising(error), following.ignore)

@@ -19,6 +19,7 @@ from typing import Any
 from .. import _signals
 from .._capture.optimizer import unwrap as unwrap_optimizer
 from .._capture.request import Objects, Request, RequestReader, named
+from .._capture.scratch import Scratch
 from .._disk.lock import RootLock
 from .._format.plan import Content, SavePlan, plan
 from .._memory import devices, numa, pinning
@@ -63,7 +64,9 @@ class Leader:
                 f"{options.root}: cannot be prepared for saving: {error.strerror or error}"
             ) from error
         world_size = 1 if ranks is None else ranks.world_size
-        self._reader = RequestReader(options.max_shard_size, options.save_original_format, world_size)
+        self._reader = RequestReader(
+            options.max_shard_size, options.save_original_format, world_size, Scratch(options.root)
+        )
         self._overlap_policy = OverlapPolicy()
         self._staging_thread = StagingThread()
         self._pool = ArenaPool(options.max_in_flight, options.max_host_bytes, self._arena_added, self._arena_dropped)
@@ -119,7 +122,15 @@ class Leader:
     def _save(
         self, directory: str, step: int | None, objects: Objects, begun: float, exchange: RankExchange
     ) -> SaveHandle:
-        request = self._reader.read(directory, step, objects)
+        try:
+            request = self._reader.read(directory, step, objects)
+        except WriteError as error:  # no disk has room to prepare files
+            if self._options.on_error == "raise" or _signals.from_handler(error):
+                raise
+            handle = SaveHandle(step, Path(self._options.root) / directory, self._reporter.call)
+            self._ledger.begun(handle, self._allowed)
+            self._fail(handle, "", begun, exchange, error)
+            return handle
         save_plan = self._plan_for(request)
         save = Save(next(self._serials), request, save_plan, begun, self._context, exchange)
         self._ledger.begun(save.handle, self._allowed)
@@ -137,11 +148,7 @@ class Leader:
             if self._options.on_error == "raise" or _signals.from_handler(error):
                 self._ledger.withdrawn(save.handle)
                 raise
-            self._save_ended(save.handle, error)
-            save.handle._move(SaveState.FAILED, error=error)
-            exchange.say(SaveState.FAILED, error=error)
-            took = time.perf_counter() - begun
-            self._reporter.emit(Event("save", "failed", request.save_id, step, seconds=took, detail=str(error)))
+            self._fail(save.handle, request.save_id, begun, exchange, error)
         except BaseException:
             self._ledger.withdrawn(save.handle)
             raise
@@ -151,6 +158,16 @@ class Leader:
             save.handle._called = True
             self._reporter.emit(Event("call", "complete", request.save_id, step, save_plan.end, stall))
         return save.handle
+
+    def _fail(
+        self, handle: SaveHandle, save_id: str, begun: float, exchange: RankExchange, error: StageError | WriteError
+    ) -> None:
+        """The save failed during its call, which does not raise."""
+        self._save_ended(handle, error)
+        handle._move(SaveState.FAILED, error=error)
+        exchange.say(SaveState.FAILED, error=error)
+        took = time.perf_counter() - begun
+        self._reporter.emit(Event("save", "failed", save_id, handle.step, seconds=took, detail=str(error)))
 
     def _start(self, save: Save, request: Request, save_plan: SavePlan, room: int) -> None:
         needed = required_bytes(save_plan, request) + room

@@ -30,7 +30,7 @@ PROGRESS = "training_state.json"  # vembed itself writes and reads this file to 
 
 _CHECKPOINT = re.compile(r"checkpoint(?:-|_|-step-|-epoch-)(0|[1-9][0-9]*)")
 _SAVE_ID = r"[0-9a-f]{32}"
-_WORK_ENTRY = re.compile(rf"(?P<kind>work|trash|rotated)-(?P<save_id>{_SAVE_ID})(?:\.(?P<attempt>[0-9]+))?")
+_WORK_ENTRY = re.compile(rf"(?P<kind>work|trash|rotated|scratch)-(?P<save_id>{_SAVE_ID})(?:\.(?P<attempt>[0-9]+))?")
 _NEW_LINK = re.compile(rf"latest-{_SAVE_ID}")
 _SWAP = re.compile(rf"swap-({_SAVE_ID})\.([^/]+)")
 _FOR_RESUMING = (
@@ -58,11 +58,11 @@ class WorkEntry:
 
     `kind`: "work" is a save in progress. "trash" is a checkpoint of ours that is being deleted; only the files in its
         manifest may be deleted. "rotated" is a checkpoint that rotation removes; all of it may be deleted, whoever
-        wrote it.
+        wrote it. "scratch" is where a process prepares files.
     `save_id`: the id in the name.
     """
 
-    kind: Literal["work", "trash", "rotated"]
+    kind: Literal["work", "trash", "rotated", "scratch"]
     save_id: str
 
 
@@ -122,6 +122,11 @@ def rotated_directory(root: str, identity: str) -> str:
     return os.path.join(work_directory(root), f"rotated-{identity}")
 
 
+def scratch_directory(root: str, identity: str) -> str:
+    """Return where files are prepared if the temporary directory cannot be used. `identity` has the form of a save id."""
+    return os.path.join(work_directory(root), f"scratch-{identity}")
+
+
 def replaced_directory(root: str) -> str:
     """Return the directory that keeps files which we must not delete."""
     return os.path.join(work_directory(root), REPLACED)
@@ -135,12 +140,12 @@ def is_save_id(value: object) -> bool:
 def parse_work_entry(name: str) -> WorkEntry | None:
     """Parse the name of an entry in the work directory.
 
-    Returns None unless `save_directory`, `trash_directory` or `rotated_directory` made the name.
+    Returns None unless `save_directory`, `trash_directory`, `rotated_directory` or `scratch_directory` made the name.
     """
     match = _WORK_ENTRY.fullmatch(name)
     if match is None or (match["kind"] == "work") != (match["attempt"] is not None):
         return None
-    return WorkEntry(match["kind"], match["save_id"])  # type: ignore[arg-type]  # the pattern allows these three kinds only
+    return WorkEntry(match["kind"], match["save_id"])  # type: ignore[arg-type]  # the pattern allows these four kinds only
 
 
 def new_link(root: str, save_id: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -18,6 +17,7 @@ import torch
 
 from .. import loading as restore
 from .._capture.processor import read_files
+from .._capture.scratch import in_scratch
 from .._capture.sharding import refuse_shares
 from .._capture.state_dict import StateDict
 from .._capture.tensor_map import has_no_storage
@@ -135,22 +135,24 @@ class SaveHooks:
 
     def files(self) -> dict[str, bytes]:
         """Call the hooks. Returns the files they wrote into the directory that they were given, which has the checkpoint's name."""
-        hooks = list(self._accelerator._save_model_state_pre_hook.values())
-        if not hooks:
+        if not self._accelerator._save_model_state_pre_hook:
             return {}
+        refuse_shares(self.weights)
+        self.weights, files = in_scratch(self._call)
+        return files
+
+    def _call(self, scratch: str) -> tuple[list[Any], dict[str, bytes]]:
+        """The weights and the files that the hooks leave. May be called again: nothing of the first call is kept."""
         models = self.weights
-        refuse_shares(models)
         states = [self._accelerator.get_state_dict(model, unwrap=False) for model in models]
         before = {id(state): (model, _content(state)) for model, state in zip(models, states, strict=True)}
         left = list(states)
-        with tempfile.TemporaryDirectory(prefix="vembed-ckpt-") as scratch:
-            directory = os.path.join(scratch, self._directory)
-            os.mkdir(directory)
-            for hook in hooks:
-                hook(self._accelerator._models, left, directory)
-            files = {content.name: content.data for content in read_files(directory)}
-        self.weights = [_what_is_left(state, before.get(id(state))) for state in left]
-        return files
+        directory = os.path.join(scratch, self._directory)
+        os.mkdir(directory)
+        for hook in list(self._accelerator._save_model_state_pre_hook.values()):
+            hook(self._accelerator._models, left, directory)
+        files = {content.name: content.data for content in read_files(directory)}
+        return [_what_is_left(state, before.get(id(state))) for state in left], files
 
     def pickled(self) -> dict[str, bytes]:
         """The weights as `save_state(safe_serialization=False)` writes them."""
