@@ -174,10 +174,10 @@ def _measure(
     from ..bench import checks
 
     wanted, missing = _engines(options, own)
-    for name in missing:
-        print(f"not installed, left out: {ENGINES[name].title} (pip install {ENGINES[name].pip})", file=sys.stderr)
     options = replace(options, device=checks.device_for(device), engines=tuple(wanted))
     with checks.folders(options, directory, out):
+        for name in missing:
+            print(f"not installed, left out: {ENGINES[name].title} (pip install {ENGINES[name].pip})", file=sys.stderr)
         if checks.on_memory(directory):
             print(f"warning: {directory} is in memory, not on a disk: what is durable means nothing", file=sys.stderr)
 
