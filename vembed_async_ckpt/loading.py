@@ -1,7 +1,7 @@
-"""Restore: a committed checkpoint back into live objects, in place. Nothing is unpickled here.
+"""Restores a committed checkpoint into live objects, in place. Nothing is unpickled here.
 
-Header and manifest say where in the files the tensors are; what is planned is read in one go, straight into its place where
-that is memory of the host.
+The headers and the manifest say where the tensors are in the files. All reads are planned first and then done together.
+Tensors in host memory are read directly into their place.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint says besides the states that were put back: its step, config, extra and metrics."""
+    """The parts of a checkpoint that are returned, not restored into objects: step, config, extra and metrics."""
 
     step: int | None
     config: Any
@@ -51,7 +51,8 @@ class Restored:
 
 @dataclass(frozen=True)
 class _Planned:
-    """What will put everything back: the moves, then the steps, then the random states; and what the caller is told."""
+    """A planned restore: do the moves, then the steps, then set the random states (`rng`). `config` and `extra` go to
+    the caller."""
 
     moves: list[Move]
     steps: list[Callable[[], None]]
@@ -74,33 +75,42 @@ def load(
     strict: bool = True,
     exclude: str | Iterable[str] = (),
 ) -> Restored:
-    """Put a checkpoint back into the objects given, as they were given to `save()` (one object, or a mapping of names).
+    """Restore a checkpoint into the given objects. Give them as they were given to `save()`: one object, or a mapping
+    of names.
 
-    The random number generators are set too when anything but a model is given: training goes on exactly where it was.
-    With `accelerator`, its prepared models, optimizers, schedulers and scaler take the place of those not given; its registered
-    objects, places in dataloaders and count of micro-batches are restored too, if they were saved. Its load hooks are called
-    first, and may take models out of the list that they are given, as with `accelerator.load_state`. `verify`: compare "size"s,
-    "full" hashes, or "none", before anything is changed; what is not asked for need not be there. The checkpoint is safe from
-    retention while it is read; where another process saves the same step meanwhile, what is restored is one of the two, never a
-    mixture.
+    The random number generators are set too if anything but a model is given, so that the training continues exactly
+    where it was.
 
-    A model may have other wrappers than when it was saved (torch.compile, activation checkpointing, DistributedDataParallel, or
-    hooks that rename its state_dict). `strict=False` loads of each model the parameters and buffers that fit, leaves an optimizer,
-    scheduler or other object that does not fit as it is, and warns of all that was not loaded. `exclude`: what stays as it is:
-    names of parameters and buffers, of modules (all that is inside), patterns such as "*.lora_A.*", or "optimizer", "scheduler",
-    "dataloader", "scaler", "rng"; a name that nothing has is an error. Optimizer state is not divided: to leave out that of some
-    parameters, exclude "optimizer".
+    `path`: the directory of the checkpoint.
+    `accelerator`: its prepared models, optimizers, schedulers and scaler are restored where none are given. Its
+        registered objects, dataloader positions and micro-batch counter are restored too, if they were saved. Its load
+        hooks are called first and may remove models from their list, as with `accelerator.load_state`.
+    `verify`: compare file sizes ("size"), hashes ("full") or nothing ("none") before anything is changed. Files that
+        are not needed may be missing.
+    `strict`: if False, load the parameters and buffers of each model that fit, leave an optimizer, scheduler or other
+        object that does not fit as it is, and warn about everything that was not loaded.
+    `exclude`: names of what stays as it is: parameters and buffers, modules (with everything inside), patterns such as
+        "*.lora_A.*", or "optimizer", "scheduler", "dataloader", "scaler", "rng". A name that matches nothing is an
+        error. The state of an optimizer is not divided: to leave out the state of some parameters, exclude "optimizer".
 
-    Optimizer state goes to the parameter of the same name where names are known on both sides: where the models are passed to
-    `save()` and `load` with the optimizer, or the optimizer was made from `named_parameters()`. Order and parameter groups may then
-    differ from those saved; every parameter keeps the hyper-parameters that it was saved with, and a group whose parameters were
-    saved with different ones is refused. Without names order decides, and the groups must be of the same sizes.
+    Retention does not delete the checkpoint while it is read. If another process saves the same step meanwhile, the
+    result is one of the two checkpoints, never a mixture.
 
-    Tensors that the model has, and those of torch's optimizers that have stepped before, are overwritten where they are
-    (but not optimizer state that a state_dict taken before holds too).
+    A model may have other wrappers than when it was saved: torch.compile, activation checkpointing,
+    DistributedDataParallel, or hooks that rename its state_dict.
 
-    Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` when the objects do not fit what was saved; both
-    before any object is changed. Only a disk that fails while tensors are read leaves some changed: then load another checkpoint.
+    Optimizer state goes to the parameter of the same name if both sides know names. They do if the models are passed to
+    `save()` and `load` with the optimizer, or if the optimizer was made from `named_parameters()`. The order and the
+    parameter groups may then differ from the saved ones. Every parameter keeps the hyper-parameters with which it was
+    saved. A group is refused if its parameters were saved with different hyper-parameters. Without names the order
+    decides, and the groups must have the same sizes.
+
+    Tensors of the model are overwritten in place. So is the state of torch's optimizers that have stepped before,
+    unless a state_dict that was taken before also holds it.
+
+    Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` if the objects do not fit what was saved,
+    both before any object is changed. Only if the disk fails while tensors are read, some objects are changed already:
+    then load another checkpoint.
     """
 
     names_to_exclude = check_names(exclude)
@@ -109,7 +119,7 @@ def load(
         others = (optimizer, scheduler, dataloader, scaler, accelerator)
         models = model
         if accelerator is not None and model is None:
-            if load_hooks(accelerator):  # what does not fit is said before the hooks change anything
+            if load_hooks(accelerator):  # report what does not fit before the hooks change anything
                 _plan(source, {}, *others, Selection(strict=strict, exclude=names_to_exclude))
             models = by_name(models_to_load(accelerator, source.manifest.names, source.directory))
         selection = Selection(strict=strict, exclude=names_to_exclude)
@@ -124,8 +134,11 @@ def load(
 
 @in_neutral_modes
 def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict[str, torch.Tensor], Restored]:
-    """A checkpoint for hosts that put states back themselves: copies of the weights under the names that their files have
-    (of tied ones every name, sharing one tensor), and what `load` returns. Raises `CorruptCheckpoint` as `load` does."""
+    """Read a checkpoint for programs that restore states themselves.
+
+    Returns copies of the weights under the names in their files, and what `load` returns. Tied weights have every name
+    and share one tensor. Raises `CorruptCheckpoint` as `load` does.
+    """
 
     def plan(source: Tensors) -> tuple[dict[str, torch.Tensor], _Planned]:
         weights: dict[str, torch.Tensor] = {}
@@ -142,10 +155,12 @@ def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict
 def _of_one_save(
     directory: str, verify: Verify, stack: contextlib.ExitStack, plan: Callable[[Tensors], _T]
 ) -> tuple[Tensors, _T]:
-    """A checkpoint's files, held by `stack`, and what `plan` makes of them: all of one save, whoever replaces it meanwhile.
+    """Open a checkpoint and call `plan` on it. Everything comes from one save, even if another save replaces the
+    checkpoint meanwhile.
 
-    Where another save took the name while the files were opened, all is done once more. Raises what `plan` raises,
-    `CorruptCheckpoint`, and `CheckpointError` if the name is taken by yet another save.
+    Returns the open files, which `stack` will close, and what `plan` returned. If another save took the name while the
+    files were opened, this starts again once. Raises what `plan` raises, `CorruptCheckpoint`, and `CheckpointError` if
+    the checkpoint was replaced twice.
     """
     for _ in range(2):
         with contextlib.ExitStack() as inner:
@@ -179,7 +194,11 @@ def _restore(source: Tensors, planned: _Planned) -> Restored:
 
 @contextlib.contextmanager
 def _making_sense(directory: str) -> Iterator[None]:
-    """What is well formed may still say what cannot be: of a tensor that is nowhere, of a list where a name should be."""
+    """Turn the errors that inconsistent data causes into `CheckpointError`.
+
+    A well-formed checkpoint may still contain a contradiction: a tensor that is in no file, or a list in the place of a
+    name.
+    """
     try:
         yield
     except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
@@ -196,7 +215,7 @@ def _plan(
     accelerator: Any,
     selection: Selection,
 ) -> _Planned:
-    """What will restore each object. Raises before anything is changed."""
+    """Plan the restore of each object. Raises `CheckpointError` or `CorruptCheckpoint` before anything is changed."""
     saved = source.training_state()
     resumes = any(part is not None for part in (optimizer, scheduler, dataloader, scaler, accelerator))
     if accelerator is not None:
@@ -248,7 +267,7 @@ def _plan(
     if accelerator is not None and scaling is None:
         scaler = None
     if position is None and saved["dataloader"] is not None:
-        dataloader = None  # more ranks than saved: this one has no place of its own, and was warned
+        dataloader = None  # more ranks than were saved: this rank has no saved position, and a warning said so
     for what, value, state in (("dataloader", dataloader, position), ("scaler", scaler, scaling)):
         if value is not None and not selection.excludes(what):
             state = selection.attempt(functools.partial(_not_without, source, what, state))
@@ -267,7 +286,7 @@ def _plan(
 def _not_asked_for(
     source: Tensors, saved: Mapping[str, Any], models: Mapping[str, Any], optimizers: Mapping[str, Any]
 ) -> set[str]:
-    """The files of models and optimizers that are not restored."""
+    """Return the files of the models and optimizers that are not restored."""
     files = {entry["file"] for name, entry in saved["optimizers"].items() if name not in optimizers}
     for name, described in source.manifest.names.items():
         if name not in models:
@@ -284,7 +303,8 @@ def _not_without(source: Tensors, what: str, state: Any) -> Any:
 def _names(
     models: Mapping[str, torch.nn.Module], accelerator: Any, saved: Mapping[str, Any]
 ) -> Mapping[int, Sequence[str]]:
-    """By id of a parameter its names, in the models given or, where none is, in those of the accelerator."""
+    """Return the names of each parameter, by its id: its names in the given models, or in those of the accelerator if
+    none is given."""
     known: list[tuple[str, torch.nn.Module]] = list(models.items())
     if not known and accelerator is not None and len(accelerator._models) == len(saved):
         known = [(name, unwrap_model(model)) for name, model in zip(saved, accelerator._models, strict=True)]
@@ -295,14 +315,15 @@ def _names(
 
 
 def wait_for_copies() -> None:
-    """Return when no save of this process is still copying what is about to change."""
-    barrier = sys.modules.get("vembed_async_ckpt._memory.barrier")  # not loaded by those who only read
+    """Return when no save of this process is still copying tensors that are about to change."""
+    barrier = sys.modules.get("vembed_async_ckpt._memory.barrier")  # not imported in a process that only reads
     for snapshot in barrier.STEP_BARRIER.pending if barrier is not None else ():
         snapshot.barrier()
 
 
 def _plan_accelerator(source: Tensors, saved: Mapping[str, Any], accelerator: Any) -> list[Callable[[], None]]:
-    """What will restore registered objects, dataloaders and step. Raises before anything is changed."""
+    """Return the steps that will restore registered objects, dataloaders and the step counter. Raises before anything
+    is changed."""
     known = tree.decode(saved.get("accelerator"), source.training_tensor)
     if known is None:
         return []
@@ -324,7 +345,8 @@ def _plan_accelerator(source: Tensors, saved: Mapping[str, Any], accelerator: An
 
 
 def _of_this_rank(source: Tensors, saved: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(random states, dataloader position) of this rank; with a warning, None for a rank that had none."""
+    """Return (random states, dataloader position) of this rank. For a rank that was not saved, warn and return None for
+    both."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     if world_size != source.manifest.world_size:
@@ -346,7 +368,7 @@ def _of_this_rank(source: Tensors, saved: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _in_order(values: Sequence[Any], saved: Mapping[str, Any]) -> Any:
-    """accelerate's objects have no names: they are matched with what was saved by their order."""
+    """Return accelerate's objects by their saved names. They have no names of their own, so their order decides."""
     if not values:
         return None
     if len(values) != len(saved):

@@ -1,1 +1,1 @@
-"""Put a checkpoint back: each module plans what one kind of object gets, before anything is changed."""
+"""Restores a checkpoint. Each module plans what one kind of object gets, before anything is changed."""

@@ -1,4 +1,4 @@
-"""Which of an accelerator's models `load` restores, and which its load hooks restore."""
+"""Decides which models of an accelerator `load` restores and which its load hooks restore."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from ..errors import CheckpointError
 
 
 def load_hooks(accelerator: Any) -> list[Callable[[list[Any], str], None]]:
-    """The load hooks that are not those of our `attach`."""
+    """Return the load hooks of the accelerator, except the one that our `attach` registered."""
     hooks = getattr(accelerator, "_load_model_state_pre_hook", {}).values()
     return [hook for hook in hooks if not getattr(hook, "loads_models_of_ours", False)]
 
 
 def models_to_load(accelerator: Any, saved: Mapping[str, Any], directory: str) -> dict[str, Any]:
-    """Call the load hooks, as `accelerator.load_state` does; the models that they leave, by the names under which they were
-    `saved`. Raises `CheckpointError` for a model whose weights are not in the checkpoint and that no hook takes."""
+    """Call the load hooks as `accelerator.load_state` does. Return the models that the hooks leave, by their names in
+    `saved`.
+
+    Raises `CheckpointError` for a model with no weights in the checkpoint that no hook takes.
+    """
     models = list(accelerator._models)
     for hook in load_hooks(accelerator):
         hook(models, directory)
@@ -24,13 +27,17 @@ def models_to_load(accelerator: Any, saved: Mapping[str, Any], directory: str) -
 
 
 def by_name(models: Mapping[str, Any]) -> Any:
-    """What `matched` gives, as `load` takes it: a model that was saved without a name stands for itself."""
+    """Convert the result of `matched` to the form that `load` takes: a model saved without a name is given without a
+    mapping."""
     return models[""] if list(models) == [""] else models
 
 
 def matched(saved: Mapping[str, Any], models: Sequence[Any], prepared: Sequence[Any], directory: str) -> dict[str, Any]:
-    """The `models` by the names under which they were saved: accelerate's have none, so that order decides. Of all `prepared`
-    models some may have been restored by hooks. Raises `CheckpointError` if the numbers do not fit."""
+    """Return the `models` by the names under which they were saved.
+
+    An accelerator's models have no names, so their order decides. Hooks may have restored some of the `prepared`
+    models. Raises `CheckpointError` if the numbers do not fit.
+    """
     if len(models) == len(saved):
         return dict(zip(saved, models, strict=True))
     if not models:

@@ -1,4 +1,5 @@
-"""Whether what was saved belongs to the object that it is put into: told by the class where it is known, else by the keys."""
+"""Checks that a saved state belongs to the object into which it is loaded: by class if that is known, else by the
+keys."""
 
 from __future__ import annotations
 
@@ -9,13 +10,16 @@ from .._capture.optimizer import kind_of
 from .._capture.parameters import groups_of
 from ..errors import CheckpointError
 
-# Keys of a parameter group that are not the optimizer's: of torch, and those that schedulers add.
+# Keys of a parameter group that are no hyper-parameters of the optimizer: torch or schedulers add them.
 _OTHERS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 
 
 def check_optimizer(directory: str, what: str, saved_class: str | None, state: Any, optimizer: Any) -> None:
-    """Raise `CheckpointError` if `state` is that of another kind of optimizer. Classes with the same hyper-parameters may take each
-    other's state: Adam and AdamW, one class under two names."""
+    """Raise `CheckpointError` if `state` comes from another kind of optimizer.
+
+    Two classes with the same hyper-parameters may take each other's state: Adam and AdamW, or one class under two
+    names.
+    """
     if saved_class == kind_of(optimizer):
         return
     saved = _hyper_parameters(state.get("param_groups") if isinstance(state, Mapping) else None)
@@ -29,7 +33,8 @@ def check_optimizer(directory: str, what: str, saved_class: str | None, state: A
 
 
 def check_scheduler(directory: str, what: str, saved_class: str | None, state: Any, scheduler: Any) -> None:
-    """Raise `CheckpointError` if `state` is that of another class of scheduler, or of another number of parameter groups."""
+    """Raise `CheckpointError` if `state` comes from another class of scheduler or has another number of parameter
+    groups."""
     here = scheduler.state_dict()
     if not isinstance(state, Mapping) or not isinstance(here, Mapping):
         return
@@ -46,7 +51,8 @@ def check_scheduler(directory: str, what: str, saved_class: str | None, state: A
 
 
 def _check_nested(directory: str, what: str, state: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """The rates of each parameter group, and the schedulers in a `SequentialLR` or `ChainedScheduler`."""
+    """Compare the number of parameter groups, and check the schedulers inside a `SequentialLR` or
+    `ChainedScheduler`."""
     for key in ("base_lrs", "_schedulers"):
         saved, live = state.get(key), here.get(key)
         if isinstance(saved, list) and isinstance(live, list) and len(saved) != len(live):
@@ -68,7 +74,7 @@ def _check_nested(directory: str, what: str, state: Mapping[str, Any], here: Map
 
 
 def check_scaler(directory: str, state: Any, scaler: Any) -> None:
-    """Raise `CheckpointError` if `state` is not that of such a gradient scaler."""
+    """Raise `CheckpointError` if `state` does not come from this kind of gradient scaler."""
     here = scaler.state_dict()
     if not isinstance(state, Mapping) or not isinstance(here, Mapping) or not here:
         return
@@ -98,12 +104,12 @@ def _fits(saved_class: str | None, here_class: str, saved: set[str] | None, here
 
 
 def _contradict(saved: set[str], here: set[str]) -> bool:
-    """Whether each side has keys that the other lacks. A newer version of one class only adds some."""
+    """Return whether each side has keys that the other lacks. A newer version of the same class only adds keys."""
     return bool(saved - here) and bool(here - saved)
 
 
 def _same_name(one: str, other: str) -> bool:
-    """Whether classes of two modules have the same name: a script's are in `__main__`."""
+    """Return whether two classes have the same name, in whatever modules. The classes of a script are in `__main__`."""
     return one.rpartition(".")[2] == other.rpartition(".")[2]
 
 

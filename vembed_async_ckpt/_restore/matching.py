@@ -1,4 +1,4 @@
-"""Which saved parameter each parameter of an optimizer is: by name where both sides know names, else by order."""
+"""Finds the saved parameter for each parameter of an optimizer: by name if both sides know names, else by order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class SavedParameter:
-    """A parameter as it was saved. `number`: in the saved state. `shape` and `strides`: None in directories that do not say."""
+    """A parameter as it was saved.
+
+    `number`: its number in the saved state.
+    `group`: index of its saved parameter group.
+    `name`: its name, or None.
+    `shape`, `strides`: None if the checkpoint does not record them.
+    """
 
     number: Any
     group: int
@@ -29,9 +35,13 @@ class SavedParameter:
 
 @dataclass(frozen=True)
 class Matched:
-    """`pairs`: of each parameter of the optimizer, in its order, and what was saved of it. `sources`: for each parameter group
-    of the optimizer the saved group that it is, or None for a group without parameters that has no counterpart. `as_saved`: both
-    have the same parameters in the same order."""
+    """How the parameters of an optimizer relate to the saved ones.
+
+    `pairs`: each parameter of the optimizer, in its order, with its saved parameter.
+    `sources`: for each parameter group of the optimizer, the index of its saved group. None for a group that has no
+        parameters and no saved group.
+    `as_saved`: whether both sides have the same parameters in the same order and groups.
+    """
 
     pairs: list[tuple[torch.Tensor, SavedParameter]]
     sources: list[int | None]
@@ -39,7 +49,7 @@ class Matched:
 
 
 def saved_parameters(groups: Sequence[Mapping[str, Any]], described: Any) -> list[SavedParameter]:
-    """Those of saved parameter groups, and what was `described` of them when they were saved (None: nothing)."""
+    """Return the parameters of the saved groups. `described` is what the checkpoint says about them (None: nothing)."""
     result = []
     for index, group in enumerate(groups):
         details = [[None, None]] * len(group["params"]) if described is None else described[index]
@@ -58,11 +68,13 @@ def match(
     optimizer: Any,
     names: Mapping[int, Sequence[str]],
 ) -> Matched:
-    """Find for each parameter of the `optimizer` the one that was saved. `groups`: as saved. `names`: those that the models here
-    give to parameters, by id.
+    """Find the saved parameter for each parameter of the `optimizer`.
 
-    Raises `CheckpointError` naming both sides: for parameters without a counterpart, other shapes, and a parameter group here
-    whose parameters were saved with different hyper-parameters.
+    `groups`: the parameter groups as saved.
+    `names`: the names that the models here give to parameters, by id.
+
+    Raises `CheckpointError`, naming both sides, if a parameter has no counterpart or another shape. Also raises it if a
+    group here contains parameters that were saved with different hyper-parameters.
     """
     live_groups = groups_of(optimizer) or []
     live = [parameter for group in live_groups for parameter in group["params"]]
@@ -85,7 +97,7 @@ def _by_name(
     live: Sequence[torch.Tensor],
     names: Mapping[int, Sequence[str]],
 ) -> list[SavedParameter] | None:
-    """None where names are not known on both sides."""
+    """Match by name. Returns None if one of the two sides does not know names."""
     of_models = _unique([each.name for each in saved])
     of_groups = _unique([name for group in groups for name in given_names(group)])
     here_models = _complete([names.get(id(parameter), ()) for parameter in live])
@@ -102,7 +114,7 @@ def _by_name(
         found = [next((by_name[name] for name in each if name in by_name), None) for each in wanted]
         known = [each for each in found if each is not None]
         if not known and not of_one_kind:
-            continue  # names of two kinds that say nothing of each other
+            continue  # two kinds of names with nothing in common: they prove nothing
         missing = [each[0] for each, one in zip(wanted, found, strict=True) if one is None]
         taken = {one.number for one in known}
         unused = [name for name, one in by_name.items() if one.number not in taken]
@@ -118,7 +130,7 @@ def _by_name(
 
 
 def _complete(names: Sequence[Sequence[str | None]]) -> list[list[str]] | None:
-    """The names of each parameter; None if there is one without."""
+    """Return the names of each parameter, or None if a parameter has no name."""
     known = [[name for name in each if name is not None] for each in names]
     return known if known and all(known) else None
 
@@ -168,7 +180,8 @@ def _sources(
     live_groups: Sequence[Mapping[str, Any]],
     found: Sequence[SavedParameter],
 ) -> list[int | None]:
-    """The saved group of each group here. Parameters keep the hyper-parameters that they were saved with."""
+    """Return the index of the saved group for each group here. Parameters keep the hyper-parameters with which they
+    were saved."""
     sources: list[int | None] = []
     rest = iter(found)
     for index, group in enumerate(live_groups):

@@ -1,4 +1,4 @@
-"""Weights back into a model."""
+"""Restores the weights of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from .tensors import Move, Saved, Tensors
 def plan_model(
     source: Tensors, described: Mapping[str, Any], name: str, module: torch.nn.Module, selection: Selection
 ) -> tuple[Sequence[Move], Callable[[], None] | None]:
-    """What will restore `module`: where everything comes that was `described`, or a step. Raises before anything is changed."""
+    """Plan the restore of `module` from what was `described`. Raises `CheckpointError` before anything is changed.
+
+    Returns the moves that fill its tensors, and a step to run after them or None.
+    """
     share = share_of(module)
     if share is not None:
         raise CheckpointError(f"{source.directory}: {share}: load into the whole model, before it is sharded")
@@ -41,13 +44,14 @@ def plan_model(
 
 
 class _Places:
-    """The parameters and buffers of a module, each to get what was saved of it. `wrong`: what does not fit."""
+    """The parameters and buffers of a module, each with what was saved for it. `wrong` lists what does not fit."""
 
     def __init__(
         self, source: Tensors, module: torch.nn.Module, ties: Mapping[str, str], excluded: Callable[[str], bool]
     ) -> None:
-        """`ties`: names that were not stored because they shared memory with another, and that other. `excluded`: whether a
-        parameter of that name stays as it is."""
+        """`ties`: names that were not stored because they shared memory with another name, mapped to that name.
+        `excluded`: tells whether the parameter of a name stays as it is.
+        """
         self._source = source
         self._module = module
         self._excluded = excluded
@@ -62,12 +66,14 @@ class _Places:
         self.wrong: list[str] = []
 
     def _here(self, name: str) -> str:
-        """The name that a parameter has in this module, which may have other wrappers."""
+        """Return the parameter's name in this module, which may have other wrappers than the saved one."""
         return next((spelling for spelling in spellings(name) if spelling in self._live), name)
 
     def fill(self, key: str, name: str, part: Any, saved: Saved) -> None:
-        """Let `name`, or the `part` of it, get `saved`; its aliases too, where they are not tied to it any more. Where the module
-        has no such parameter, what its state_dict shows under the `key` of the file."""
+        """Plan that `name`, or the `part` of it, gets `saved`. Its aliases get it too if they are no longer tied to it.
+
+        If the module has no such parameter, use the tensor that its state_dict has under `key`, the name in the file.
+        """
         name = self._here(name)
         if name not in self._live:
             found = next((spelling for spelling in spellings(key) if spelling in self._shown), None)
@@ -102,7 +108,7 @@ class _Places:
             self.wrong.append(f"{name} has shape {tuple(place.shape)}, saved was {saved.shape}")
             return
         value: Saved | torch.Tensor = saved
-        if 0 in place.stride():  # expanded: many elements in one place
+        if 0 in place.stride():  # an expanded tensor: many elements share one place
             once = tuple(slice(1) if step == 0 else slice(None) for step in place.stride())
             (whole,) = self._source.read([saved])
             place, value = place[once], whole[once]
@@ -123,7 +129,8 @@ class _Places:
         return torch.equal(one, other)
 
     def missing(self, left_out: Sequence[str]) -> list[str]:
-        """What belongs to the module's state and gets nothing, though it was not left out when it was saved."""
+        """Return what belongs to the module's state and gets nothing, unless it was left out when the module was
+        saved."""
         ignored = set(getattr(self._module, "_keys_to_ignore_on_save", None) or ()).union(map(self._here, left_out))
         expected = {name for name, _ in self._shown.values()}
         held = {self._memory(name) for name in self._covered}
@@ -146,14 +153,15 @@ def live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _plan_computed(
     source: Tensors, described: Mapping[str, Any], name: str, module: torch.nn.Module, selection: Selection
 ) -> Callable[[], None]:
-    """The files hold values that saving computed: the model's own way back computes them anew."""
+    """Plan the restore of files whose values were computed by the save. The model's own loading code converts them
+    back."""
     state: dict[str, Any]
     if not described["from_pretrained"]:
         state = dict(source.weights(described["files"]))
         state |= {alias: state[kept] for alias, kept in described["ties"].items() if kept in state}
     else:
         directory = os.path.join(source.directory, name) if name else source.directory
-        for file in source.manifest.files:  # it reads them itself
+        for file in source.manifest.files:  # from_pretrained opens these files itself
             if file in described["files"] or (file.endswith(".json") and os.path.dirname(file) == name):
                 source.path(file)
         with torch.random.fork_rng(devices=()):
@@ -180,7 +188,8 @@ def _plan_computed(
 
 
 def _widest_dtype(module: torch.nn.Module) -> torch.dtype:
-    """A floating point dtype that holds every value of the module, for what casts all of them to one."""
+    """Return a floating point dtype that holds every value of the module. `from_pretrained` casts all values to one
+    dtype."""
     kinds = {tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()}
     if len(kinds) == 1:
         return kinds.pop()

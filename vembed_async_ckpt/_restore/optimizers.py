@@ -1,4 +1,4 @@
-"""State back into an optimizer."""
+"""Restores the state of an optimizer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ from .tensors import Move, Saved, Tensors
 
 @dataclass(frozen=True)
 class PlannedOptimizer:
-    """What will restore an optimizer: where its tensors come, and the `step` after that. `sources`: for each of its parameter
-    groups the saved one that it is; None if the groups are as they were."""
+    """The planned restore of an optimizer.
+
+    `moves`: fill its tensors.
+    `step`: run this after the moves.
+    `sources`: for each of its parameter groups, the index of the saved group; None if the groups are as they were.
+    """
 
     moves: list[Move]
     step: Callable[[], None]
@@ -41,8 +45,11 @@ def plan_optimizer(
     rewritable: Container[int],
     names: Mapping[int, Sequence[str]],
 ) -> PlannedOptimizer:
-    """Plan it. Tensors come where the optimizer has them, if those are `rewritable`, and else into new memory. `names`: those that
-    the models give to parameters, by id. Raises before anything is changed."""
+    """Plan the restore of an optimizer. Raises `CheckpointError` or `CorruptCheckpoint` before anything is changed.
+
+    A saved tensor goes into the tensor that the optimizer has now, if that is `rewritable`, else into new memory.
+    `names`: the names that the models give to parameters, by id.
+    """
     file, what = saved["file"], f"optimizer {name}".rstrip()
     used: set[str] = set()
 
@@ -93,8 +100,10 @@ def plan_optimizer(
 def _refuse_other_order(
     directory: str, what: str, described: Any, optimizer: Any, names: Mapping[int, Sequence[str]]
 ) -> None:
-    """Raise `CheckpointError` unless the parameters are those that were saved, in their order: a state of a layout of its own
-    cannot be rearranged."""
+    """Raise `CheckpointError` unless the parameters are the saved ones in the saved order.
+
+    Used for a state with an unknown layout, which cannot be rearranged.
+    """
     counter = itertools.count()
     groups = [{"params": [next(counter) for _ in group]} for group in described]
     if not match(directory, what, groups, saved_parameters(groups, described), optimizer, names).as_saved:
@@ -105,7 +114,7 @@ def _refuse_other_order(
 
 
 def _rearranged(directory: str, what: str, state: dict[str, Any], matched: Matched, optimizer: Any) -> dict[str, Any]:
-    """The state of the same parameters in the order and in the groups that the optimizer has here."""
+    """Return the state of the same parameters, in the order and the groups that the optimizer has here."""
     if len(state) > 2 or any(kind.__name__ == "LBFGS" for kind in type(optimizer).__mro__):
         raise CheckpointError(
             f"{directory}: the {what} has its parameters in another order than they were saved in, and what a "
@@ -136,8 +145,11 @@ def _refuse_misfit(
     saved: SavedParameter,
     optimizer: Any,
 ) -> None:
-    """Raise `CheckpointError` for state that cannot be the parameter's, where nothing says what shape that had: with torch's own
-    optimizers it has the parameter's, or is a number."""
+    """Raise `CheckpointError` for a state tensor that cannot belong to the parameter, if the parameter's saved shape is
+    not known.
+
+    In torch's own optimizers such a tensor has the shape of its parameter, or is a number.
+    """
     if saved.shape is not None or not tensor.shape or field in ("row_var", "col_var"):
         return
     kind = type(optimizer)
@@ -149,8 +161,11 @@ def _refuse_misfit(
 
 
 def _strides(tensor: Saved, parameter: torch.Tensor, saved: SavedParameter) -> tuple[int, ...] | None:
-    """The strides that state is to have. Where it lay in memory as its parameter did, it does so again: fused steps need that. In
-    directories that do not say how it lay, it did."""
+    """Return the strides for a state tensor.
+
+    If it had the strides of its parameter when it was saved, it gets those of the parameter here, because fused steps
+    need that. In checkpoints that do not record the strides of parameters, it had them.
+    """
     had = memory_format.contiguous(tensor.shape) if tensor.strides is None else tensor.strides
     if tensor.shape != tuple(parameter.shape) or parameter.layout is not torch.strided:
         return tensor.strides
@@ -158,14 +173,15 @@ def _strides(tensor: Saved, parameter: torch.Tensor, saved: SavedParameter) -> t
 
 
 def _home(optimizer: Any, parameter: torch.Tensor, field: str, *, steps_on_device: bool) -> torch.device:
-    """Where `load_state_dict` of torch keeps a parameter's state: read straight to there, none of it is copied once more."""
+    """Return the device on which torch's `load_state_dict` keeps this state. Reading to it directly saves a second
+    copy."""
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict or parameter.is_meta:
         return torch.device("cpu")
     return torch.device("cpu") if field == "step" and not steps_on_device else parameter.device
 
 
 def _entry(optimizer: Any, parameter: torch.Tensor) -> Mapping[str, Any]:
-    """What the optimizer keeps of the parameter now."""
+    """Return the state that the optimizer has for the parameter now."""
     state = getattr(optimizer, "state", None)
     entry = state.get(parameter) if isinstance(state, Mapping) else None
     return entry if isinstance(entry, Mapping) else {}
@@ -182,14 +198,14 @@ def _restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         return
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     entries = state["state"]
-    # torch makes other values of texts, deques and nested tensors of another dtype: they are put there afterwards.
+    # torch's load_state_dict changes strings, deques and nested tensors of another dtype. They are set afterwards.
     aside = {number: entries[number] for number in numbers if _is_more_than_tensors(entries.get(number))}
     if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
         given = {
             key: {name: value for name, value in entry.items() if isinstance(value, _PLAIN)} if key in aside else entry
             for key, entry in entries.items()
         }
-    else:  # it may need them; what it makes values of another type of is its own
+    else:  # its own load_state_dict may need them; a value that it converts to another type stays converted
         given = entries
     optimizer.load_state_dict({**state, "state": given})
     for number, parameter in zip(numbers, _parameters(optimizer), strict=True):
@@ -198,7 +214,7 @@ def _restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         for key, value in saved.items() if isinstance(saved, dict) else ():
             now = held.get(key)
             if isinstance(value, torch.Tensor):
-                # torch casts floating point state to its parameter's dtype; what was saved in another one comes back as it was.
+                # torch casts floating point state to the dtype of its parameter. Restore the dtype that was saved.
                 if isinstance(now, torch.Tensor) and now.dtype is not value.dtype:
                     result[key] = value.to(now.device)
             elif not isinstance(value, _PLAIN) and (key not in held or type(now) is type(value)):
@@ -222,9 +238,12 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
 
 
 def rewritable_state(models: Iterable[torch.nn.Module], optimizers: Iterable[Any]) -> set[int]:
-    """Ids of the state tensors that may be overwritten instead of replaced: all of a memory that nothing else here has, in
-    optimizers with torch's own `load_state_dict`, which keeps what it is given. Nor what a state_dict holds that was taken before:
-    somebody may want to go back to it."""
+    """Return the ids of the state tensors that may be overwritten in place.
+
+    Such a tensor must own all of its memory, and no other tensor here may use it. Its optimizer must have torch's own
+    `load_state_dict`, which keeps the tensors it is given. No state_dict taken earlier may hold the tensor, because the
+    caller may want to go back to that state.
+    """
     alone = {id(value) for optimizer in optimizers for value in _held_by_the_state_alone(optimizer)}
     kept: list[torch.Tensor] = []
     users = Counter(_storage(tensor) for module in models for _, tensor in live_tensors(module))
@@ -256,14 +275,15 @@ def rewritable_state(models: Iterable[torch.nn.Module], optimizers: Iterable[Any
 
 
 def _held_by_the_state_alone(optimizer: Any) -> list[torch.Tensor]:
-    """Those state tensors that no state_dict shares, whether taken from this optimizer or loaded into it."""
+    """Return the state tensors that no state_dict shares, whether it was taken from this optimizer or loaded into
+    it."""
     counted = _references(getattr(optimizer, "state", {}))
     (least,) = _references({0: {"": torch.empty(0, device="cpu")}}).values()
     return [value for value, count in counted.values() if count <= least[1]]
 
 
 def _references(state: Any) -> dict[int, tuple[torch.Tensor, int]]:
-    """{id: (tensor, references to it and to the dict that it is in)}."""
+    """Return {id: (tensor, number of references to it and to its dict)}."""
     found = {}
     for entry in state.values() if isinstance(state, dict) else ():
         if isinstance(entry, dict):

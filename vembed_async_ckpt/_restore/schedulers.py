@@ -1,4 +1,4 @@
-"""State back into schedulers and gradient scalers."""
+"""Restores the states of schedulers and gradient scalers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .._capture.training_state import unwrap_scheduler
 from .kinds import check_scaler, check_scheduler
 from .tensors import Tensors
 
-# What torch's schedulers keep for each parameter group.
+# Attributes of torch's schedulers with one value per parameter group.
 _PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "lr_lambdas")
 
-Sources = Sequence[int | None]  # for each parameter group the saved one that it is
+Sources = Sequence[int | None]  # for each parameter group, the index of the saved one
 
 
 def plan_scheduler(
@@ -25,8 +25,11 @@ def plan_scheduler(
     scheduler: Any,
     regrouped: Mapping[int, Sources],
 ) -> Callable[[], None]:
-    """What will restore it. `training`: the saved training state. `regrouped`: by id, the optimizers whose parameter groups were
-    split anew. Raises before anything is changed."""
+    """Return the step that will restore a scheduler. Raises `CheckpointError` before anything is changed.
+
+    `training`: the saved training state.
+    `regrouped`: the sources of each optimizer whose parameter groups changed, by its id.
+    """
     state = tree.decode(saved, source.training_tensor)
     inner = unwrap_scheduler(scheduler)
     sources = regrouped.get(id(unwrap_optimizer(getattr(inner, "optimizer", None))))
@@ -38,7 +41,7 @@ def plan_scheduler(
 
 
 def _regrouped(state: Any, sources: Sources) -> Any:
-    """The state with the values of each group at the place that the group has now."""
+    """Return the state with the values of each group moved to the index that the group has now."""
     if not isinstance(state, dict):
         return state
     count = 1 + max((origin for origin in sources if origin is not None), default=-1)
@@ -52,6 +55,6 @@ def _regrouped(state: Any, sources: Sources) -> Any:
 
 
 def plan_scaler(source: Tensors, state: Any, scaler: Any) -> Callable[[], None]:
-    """What will restore it. Raises before anything is changed."""
+    """Return the step that will restore a gradient scaler. Raises `CheckpointError` before anything is changed."""
     check_scaler(source.directory, state, scaler)
     return lambda: scaler.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""What of a checkpoint the caller of `load` wants: all of it, what fits, or not everything."""
+"""Which parts of a checkpoint the caller of `load` wants: everything, what fits, or everything except some names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 def check_names(exclude: str | Iterable[str]) -> list[str]:
-    """One name or several, as a list. Raises `TypeError` for what is no name."""
+    """Return one name or several as a list. Raises `TypeError` for a value that is not a name."""
     found = [exclude] if isinstance(exclude, str) else list(exclude)
     for name in found:
         if not isinstance(name, str) or not name:
@@ -23,8 +23,11 @@ def check_names(exclude: str | Iterable[str]) -> list[str]:
 
 
 class Selection:
-    """`strict`: what does not fit is an error; otherwise it is left out, and `tell` warns of it. `exclude`: names of what stays as
-    it is, as `load` has them."""
+    """The arguments `strict` and `exclude` of `load`.
+
+    `strict`: whether something that does not fit is an error. Otherwise it is left out, and `tell` warns about it.
+    `exclude`: names of what stays as it is.
+    """
 
     def __init__(self, *, strict: bool = True, exclude: Sequence[str] = ()) -> None:
         self._strict = strict
@@ -33,14 +36,15 @@ class Selection:
         self._left: list[str] = []
 
     def excludes(self, name: str, *, model: str = "") -> bool:
-        """Whether a parameter, buffer or object of that name stays as it is. `model`: name of the model that it belongs to."""
+        """Return whether the parameter, buffer or object of this name stays as it is. `model`: name of the model it
+        belongs to."""
         spellings = {name, f"{model}.{name}" if model else name}
         matching = [pattern for pattern in self._patterns if any(_matches(each, pattern) for each in spellings)]
         self._used.update(matching)
         return bool(matching)
 
     def misfits(self, directory: str, name: str, wrong: Sequence[str]) -> None:
-        """Note what does not fit a model. Raises `CheckpointError` if everything must."""
+        """Record what does not fit a model. Raises `CheckpointError` if `strict`."""
         if wrong:
             shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
             said = f"does not fit the model{' ' + name if name else ''}: {shown}"
@@ -49,7 +53,8 @@ class Selection:
             self._left.append(said)
 
     def attempt(self, plan: Callable[[], _T]) -> _T | None:
-        """What `plan` returns. None if its object does not fit and need not: then it stays as it is."""
+        """Return what `plan` returns, or None if its object does not fit and `strict` is False. The object then stays
+        as it is."""
         try:
             return plan()
         except CorruptCheckpoint:
@@ -61,7 +66,11 @@ class Selection:
             return None
 
     def tell(self, directory: str) -> None:
-        """Raise `CheckpointError` if something to exclude is nowhere; warn of what was left as it is though it was not excluded."""
+        """Raise `CheckpointError` if nothing has a name in `exclude`. Warn about what was not loaded though it was not
+        excluded.
+
+        If `strict` is False, an unused name in `exclude` is part of the warning instead.
+        """
         unused = [pattern for pattern in self._patterns if pattern not in self._used]
         if unused:
             said = f"exclude: nothing is named {', '.join(map(repr, unused))}"

@@ -1,4 +1,5 @@
-"""Tensors from the files of a checkpoint into their places: planned first, read in one go."""
+"""Reads tensors from the files of a checkpoint into their places. All reads are planned first and then done
+together."""
 
 from __future__ import annotations
 
@@ -15,14 +16,18 @@ from .._format import names
 from .._format.safetensors import BITS
 from ..errors import CheckpointError, CorruptCheckpoint
 
-_STAGING_BYTES = 64 << 20  # through which passes what cannot be read straight into its place
+_STAGING_BYTES = 64 << 20  # staging memory for what cannot be read directly into its place
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A tensor in a file of the checkpoint. `strides`: as it was saved, its bytes in the file lie in their order; None if it was
-    contiguous."""
+    """A tensor in a file of the checkpoint.
+
+    `offset`, `nbytes`: its bytes in the file.
+    `strides`: the strides with which it was saved, or None if it was contiguous. Its bytes lie in the order of the
+        strides.
+    """
 
     file: str
     offset: int
@@ -32,26 +37,27 @@ class Saved:
     strides: tuple[int, ...] | None = None
 
     def empty(self, device: torch.device) -> torch.Tensor:
-        """A new tensor for it."""
+        """Return a new, uninitialized tensor for it on `device`."""
         strides = memory_format.contiguous(self.shape) if self.strides is None else self.strides
         return torch.empty_strided(self.shape, strides, dtype=self.dtype, device=device)
 
 
-Move = tuple[torch.Tensor, "Saved | torch.Tensor"]  # the place, and what comes there
+Move = tuple[torch.Tensor, "Saved | torch.Tensor"]  # the place, and what is written to it
 
 
 class Tensors(Source):
-    """A checkpoint's files, and the tensors in them."""
+    """The files of a checkpoint, and the tensors in them."""
 
     def tensor(self, file: str, name: str) -> Saved:
-        """A tensor of a safetensors file."""
+        """Return a tensor of a safetensors file. Raises `CorruptCheckpoint` if the file does not have it."""
         entry = self.entries(file).get(name)
         if entry is None:
             raise CorruptCheckpoint(f"{self.path(file)}: has no tensor {name!r}")
         return self._saved(file, entry.dtype, entry.shape, entry.offset, entry.nbytes)
 
     def listed(self, file: str, key: str) -> Saved:
-        """A tensor of a file whose tensors stand in the manifest."""
+        """Return a tensor of a file whose tensors are listed in the manifest. Raises `CorruptCheckpoint` if its entry
+        is unusable."""
         try:
             dtype, shape, offset, *rest = self.manifest.tensors[file][key]
             element = getattr(torch, dtype).itemsize if dtype not in BITS else BITS[dtype] / 8
@@ -61,7 +67,7 @@ class Tensors(Source):
             if type(offset) is not int:
                 raise TypeError(f"its offset is {offset!r}")
             saved = self._saved(file, dtype, tuple(shape), offset, int(count * element))
-            torch.empty(saved.shape, dtype=saved.dtype, device="meta")  # raises for a shape that no tensor has
+            torch.empty(saved.shape, dtype=saved.dtype, device="meta")  # raises if no tensor can have this shape
             return saved if not rest else replace(saved, strides=memory_format.checked(saved.shape, *rest))
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
             raise CorruptCheckpoint(
@@ -80,25 +86,25 @@ class Tensors(Source):
         return Saved(file, offset, nbytes, kind, shape)
 
     def read(self, saved: Sequence[Saved]) -> list[torch.Tensor]:
-        """New tensors on the CPU."""
+        """Read into new tensors on the CPU."""
         tensors = [each.empty(torch.device("cpu")) for each in saved]
         self.fill(zip(tensors, saved, strict=True))
         return tensors
 
     def weights(self, files: Iterable[str]) -> dict[str, torch.Tensor]:
-        """New tensors on the CPU: all those of these safetensors files, by name."""
+        """Read all tensors of these safetensors files into new tensors on the CPU. Return them by name."""
         found = {key: self.tensor(file, key) for file in files for key in self.entries(file)}
         return dict(zip(found, self.read(list(found.values())), strict=True))
 
     def training_tensor(self, name: str) -> torch.Tensor:
-        """A new tensor: one of the small ones."""
+        """Read a tensor of the training state into a new tensor."""
         return self.read([self.tensor(names.TRAINING_TENSORS, name)])[0]
 
     def listed_copy(self, file: str, key: str) -> torch.Tensor:
         return self.read([self.listed(file, key)])[0]
 
     def fill(self, moves: Iterable[Move]) -> None:
-        """Every place gets what comes there. Raises `CorruptCheckpoint` where a file cannot be read; then some places have it."""
+        """Carry out the moves. Raises `CorruptCheckpoint` if a file cannot be read; some places are filled by then."""
         straight: list[tuple[torch.Tensor, Saved]] = []
         staged: list[tuple[torch.Tensor, Saved]] = []
         with torch.no_grad():
@@ -121,7 +127,8 @@ class Tensors(Source):
                 self._fill_staged(staged)
 
     def _fill_staged(self, moves: Sequence[tuple[torch.Tensor, Saved]]) -> None:
-        """Through memory of the host, pinned for a GPU; no more of it than for `_STAGING_BYTES` or for one tensor."""
+        """Read through host memory, which is pinned for a GPU. It takes at most `_STAGING_BYTES`, or the size of one
+        tensor."""
         pin = any(place.is_cuda for place, _ in moves)
         staging = torch.empty(
             min(sum(map(_room, moves)), _STAGING_BYTES), dtype=torch.uint8, device="cpu", pin_memory=pin
@@ -143,14 +150,14 @@ class Tensors(Source):
 
 
 def _in_order_of_file(place: torch.Tensor, saved: Saved, strides: tuple[int, ...]) -> tuple[torch.Tensor, Saved]:
-    """The same move with the dimensions in the order in which the elements lie in the file."""
+    """Return the same move with its dimensions permuted to the order in which the elements lie in the file."""
     order = memory_format.order(strides)
     shape = tuple(saved.shape[dimension] for dimension in order)
     return place.permute(order), replace(saved, shape=shape, strides=None)
 
 
 def _is_flat(place: torch.Tensor, saved: Saved) -> bool:
-    """Whether the bytes in the file are, in this order, those of the place."""
+    """Return whether the bytes in the file equal the bytes of the place, in the same order."""
     return (
         place.dtype is saved.dtype
         and place.layout is torch.strided
@@ -166,7 +173,7 @@ def _is_on_host(place: torch.Tensor) -> bool:
 
 
 def _pieces(place: torch.Tensor, saved: Saved) -> Iterator[tuple[torch.Tensor, Saved]]:
-    """The same move as bytes, in parts that fit into the staging memory."""
+    """Yield the same move as moves of bytes that fit into the staging memory."""
     flat = place.view(-1).view(torch.uint8)
     for start in range(0, saved.nbytes, _STAGING_BYTES):
         part = flat[start : start + _STAGING_BYTES]
@@ -178,7 +185,7 @@ def _room(move: tuple[torch.Tensor, Saved]) -> int:
 
 
 def _groups(moves: Sequence[tuple[torch.Tensor, Saved]]) -> Iterator[list[tuple[torch.Tensor, Saved]]]:
-    """As many at once as fit into the staging memory, at least one."""
+    """Yield as many moves at once as fit into the staging memory, but at least one."""
     group: list[tuple[torch.Tensor, Saved]] = []
     size = 0
     for move in moves:
