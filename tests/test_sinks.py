@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -420,6 +421,58 @@ def test_the_trace_is_on_the_clock_of_torchs_profiler(root: Path, tmp_path: Path
     assert span["pid"] == ranges[0]["pid"]
     assert abs(span["ts"] - ranges[0]["ts"]) < 20_000  # microseconds; the machine may be busy between the two looks
     assert abs(span["dur"] - ranges[0]["dur"]) < 20_000
+
+
+# -- several ranks
+
+RANKS = """
+import sys
+import torch, torch.distributed as dist
+from vembed_async_ckpt import AsyncCheckpointer
+from vembed_async_ckpt.sinks import ChromeTrace, JsonLines, Prometheus, TrackerSink
+
+rank, port, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+class Log:
+    def log(self, values, step=None):
+        print("logged", rank, step)
+
+sinks = [JsonLines(f"{directory}/e.jsonl"), ChromeTrace(f"{directory}/t.json")]
+sinks += [Prometheus(f"{directory}/p.prom"), TrackerSink(Log())]
+model = torch.nn.Linear(8, 8)
+with AsyncCheckpointer(f"{directory}/checkpoints", sinks=sinks) as checkpointer:
+    for step in (1, 2):
+        checkpointer.save(step, model=model).result(60)
+dist.destroy_process_group()
+"""
+
+
+def test_of_several_ranks_the_first_speaks_and_each_has_its_own_files(tmp_path: Path):
+    """Nothing is logged twice, and no two processes write to one file."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(rank), str(port), str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=120)[0].splitlines() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert said == [["logged 0 1", "logged 0 2"], []]
+    names = {"checkpoints", "e.jsonl", "e.rank1.jsonl", "p.prom", "t.json", "t.rank1.json"}
+    assert set(os.listdir(tmp_path)) == names
+    assert samples(tmp_path / "p.prom")["vembed_checkpoint_saves_total", "committed"] == 2
+    for name in ("e.jsonl", "e.rank1.jsonl"):
+        saved = [
+            event.step
+            for event in JsonLines.read(tmp_path / name)
+            if (event.stage, event.phase) == ("save", "complete")
+        ]
+        assert saved == [1, 2]
+    for name in ("t.json", "t.rank1.json"):
+        check_trace(tmp_path / name)
 
 
 # -- all of them
