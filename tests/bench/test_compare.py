@@ -101,6 +101,15 @@ def test_compare_says_that_two_runs_are_unlike(tmp_path: Path):
     assert "They ran on different machines: 2 x Some, no GPU, and 64 x Some, no GPU." in shown.output.replace("\n", " ")
 
 
+def test_compare_says_that_a_machine_was_busy(tmp_path: Path):
+    """What differs may be what other programs took."""
+    one, other = result({"ours": FAST}, others=0.5), result({"ours": FAST})
+    shown = runner.invoke(app, ["bench", "compare", written(tmp_path, "a", one), written(tmp_path, "b", other)])
+    assert "The machine was not quiet: other programs used 50% and 1% of it. Differences may be theirs." in (
+        shown.output.replace("\n", " ")
+    )
+
+
 @pytest.mark.parametrize("command", [["compare", "FILE", "FILE"], ["check", "FILE"]])
 def test_what_is_no_result_is_refused(tmp_path: Path, command: list[str]):
     """In one line, exit code 2."""

@@ -56,7 +56,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Difference]:
 
 
 def unlike(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What makes the two results hard to compare: another state, another machine."""
+    """What makes the two results hard to compare: another state, another machine, one that was busy."""
     found = []
     states = [
         f"{words.size(r['state']['bytes'])} in {words.amount(r['state']['tensors'], 'tensor')}" for r in (before, after)
@@ -68,6 +68,10 @@ def unlike(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     ]
     if machines[0] != machines[1]:
         found.append(f"They ran on different machines: {machines[0]}, and {machines[1]}.")
+    shares = [figures.of(result).others for result in (before, after)]
+    if max(shares) >= BUSY:
+        said = " and ".join(f"{share:.0%}" for share in shares)
+        found.append(f"The machine was not quiet: other programs used {said} of it. Differences may be theirs.")
     return found
 
 
