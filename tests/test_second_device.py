@@ -36,3 +36,16 @@ def run(config: pytest.Config, tmp_path: Path, file: str, *options: str) -> tupl
 def test_cases_of_the_device(pytestconfig: pytest.Config, tmp_path: Path, file: str) -> None:
     code, counts, output = run(pytestconfig, tmp_path, file)
     assert (code, set(counts)) == (0, {"passed"}), output
+
+
+# What is read into there is memory of the host that is mapped read-only.
+_OF_THE_HOST = "test_memory_that_cannot_be_written_is_not_blamed_on_the_file"
+
+
+def test_the_restore_suite_on_the_device(pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    """All of its tests, with every new tensor on the device, but the one that is about memory of the host."""
+    code, counts, output = run(
+        pytestconfig, tmp_path, "test_restore.py", "--on-device", f"--deselect=tests/test_restore.py::{_OF_THE_HOST}"
+    )
+    assert (code, set(counts), counts.get("deselected")) == (0, {"passed", "deselected"}, 1), output
+    assert counts["passed"] > 100
