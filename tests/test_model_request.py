@@ -212,7 +212,7 @@ def with_parameter(tensor: torch.Tensor) -> torch.nn.Module:
     return module
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -220,14 +220,15 @@ def with_parameter(tensor: torch.Tensor) -> torch.nn.Module:
         (lambda: torch.nn.Linear(2, 2, device="meta"), "weight.*meta device"),
         (lambda: with_parameter(torch.eye(3).to_sparse()), "odd.*sparse"),
         (lambda: with_parameter(torch.eye(3, dtype=torch.complex128)), "odd.*complex128"),
-        (lambda: with_parameter(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)), "odd"),
+        (lambda: with_parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])), "odd.*nested"),
+        (lambda: with_parameter(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)), "odd.*quantized"),
         (lambda: [torch.nn.Linear(2, 2)], "list.*not a torch.nn.Module"),
         (lambda: {"../up": torch.nn.Linear(2, 2)}, r"\.\./up"),
         (lambda: {"a/b": torch.nn.Linear(2, 2)}, "a/b"),
         (lambda: {"_vembed_async_ckpt": torch.nn.Linear(2, 2)}, "_vembed"),
         (lambda: {3: torch.nn.Linear(2, 2)}, "3"),
     ],
-    ids=["extra_state", "meta", "sparse", "complex128", "quantized", "list", "up", "slash", "work", "number"],
+    ids=["extra_state", "meta", "sparse", "complex128", "nested", "quantized", "list", "up", "slash", "work", "number"],
 )
 def test_what_cannot_be_saved_is_refused_before_anything_is_touched(root: Path, model: Callable[[], Any], reason: str):
     """A PlanError naming the tensor, from save() itself; the next save works."""
@@ -382,6 +383,33 @@ def test_the_save_after_a_change_of_a_plain_module_is_right(root: Path, edit: Ca
         assert first.read_bytes() != expected, "the edit shows"
         second = checkpointer.save(2, model=module).result(BOUND).path / "model.safetensors"
         assert second.read_bytes() == expected
+
+
+def filtered(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    whole = torch.nn.Module.state_dict(self, *args, **kwargs)
+    return whole if self.everything else {name: value for name, value in whole.items() if name not in self._parameters}
+
+
+def without_parameters(self: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    torch.nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+    for name in () if self.everything else self._parameters:
+        del destination[prefix + name]
+
+
+OWN_METHODS = {"state_dict": filtered, "_save_to_state_dict": without_parameters}
+
+
+@pytest.mark.parametrize("family", ["plain", "CLIP"])
+@pytest.mark.parametrize("name", OWN_METHODS)
+def test_a_method_of_a_class_that_decides_anew_is_asked_for_every_save(root: Path, name: str, family: str):
+    """What a class has in the place of torch's own method goes by a flag: each save has what it gives at that call."""
+    model = torch.nn.Linear(3, 4) if family == "plain" else build(family)
+    model.__class__ = type("Own", (type(model),), {name: OWN_METHODS[name]})
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        for step, everything in enumerate([False, True, False]):
+            model.everything = everything
+            path = checkpointer.save(step, model=model).result(BOUND).path / "model.safetensors"
+            assert safetensors.torch.load_file(path).keys() == model.state_dict().keys()
 
 
 class TwoNames(torch.nn.Module):

@@ -39,10 +39,9 @@ def check_storage(name: str, tensor: torch.Tensor, *, file: str) -> None:
         raise PlanError(
             f"{file}: tensor {name!r} is on the meta device and has no data; load or initialize the model first"
         )
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise PlanError(
-            f"{file}: tensor {name!r} is {tensor.layout}; only dense tensors can be saved, convert it first"
-        )
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        said = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+        raise PlanError(f"{file}: tensor {name!r} is {said}; only dense tensors can be saved, convert it first")
     kind = type(tensor)
     if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) and _is_wrapper(tensor):
         raise PlanError(

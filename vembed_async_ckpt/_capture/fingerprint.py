@@ -83,10 +83,11 @@ _READ = (
     "config", "generation_config", "peft_config", "hf_quantizer", "hf_device_map", "all_tied_weights_keys",
     "_tied_weights_keys", "_keys_to_ignore_on_save", "_weight_conversions", "_hf_peft_config_loaded", "_auto_class",
 )  # fmt: skip
-# What decides what a state_dict holds, where somebody replaces it for one module.
+# What decides what a state_dict holds, where somebody replaces it for one module or in a class.
 _REPLACED = ("state_dict", "_save_to_state_dict")
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {"training"}
 _KNOWN = ("transformers", "peft")
+_LOOK_AT_NOTHING_ELSE = ("torch", *_KNOWN)  # packages whose own methods decide by what is looked at here
 
 
 def _settings_of(module: torch.nn.Module) -> Settings:
@@ -120,7 +121,10 @@ def _package(value: Any) -> str:
 
 
 def _decides_anew(module: torch.nn.Module) -> bool:
-    """Whether somebody's own function decides at each call what the state_dict holds."""
+    """Whether somebody's own function or method decides at each call what the state_dict holds."""
+    for kind in set(map(type, module.modules())):
+        if any(_package(getattr(kind, name)) not in _LOOK_AT_NOTHING_ELSE for name in _REPLACED):
+            return True
     for part in module.modules():
         if any(name in vars(part) for name in (*_REPLACED, "save_pretrained")):
             return True

@@ -334,7 +334,8 @@ def _plain_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
                 f"model: {name!r} in the state_dict is a {type(tensor).__qualname__}, not a tensor; "
                 "safetensors holds tensors only, pass it in extra="
             )
-        if tensor.numel() and tensor.layout is torch.strided and not tensor.is_meta and not has_no_storage(tensor):
+        has_strides = tensor.layout is torch.strided and not tensor.is_nested
+        if tensor.numel() and has_strides and not tensor.is_meta and not has_no_storage(tensor):
             identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             if identity in seen:
                 continue
