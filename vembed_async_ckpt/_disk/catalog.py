@@ -1,4 +1,7 @@
-"""The committed checkpoints under a root. A directory is one if its manifest verifies; order is by (sequence, step)."""
+"""The committed checkpoints under a root.
+
+A directory is one if its manifest verifies. They are ordered by (sequence, step).
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,27 @@ from . import latest_link, manifests, places
 from .manifests import Verify
 from .reader import reading
 
-_MOMENT = 0.05  # seconds that a directory is given to come back under its name
+_MOMENT = 0.05  # seconds to wait for a directory to come back under its name
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One directory under a root: a manifest, or the reason why it has none that can be used."""
+    """One directory under a root: its manifest, or the reason why it has no usable one."""
 
     path: str
     manifest: Manifest | None
     error: CheckpointError | None = None
-    order: tuple[int, int] = (-1, -1)  # newest is largest; unknown is oldest
+    order: tuple[int, int] = (-1, -1)  # the newest is largest; unknown counts as oldest
 
 
 def scan(root: str) -> list[Entry]:
-    """Everything under `root` that is a checkpoint or claims to be one, broken ones first, then oldest to newest.
+    """Return every directory under `root` that is a checkpoint or claims to be one: broken ones first, then oldest to
+    newest.
 
-    A directory claims it by its name (`names.parse_checkpoint`) or by holding a manifest. One whose replacement was interrupted
-    (only on file systems without exchange) is broken until the next start brings it back. A root that does not exist is empty.
-    Raises `CheckpointError` if it cannot be listed: then nobody knows what is there.
+    A directory claims to be a checkpoint by its name (`names.parse_checkpoint`) or by holding a manifest. On file
+    systems without exchange, the replacement of a checkpoint may have been interrupted. Such a checkpoint is listed as
+    broken until the next start brings it back. A root that does not exist is empty. Raises `CheckpointError` if the
+    root cannot be listed: then its content is unknown.
     """
     try:
         with os.scandir(root) as found:
@@ -47,7 +52,9 @@ def scan(root: str) -> list[Entry]:
 
 
 def interrupted(root: str) -> Iterator[Entry]:
-    """The checkpoints that made way for another one which never came, under the names they had."""
+    """Yield the checkpoints that were moved away for a replacement that was never published, under their original
+    paths.
+    """
     replaced = names.replaced_directory(root)
     for name in list_replaced(root):
         parsed = names.parse_swap(name)
@@ -61,7 +68,10 @@ def interrupted(root: str) -> Iterator[Entry]:
 
 
 def list_replaced(root: str) -> list[str]:
-    """What is in `replaced/`. A symbolic link there is somebody else's: it leads out of the root."""
+    """Return the names in `replaced/`. Empty if that is a symbolic link: it is not ours and leads out of the root.
+
+    Raises `CheckpointError` if the directory cannot be listed.
+    """
     replaced = names.replaced_directory(root)
     try:
         return [] if os.path.islink(replaced) else sorted(os.listdir(replaced))
@@ -91,12 +101,14 @@ def _read(path: str) -> Entry:
 
 
 def latest(root: str | os.PathLike[str], *, verify: Verify = "size") -> Path | None:
-    """The newest complete checkpoint under `root`, or None only if nothing there is or claims to be one.
+    """Return the newest complete checkpoint under `root`. None means that nothing there is a checkpoint or claims to be
+    one.
 
-    Newest is by (sequence, step) of the manifests, never by name or file time. Broken checkpoints are skipped with a warning
-    that says why. If the writer of a dead trainer is still finishing a staged save, waits for it (up to 60 s) and says so.
-    Raises `CorruptCheckpoint` if every checkpoint is broken, `CheckpointerBusy` if that writer does not finish, and
-    `CheckpointError` if the root cannot be listed, is a checkpoint itself, or holds only what other programs wrote.
+    The newest is the one with the largest (sequence, step) in its manifest; names and file times do not count. Broken
+    checkpoints are skipped with a warning that gives the reason. If the writer of a dead trainer is still finishing a
+    staged save, this waits for it (up to 60 s) and logs that. Raises `CorruptCheckpoint` if every checkpoint is broken,
+    `CheckpointerBusy` if that writer does not finish, and `CheckpointError` if the root cannot be listed, is a
+    checkpoint itself, or holds only what other programs wrote.
     """
     root = os.fspath(root)
     places.refuse_checkpoint(root)
@@ -110,7 +122,7 @@ def latest(root: str | os.PathLike[str], *, verify: Verify = "size") -> Path | N
 def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
     broken: list[CheckpointError] = []
     entries = scan(root)
-    # How new one is whose manifest cannot be read, nobody knows: it may be the one that was looked for.
+    # If a manifest cannot be read, the age of its checkpoint is unknown: it may be the newest.
     unread = [entry for entry in entries if entry.error and entry.order < (0, 0)]
     if retries and any(map(_has_changed, unread)):
         return _look_again(root, verify, retries)
@@ -146,13 +158,13 @@ def _newest(root: str, verify: Verify, retries: int = 2) -> Path | None:
 
 
 def _look_again(root: str, verify: Verify, retries: int) -> Path | None:
-    """A live run moved or is replacing what was looked at."""
+    """Scan again: a live run has just moved or replaced one of the directories."""
     time.sleep(_MOMENT)
     return _newest(root, verify, retries - 1)
 
 
 def _has_changed(entry: Entry) -> bool:
-    """Whether another checkpoint, or none, has the entry's name now; also if it changed while this looked."""
+    """Return whether the entry's path now holds another checkpoint or none. Also True if it changed during this call."""
     before = _identity(entry.path)
     found = _read(entry.path).manifest
     return before is None or found != entry.manifest or _identity(entry.path) != before
@@ -167,8 +179,10 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def survey(root: str) -> list[Entry]:
-    """What `scan` finds, with the sizes of the files compared. A checkpoint that is deleted meanwhile is left out, and one that is
-    replaced is looked at again."""
+    """Return the entries of `scan`, after comparing the sizes of their files with the manifests.
+
+    A checkpoint that is deleted meanwhile is left out. One that is replaced meanwhile is read again.
+    """
     return [entry for found in scan(root) if (entry := _surveyed(found)) is not None]
 
 
@@ -188,10 +202,10 @@ def _surveyed(entry: Entry, retries: int = 2) -> Entry | None:
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:
-    """Check everything a checkpoint says of itself: manifest, sizes, and the hash of every file.
+    """Check a checkpoint against its manifest: the manifest itself, the size of every file, and the hash of every file.
 
-    Retention leaves it alone meanwhile.
-    Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` for what is no checkpoint or is gone meanwhile.
+    Returns the manifest. Retention does not delete the checkpoint meanwhile. Raises `CorruptCheckpoint` that names the
+    file and the reason, and `CheckpointError` if the path is not a checkpoint or is deleted meanwhile.
     """
     directory = latest_link.resolve(path)
 
@@ -203,14 +217,14 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
 
 
 class Committed:
-    """The manifests under a root, read once each: the tensor tables are dropped, they may be large."""
+    """The manifests under a root, each read once. Their tensor tables are dropped because they may be large."""
 
     def __init__(self, root: str) -> None:
         self._root = root
         self._known: dict[str, tuple[tuple[int, ...], Manifest]] = {}
 
     def refresh(self) -> list[tuple[str, Manifest]]:
-        """(path, manifest) of every checkpoint that has a usable manifest now."""
+        """Return (path, manifest) of every checkpoint that has a usable manifest now."""
         found: dict[str, tuple[tuple[int, ...], Manifest]] = {}
         with os.scandir(self._root) as entries:
             paths = [e.path for e in entries if e.name != names.WORK and e.is_dir(follow_symlinks=False)]

@@ -1,7 +1,7 @@
-"""Commit: the one function that makes a finished work directory a checkpoint.
+"""The commit: `commit` is the only function that makes a finished work directory a checkpoint.
 
-Whatever happens, a directory under its final name is complete and durable, and the previous checkpoint is not touched before
-the new one is durable.
+At any time, a directory under its final name is complete and durable. The previous checkpoint is not touched before the
+new one is durable.
 """
 
 from __future__ import annotations
@@ -24,32 +24,35 @@ _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPE
 
 
 def commit(fs: Filesystem, root: str, name: str, work: str, manifest: Manifest) -> str | None:
-    """Publish `work`, whose files are written and synced, as `root/name`.
+    """Publish `work` as `root/name`. The files of `work` must be written and synced.
 
-    When this returns the checkpoint survives a power cut. Returns where the directory now lies that had the name before, if
-    any: pass it to `dispose`. Raises OSError with nothing published, or `CommitError` when it is published but doubtful: then
-    nothing may be deleted, and the save may only be repeated from the arena.
+    When this returns, the checkpoint survives a power cut. If another directory had the name before, its new path is
+    returned; pass it to `dispose`. Otherwise the result is None. Raises OSError or `WriteError` if nothing was
+    published. Raises `CommitError` if the checkpoint was published but may not be durable or complete. Then nothing may
+    be deleted. The save may be repeated, but only from the arena.
     """
     target = os.path.join(root, name)
     refuse_non_directory(target)
-    # Foreign files go into the new directory before the exchange: never is there a moment without them.
+    # Foreign files go into the new directory before the exchange: so there is no moment without them.
     carry_over(fs, target, work)
-    # The manifest is last: a work directory with a manifest is whole, whenever the power went.
+    # The manifest is written last: so a work directory with a manifest is complete, even after a power cut.
     content = manifest.to_bytes()
     if excess := too_large(content):
         raise WriteError(f"{target}: its manifest would have {excess}")
     _write_synced(fs, os.path.join(work, names.MANIFEST), content)
-    # Else after a power cut the published directory could miss names whose contents are safe.
+    # Without this, file names could be missing in the published directory after a power cut, although the contents are
+    # safe.
     for directory in files.walk_directories(work):
         fs.sync_directory(directory)
-    # Else what somebody moved, or put in its place, while it was written would be missing under the final name.
+    # If somebody moved or replaced a file while it was written, it would be missing or wrong under the final name.
     if wrong := _not_what_was_written(work, manifest):
         raise WriteError(f"somebody else changed {work} while it was written; nothing was published: {wrong}")
     replaced = _publish(fs, root, name, work, manifest.save_id)
     if wrong := _not_what_was_written(target, manifest):
         raise CommitError(f"{target}: somebody else changed it while it was published: {wrong}")
     try:
-        # Else the rename itself could be undone after it was acknowledged; the work directory lost an entry too.
+        # Without this, a power cut could undo the rename after the save was acknowledged. The work directory lost an
+        # entry too.
         fs.sync_directory(root)
         fs.sync_directory(names.work_directory(root))
     except OSError as error:
@@ -58,7 +61,7 @@ def commit(fs: Filesystem, root: str, name: str, work: str, manifest: Manifest) 
 
 
 def _not_what_was_written(directory: str, manifest: Manifest) -> str:
-    """What is missing or of another kind or size than when it was written; empty if nothing is."""
+    """Return which file is missing or has another kind or size than when it was written; empty if none."""
     try:
         check(directory, manifest, "size")
     except CorruptCheckpoint as error:
@@ -67,15 +70,15 @@ def _not_what_was_written(directory: str, manifest: Manifest) -> str:
 
 
 def refuse_non_directory(target: str) -> None:
-    """Raise `WriteError` if something that is not a directory has the final name. Symbolic links are not followed."""
+    """Raise `WriteError` if something other than a directory has the final name. Symbolic links are not followed."""
     if os.path.islink(target) or (os.path.lexists(target) and not os.path.isdir(target)):
         raise WriteError(f"{target}: exists and is not a directory; move it away or save under another name")
 
 
 def carry_over(fs: Filesystem, target: str, work: str) -> None:
-    """Give `work` the files of `target` that its manifest does not name: hard links, else copies, synced.
+    """Put into `work` the files of `target` that its manifest does not name: as hard links, else as synced copies.
 
-    Names that a plan of ours can make are left out: they would be read as part of the new checkpoint.
+    Files whose names a plan of ours can make are left out: they would be read as part of the new checkpoint.
     """
     for relative, source in foreign_files(target):
         if names.is_plan_name(relative):
@@ -119,7 +122,7 @@ def _copy_synced(fs: Filesystem, source: str, destination: str) -> None:
 
 
 def _publish(fs: Filesystem, root: str, name: str, work: str, save_id: str) -> str | None:
-    """Rename `work` to its final name; returns where the directory that had the name went, if there was one."""
+    """Rename `work` to its final name. Return the new path of the directory that had the name, or None."""
     target = os.path.join(root, name)
     try:
         if not os.path.lexists(target):
@@ -140,7 +143,10 @@ def _publish(fs: Filesystem, root: str, name: str, work: str, save_id: str) -> s
 
 
 def _publish_without_exchange(fs: Filesystem, root: str, name: str, work: str, save_id: str) -> str | None:
-    """NFS, FUSE: two renames under the root's lock. A crash between them is healed by the next start (`sweep`)."""
+    """Publish on file systems without exchange (NFS, FUSE): two renames under the root's lock.
+
+    After a crash between the two, the next start brings the old checkpoint back (`sweep`).
+    """
     target = os.path.join(root, name)
     swap = None
     if os.path.lexists(target):
@@ -155,13 +161,15 @@ def _publish_without_exchange(fs: Filesystem, root: str, name: str, work: str, s
         if _is_published(target, save_id):
             return swap
         if swap is not None and not os.path.lexists(target):
-            fs.rename(swap, target, "plain")  # the old checkpoint is back before anybody is told
+            fs.rename(swap, target, "plain")  # bring the old checkpoint back before the error is reported
         raise
     return swap
 
 
 def _is_published(target: str, save_id: str) -> bool:
-    """Whether a rename took place though an error was reported: over a network the answer can be lost."""
+    """Return whether the save is published although the rename reported an error: over a network the answer can be
+    lost.
+    """
     try:
         return read(target).save_id == save_id
     except CorruptCheckpoint:

@@ -1,6 +1,8 @@
-"""The ways in which a directory leaves: replaced, no longer kept, or left behind by a crash.
+"""Deletes directories: those that were replaced, those that retention does not keep, and those that a crash left
+behind.
 
-Nothing is deleted that we did not write: what a manifest does not name stays, in `replaced/` if its directory goes.
+Only what we wrote is deleted. A file that the manifest does not name stays; if its directory is deleted, the file stays
+in `replaced/`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _CHUNK = 16 << 20
 
 
 def foreign_files(directory: str) -> Iterable[tuple[str, str]]:
-    """(relative name, path) of the files in a checkpoint directory that its manifest does not name."""
+    """Yield (relative name, path) of the files in a checkpoint directory that its manifest does not name."""
     if not os.path.isdir(directory):
         return
     ours = _own_files(directory)
@@ -37,11 +39,11 @@ def _own_files(directory: str) -> Collection[str]:
     try:
         return {*manifests.read(directory).files, names.MANIFEST}
     except CorruptCheckpoint:
-        return ()  # nothing proves that we wrote any of it
+        return ()  # nothing proves that any of the files is ours
 
 
 def make_directories(fs: Filesystem, path: str) -> None:
-    """Create a directory and its parents where they are missing, durably."""
+    """Create a directory and its missing parents, durably."""
     if os.path.islink(path) or not os.path.isdir(path):
         make_directories(fs, os.path.dirname(path))
         fs.make_directory(path)
@@ -49,13 +51,13 @@ def make_directories(fs: Filesystem, path: str) -> None:
 
 
 def dispose(fs: Filesystem, root: str, directory: str, name: str, save_id: str, carried_to: str | None = None) -> None:
-    """Delete what we wrote of a directory that is no checkpoint any more; keep what remains in `replaced/`.
+    """Delete what we wrote of a directory that is no longer a checkpoint. Keep the rest in `replaced/`.
 
-    Deletes the files its own manifest names, the manifest last, so that a crash on the way is taken up again. Files that were
-    carried over to the directory `carried_to` live on there and go here.
+    Deletes the files that its own manifest names, and the manifest last: so after a crash the deletion can be
+    continued. Files that were carried over to the directory `carried_to` stay there and are deleted here.
     """
     known = _own_files(directory)
-    # Of what is there, never of what the manifest says is there: a link in there may lead out of the directory.
+    # List the directory; do not trust the names in the manifest: a link inside may lead out of the directory.
     ours = [name for name, _ in files.walk_files(directory) if name in known and name != names.MANIFEST]
     for relative in ours:
         _unlink_if_there(fs, os.path.join(directory, *relative.split("/")))
@@ -65,7 +67,8 @@ def dispose(fs: Filesystem, root: str, directory: str, name: str, save_id: str, 
             if not names.is_plan_name(relative) and _same_content(path, other):
                 _unlink_if_there(fs, path)
     if _own_files(directory):
-        # Else a power cut could take the manifest first, and nothing would prove that the rest is ours.
+        # Without this, a power cut could remove the manifest first. Then nothing would prove that the other files are
+        # ours.
         for inner in files.walk_directories(directory):
             fs.sync_directory(inner)
         _unlink_if_there(fs, os.path.join(directory, names.MANIFEST))
@@ -100,24 +103,24 @@ def _unlink_if_there(fs: Filesystem, path: str) -> None:
 
 
 def remove_work(fs: Filesystem, directory: str, save_id: str) -> None:
-    """Delete the work directory of a save that was not published, all of it: every name in it was made by us.
+    """Delete the whole work directory of a save that was not published. We made every name in it.
 
-    One that holds another save is left alone: an exchange took place after all, though an error was reported.
+    A directory that holds another save is left alone: then an exchange took place although an error was reported.
     """
     if not os.path.islink(directory) and _save_id(directory) in (None, save_id):
         _remove_all(fs, directory)
 
 
 def remove_rotated(fs: Filesystem, root: str, name: str, identity: str) -> None:
-    """Delete `root/name`, a checkpoint that Trainer itself wrote and `save_total_limit` does not keep, all of it.
+    """Delete all of `root/name`, a checkpoint that Trainer itself wrote and that `save_total_limit` does not keep.
 
-    What a crash leaves of it, `sweep` deletes.
+    After a crash, `sweep` deletes the rest.
     """
     rotated = names.rotated_directory(root, identity)
     make_directories(fs, os.path.dirname(rotated))
-    # In one step out of sight: nobody resumes from a checkpoint that is half deleted.
+    # One rename hides the whole directory: nobody can resume from a half-deleted checkpoint.
     fs.rename(os.path.join(root, name), rotated, "plain")
-    # Else a power cut could bring the name back with files missing.
+    # Without this, a power cut could bring the name back with files missing.
     fs.sync_directory(root)
     _remove_all(fs, rotated)
     _remove_if_empty(fs, os.path.dirname(rotated))
@@ -130,7 +133,7 @@ def _remove_all(fs: Filesystem, directory: str) -> None:
         try:
             fs.remove_directory(inner)
         except FileNotFoundError:
-            pass  # a rotation and a sweep may come to the same
+            pass  # a rotation and a sweep may delete the same directory
 
 
 def prune(
@@ -140,11 +143,12 @@ def prune(
     committed: Collection[tuple[str, Manifest]],
     allowed: Callable[[], object],
 ) -> list[str]:
-    """Move the checkpoints that `policy` does not keep to the trash, then delete them; returns their names.
+    """Delete the checkpoints that `policy` does not keep. Each is moved to the trash first. Returns their names.
 
-    `committed` are (path, manifest), the newest among them durable. Never deleted are the newest complete one, one that is not
-    complete, one whose manifest a reader has locked, and a directory whose name is not one of ours. `allowed` is called before
-    each deletion and raises if nothing may be deleted any more.
+    `committed`: (path, manifest) of the checkpoints; the newest must be durable. These are never deleted: the newest
+    complete checkpoint, an incomplete one, one whose manifest a reader has locked, and a directory whose name is not
+    one of ours. `allowed` is called before each deletion and raises if nothing may be deleted any more. Raises the
+    first OSError after all others were tried.
     """
     manifests_of = dict(committed)
     gone: list[str] = []
@@ -156,41 +160,45 @@ def prune(
             discard(fs, root, name, manifests_of[path].save_id)
             gone.append(name)
         except OSError as error:
-            failures.append(error)  # the others' turn comes all the same
+            failures.append(error)  # go on with the other checkpoints
     if failures:
         raise failures[0]
     return gone
 
 
 def discard(fs: Filesystem, root: str, name: str, save_id: str) -> None:
-    """Move the checkpoint `root/name`, which save `save_id` made, to the trash, then delete what we wrote of it."""
-    # Its predecessor first, if that is still on its way out: the next start would take it for one that was never replaced.
+    """Delete the checkpoint `root/name` that save `save_id` made: move it to the trash, then delete what we wrote of
+    it.
+    """
+    # Delete a predecessor that still waits for deletion first. Otherwise the next start would bring it back, as if it
+    # had never been replaced.
     _finish_swaps(fs, root, [name])
     replaced = names.replaced_directory(root)
     if os.path.isdir(replaced) and not os.path.islink(replaced):
-        # Else a power cut could bring the predecessor back, half deleted, when this one is gone.
+        # Without this, a power cut could bring back the half-deleted predecessor when this checkpoint is gone.
         fs.sync_directory(replaced)
     trash = names.trash_directory(root, save_id)
     make_directories(fs, os.path.dirname(trash))
-    # In one step out of sight: no reader ever sees a checkpoint that is half deleted.
+    # One rename hides the whole directory: no reader sees a half-deleted checkpoint.
     fs.rename(os.path.join(root, name), trash, "plain")
-    # Else a power cut could bring the name back with files missing.
+    # Without this, a power cut could bring the name back with files missing.
     fs.sync_directory(root)
     dispose(fs, root, trash, name, save_id)
     _remove_if_empty(fs, os.path.dirname(trash))
 
 
 def _remove_if_empty(fs: Filesystem, directory: str) -> None:
-    """For a work directory that was made for this only: one in use has the lock in it."""
+    """Remove a work directory that was made for one deletion only. One in use is not empty: it has the lock file."""
     if not os.listdir(directory):
-        with contextlib.suppress(OSError):  # something came into it just now
+        with contextlib.suppress(OSError):  # something was put into it just now
             fs.remove_directory(directory)
 
 
 def expendable(policy: Policy, committed: Collection[tuple[str, Manifest]]) -> list[str]:
-    """The checkpoints that `prune` would delete, newest first.
+    """Return the checkpoints that `prune` would delete, newest first.
 
-    One with files missing or cut short is neither counted nor deleted: it must not stand for a whole one.
+    A checkpoint with missing or truncated files is neither counted nor deleted: it must not take the place of a
+    complete one.
     """
     ours = [item for item in committed if names.parse_checkpoint(os.path.basename(item[0])) is not None]
     newest_first = sorted(ours, key=lambda item: item[1].order, reverse=True)
@@ -214,9 +222,9 @@ def _is_whole(path: str, manifest: Manifest) -> bool:
 
 
 def in_use(directory: str) -> bool:
-    """Whether a reader holds the checkpoint (a shared lock on its manifest)."""
+    """Return whether a reader holds the checkpoint (has a shared lock on its manifest)."""
     try:
-        # For writing: over NFS an exclusive lock is refused on a descriptor that can only read.
+        # Open for writing: NFS refuses an exclusive lock on a read-only descriptor.
         fd = os.open(os.path.join(directory, names.MANIFEST), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
@@ -225,20 +233,22 @@ def in_use(directory: str) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        return False  # no locks on this file system: readers have none either
+        return False  # no locks on this file system, so readers have none either
     finally:
         os.close(fd)
     return False
 
 
 def sweep(fs: Filesystem, root: str) -> list[str]:
-    """Finish what a crash left in the work directory: drop unpublished saves, empty the trash, heal a missing target.
+    """Clean up what a crash left in the work directory.
 
-    Only the holder of the root's lock may call this. Entries whose names are not ours stay. Returns what was done.
+    Drops unpublished saves, empties the trash, and brings back a checkpoint whose replacement was never published. Only
+    the holder of the root's lock may call this. Entries whose names are not ours stay. Returns one line for each thing
+    that was done. Raises the first OSError after all entries were tried.
     """
     work_root = names.work_directory(root)
     done = []
-    # What is decided below rests on what is visible now; make that durable first.
+    # The decisions below depend on what is visible now, so make that durable first.
     fs.sync_directory(root)
     fs.sync_directory(work_root)
     done += _orphans_failures(fs, root)
@@ -249,7 +259,7 @@ def sweep(fs: Filesystem, root: str) -> list[str]:
     for entry in sorted(os.listdir(work_root)):
         try:
             done += _sweep_entry(fs, root, entry, visible, committed)
-        except OSError as error:  # the others get their turn
+        except OSError as error:  # go on with the other entries
             first = first or error
     if first is not None:
         raise first
@@ -274,7 +284,8 @@ def _sweep_entry(
     if parsed.kind == "work" and parsed.save_id not in committed:
         inside = _save_id(path)
         if inside not in (None, parsed.save_id):
-            # Not the save itself but what it was exchanged for: a whole checkpoint, whose successor cannot be seen.
+            # The directory holds the checkpoint that this save replaced by an exchange. That one is complete, and the
+            # new one cannot be read.
             keep(fs, root, path, parsed.save_id, "checkpoint")
             return [f"kept the replaced checkpoint in {entry}: the one that replaced it cannot be read"]
         if inside is None and any(_may_be_published(other) for other in visible):
@@ -301,7 +312,10 @@ def _is_locked(directory: str) -> bool:
 
 
 def _orphans_failures(fs: Filesystem, root: str) -> list[str]:
-    """What the writer of a dead trainer could not save; said once."""
+    """Return what the writer of a dead trainer could not save, from its log.
+
+    The log is deleted, so each line is returned once.
+    """
     log = os.path.join(names.work_directory(root), names.ORPHAN_LOG)
     try:
         lines = files.read_regular(log).decode(errors="replace").splitlines()
@@ -314,7 +328,7 @@ def _orphans_failures(fs: Filesystem, root: str) -> list[str]:
 
 
 def _may_be_published(entry: Entry) -> bool:
-    """Whether a checkpoint that cannot be read may be one that was published: those have a manifest, whatever became of it."""
+    """Return whether an unreadable checkpoint may have been published: a published one always has a manifest file."""
     return entry.manifest is None and os.path.lexists(os.path.join(entry.path, names.MANIFEST))
 
 
@@ -326,21 +340,24 @@ def _save_id(directory: str) -> str | None:
 
 
 def keep(fs: Filesystem, root: str, directory: str, save_id: str, name: str) -> None:
-    """Move to `replaced/` what is not ours to delete."""
+    """Move a directory that we may not delete to `replaced/`."""
     kept = names.kept_directory(root, save_id, name)
     make_directories(fs, os.path.dirname(kept))
     fs.rename(directory, kept, "plain")
 
 
 def _swaps(root: str) -> dict[str, tuple[str, str]]:
-    """What made way without an exchange and is not gone yet: {path: (save id of the replacing save, checkpoint name)}."""
+    """Return the directories that were moved away without an exchange and are not deleted yet.
+
+    The result is {path: (id of the save that replaces it, checkpoint name)}.
+    """
     replaced = names.replaced_directory(root)
     parsed = {os.path.join(replaced, entry): names.parse_swap(entry) for entry in list_replaced(root)}
     return {path: swap for path, swap in parsed.items() if swap is not None}
 
 
 def _finish_swaps(fs: Filesystem, root: str, replaced: Collection[str]) -> list[str]:
-    """Delete what made way for the checkpoints named in `replaced`, which are there."""
+    """Delete the predecessors of the checkpoints named in `replaced`. These checkpoints must exist."""
     done = []
     for swap, (save_id, name) in _swaps(root).items():
         if name in replaced:

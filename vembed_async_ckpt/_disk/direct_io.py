@@ -1,8 +1,7 @@
-"""Arena extents to files: O_DIRECT, several writes in flight, hashed and checksummed on the way.
+"""Writes the parts of an arena to files: with O_DIRECT, several writes at once, hashed and checksummed on the way.
 
-A file's bytes are taken from memory once, in order, by the hashing thread, while earlier chunks are being written by the
-I/O threads.
-The last block is written padded with the zeros that follow it in the arena, then the file is cut to its size.
+The hashing thread reads a file's bytes from memory once, in order. Meanwhile the I/O threads write the chunks before.
+The last block is written with padding, the zeros that follow it in the arena. Then the file is truncated to its size.
 """
 
 from __future__ import annotations
@@ -15,21 +14,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import xxhash
-from isal import isal_zlib  # three times as fast as zlib: what it takes, the training may be waiting for
+from isal import isal_zlib  # three times as fast as zlib; the training may be waiting for this
 
 from .._format.plan import pages
 from .._shared.protocol import Checksums, FileSlot
 from .filesystem import Filesystem
 
 CHUNK = 16 << 20  # bytes per write
-STEP = 256 << 10  # bytes checksummed, then hashed out of the cache: 3/5 of the time of whole chunks, if the GIL is free
-IN_FLIGHT = 4  # writes at once; 4 x 16 MiB reached the disk's own limit where 1 x 16 MiB reached two thirds
+# bytes checksummed and then hashed while in the CPU cache: takes 3/5 of the time of whole chunks, if the GIL is free
+STEP = 256 << 10
+# writes at once; 4 x 16 MiB reached the disk's own limit, 1 x 16 MiB reached two thirds of it
+IN_FLIGHT = 4
 
 
 class IOThreads:
-    """A few daemon threads that run I/O calls; at most `IN_FLIGHT` wait or run.
+    """A few daemon threads that run I/O calls. At most `IN_FLIGHT` calls wait or run.
 
-    Not a ThreadPoolExecutor: that one is closed by the interpreter before pending saves are drained at exit.
+    This is not a ThreadPoolExecutor: the interpreter closes that one before it drains pending saves at exit.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,7 @@ class IOThreads:
 
 
 class _Batch:
-    """Calls that are waited for together. The first error sticks; later calls of the batch are not started."""
+    """Calls that are waited for together. The first error is kept; after it, no further call of the batch is started."""
 
     def __init__(self, threads: IOThreads) -> None:
         self._threads = threads
@@ -92,12 +93,12 @@ class _Batch:
             self._changed.notify_all()
 
     def settle(self) -> None:
-        """Wait until no call of the batch runs any more, whatever came of them."""
+        """Wait until no call of the batch is running, whether it succeeded or not."""
         with self._changed:
             self._changed.wait_for(lambda: self._open == 0)
 
     def wait(self) -> None:
-        """Wait for all calls; raises the first error."""
+        """Wait for all calls. Raises the first error."""
         self.settle()
         if self._error is not None:
             raise self._error
@@ -113,7 +114,7 @@ class _Record:
 
 
 class _Crc:
-    """Fills in the CRC-32 of a zip file's records while its bytes pass by in order."""
+    """Computes the CRC-32 of a zip file's records from its bytes, which come in order, and fills it in."""
 
     def __init__(self, checksums: Checksums) -> None:
         start = checksums["central_start"]
@@ -121,10 +122,10 @@ class _Crc:
             _Record(d, d + size, local, start + central) for d, size, local, central in checksums["records"]
         ]
         self._next = 0
-        self._due: list[tuple[int, bytes]] = []  # heap of (position, value), all of them still to come
+        self._due: list[tuple[int, bytes]] = []  # heap of (position, value) still to be filled in
 
     def pass_by(self, data: memoryview, begin: int) -> None:
-        """`data` are the file's bytes from `begin` on: update the sums, and fill in those whose place is in it."""
+        """Update the sums with `data`, the file's bytes from `begin` on. Fill in the sums whose position is in `data`."""
         end = begin + len(data)
         while self._next < len(self._records):
             record = self._records[self._next]
@@ -145,7 +146,7 @@ class _Crc:
 
 
 class FileWriter:
-    """One file under way. `hash` is complete when `written` equals the file's size."""
+    """One file that is being written. `hash` is complete when all of the file's bytes were passed to `take`."""
 
     def __init__(self, fs: Filesystem, path: str, slot: FileSlot, checksums: Checksums | None, step: int) -> None:
         """`step`: bytes that are checksummed and hashed at a time."""
@@ -166,7 +167,7 @@ class FileWriter:
         return self._fs.create(self.path, direct=False), False
 
     def take(self, memory: memoryview, begin: int, batch: _Batch, wrote: Callable[[int], None]) -> None:
-        """Write `memory`, the file's bytes from `begin` on, padded to whole pages at the end."""
+        """Write `memory`, the file's bytes from `begin` on. At the end of the file it is padded to whole pages."""
         for at in range(0, len(memory), CHUNK):
             padded = memory[at : at + CHUNK]
             self._digest(padded[: self.slot["size"] - begin - at], begin + at)
@@ -198,27 +199,29 @@ class FileWriter:
             wrote(count)
 
     def finish(self) -> None:
-        """Cut the padding off and sync. When this returns the file survives a power cut."""
+        """Remove the padding, sync and close. When this returns, the file survives a power cut."""
         self._fs.truncate(self._fd, self.slot["size"])
         self._fs.sync(self._fd)
         self.close()
 
     def close(self) -> None:
-        """Close without any promise; may be called again."""
+        """Close without any guarantee. May be called again."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             self._fs.close(fd)
 
     def abandon(self) -> None:
-        """Close whatever comes of it; nothing rests on the file any more, or it is closed already."""
+        """Close and ignore an error: either nothing depends on the file any more, or it is closed already."""
         try:
             self.close()
         except OSError:
-            pass  # what failed before is what is reported
+            pass  # the earlier error is the one to report
 
 
 def part_of(slot: FileSlot, start: int, end: int) -> tuple[int, int]:
-    """The part of a file (from, to, in bytes from its start, whole pages) that the plan's range [start, end) holds."""
+    """Return the part of a file that the plan's range [start, end) holds: (from, to) in bytes from the file's start,
+    whole pages.
+    """
     return max(start - slot["start"], 0), min(end - slot["start"], pages(slot["size"]))
 
 
@@ -231,10 +234,10 @@ def write_range(
     threads: IOThreads,
     wrote: Callable[[int], None],
 ) -> None:
-    """Write the plan's range [start, end), which lies in `memory` from `base` on, to the files it belongs to.
+    """Write the plan's range [start, end) to the files it belongs to. In `memory` the range starts at `base`.
 
-    Returns when every byte has been taken by the system (not yet synced). Raises the first OSError, after every write in
-    flight has ended: afterwards nothing reads the arena any more.
+    Returns when the system has taken every byte (not synced yet). Raises the first OSError, but only after every write
+    in flight has ended: afterwards nothing reads the arena any more.
     """
     batch = threads.batch()
     try:
@@ -249,7 +252,7 @@ def write_range(
 
 
 def sync_all(writers: Sequence[FileWriter], threads: IOThreads) -> None:
-    """Finish every file, several syncs at once. A failed sync is never tried again on the same file."""
+    """Finish every file, with several syncs at once. A failed sync is never retried on the same file."""
     batch = threads.batch()
     try:
         for writer in writers:

@@ -1,9 +1,10 @@
-"""The operating system as one small interface: every call that changes a checkpoint goes through a `Filesystem`.
+"""A small interface to the operating system: every call that changes a checkpoint goes through a `Filesystem`.
 
-Each method says what it promises; nothing here decides anything. Errors are `OSError` with errno and path.
+Each method documents what it guarantees. Nothing here makes decisions. Errors are `OSError` with errno and path.
 
-What does not go through it: the root, its work directory and the lock file in there (`make_directories_durable`, `RootLock`), made
-by the trainer before there is a writer; and what no checkpoint rests on: the note of a failure (`ORPHAN_LOG`) and scratch.
+Two kinds of calls do not go through it. The trainer makes the root, its work directory and the lock file in it before a
+writer exists (`make_directories_durable`, `RootLock`). And files on which no checkpoint depends are written directly: the
+log of failures (`ORPHAN_LOG`) and scratch files.
 """
 
 from __future__ import annotations
@@ -19,27 +20,28 @@ from typing import Literal, Protocol
 
 RenameMode = Literal["noreplace", "exchange", "plain"]
 
-_RENAME_FLAGS = {"noreplace": 1, "exchange": 2}  # linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
+_RENAME_FLAGS = {"noreplace": 1, "exchange": 2}  # from linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
 
 
 class Filesystem(Protocol):
-    """What writing and committing need of an operating system."""
+    """The operating system calls that writing and committing need."""
 
     def make_directory(self, path: str) -> None:
-        """Create one directory; raises FileExistsError if anything has the name."""
+        """Create one directory. Raises FileExistsError if anything has the name."""
 
     def create(self, path: str, *, direct: bool) -> int:
-        """Create a new file for writing and return its descriptor; never opens or follows what is there already.
+        """Create a new file for writing and return its descriptor. Never opens or follows something that exists
+        already.
 
-        `direct` asks for O_DIRECT: then writes are whole blocks of `DIRECT_ALIGNMENT` bytes from aligned memory.
+        `direct` asks for O_DIRECT: then writes must be whole blocks of `DIRECT_ALIGNMENT` bytes from aligned memory.
         Raises OSError(EINVAL) where the file system has no O_DIRECT.
         """
 
     def write(self, fd: int, data: memoryview, offset: int) -> int:
-        """Write at `offset`; returns how many bytes the system took (at least one)."""
+        """Write at `offset`. Returns how many bytes the system took (at least one)."""
 
     def set_buffered(self, fd: int) -> None:
-        """Take O_DIRECT back from a descriptor."""
+        """Turn O_DIRECT off for a descriptor."""
 
     def truncate(self, fd: int, size: int) -> None:
         """Set the file's size in bytes."""
@@ -48,28 +50,31 @@ class Filesystem(Protocol):
         """Set the permission bits of a file."""
 
     def sync(self, fd: int) -> None:
-        """When this returns, data, size and mode survive a power cut. After an error they may not, and must be written anew."""
+        """Make data, size and mode survive a power cut.
+
+        After an error they may not survive, and must be written again to a new file.
+        """
 
     def close(self, fd: int) -> None:
         """Close a descriptor from `create`."""
 
     def sync_directory(self, path: str) -> None:
-        """When this returns, the names in the directory survive a power cut."""
+        """Make the names in the directory survive a power cut."""
 
     def rename(self, source: str, target: str, mode: RenameMode) -> None:
-        """Atomically rename. `noreplace` raises FileExistsError, `exchange` swaps two names, `plain` is rename(2).
+        """Rename atomically. `noreplace` raises FileExistsError, `exchange` swaps two names, `plain` is rename(2).
 
-        Raises OSError(EINVAL or ENOSYS) where the file system cannot do the mode.
+        Raises OSError(EINVAL or ENOSYS) where the file system does not support the mode.
         """
 
     def link(self, source: str, target: str) -> None:
         """Give a file a second name (hard link)."""
 
     def symlink(self, text: str, path: str) -> None:
-        """Create a symbolic link that says `text`; raises FileExistsError if anything has the name."""
+        """Create a symbolic link with the target `text`. Raises FileExistsError if anything has the name."""
 
     def unlink(self, path: str) -> None:
-        """Remove one name of a file; a symbolic link itself, never what it points to."""
+        """Remove one name of a file. Of a symbolic link, removes the link, never its target."""
 
     def remove_directory(self, path: str) -> None:
         """Remove an empty directory."""
@@ -77,7 +82,7 @@ class Filesystem(Protocol):
 
 @contextlib.contextmanager
 def _naming(fd: int) -> Iterator[None]:
-    """An error of a call that has only a descriptor says which file it is about."""
+    """Add the file's path to an OSError of a call that has only a descriptor."""
     try:
         yield
     except OSError as error:
@@ -85,16 +90,19 @@ def _naming(fd: int) -> Iterator[None]:
             try:
                 error.filename = os.readlink(f"/proc/self/fd/{fd}")
             except OSError:
-                pass  # then without
+                pass  # no path can be found
         raise
 
 
 @contextlib.contextmanager
 def parent_of(path: str) -> Iterator[tuple[int, str]]:
-    """(descriptor of the directory that holds `path`, last name of `path`), to be used together: whoever moves a directory on
-    the way meanwhile, or puts a symbolic link in its place, nothing happens anywhere else.
+    """Yield (descriptor of the directory that holds `path`, last name of `path`), to be used together.
 
-    Raises OSError(ELOOP) if a directory on the way is a symbolic link. Every other OSError, the block's too, gets the whole path.
+    Opens every directory on the way without following symbolic links. So if somebody else renames one of them or
+    replaces it by a link meanwhile, the operation cannot end up in another place.
+
+    Raises OSError(ELOOP) if a directory on the way is a symbolic link. Every other OSError, also one of the block, gets
+    the whole path.
     """
     directory, name = os.path.split(path)
     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -120,7 +128,10 @@ def parent_of(path: str) -> Iterator[tuple[int, str]]:
 
 
 class LocalFilesystem:
-    """The real one. Follows no symbolic link in any part of a path, whenever it was put there: paths are absolute and resolved."""
+    """The real file system. It follows no symbolic link in any part of a path, even one that was put there just now.
+
+    So paths must be absolute and resolved.
+    """
 
     def make_directory(self, path: str) -> None:
         with parent_of(path) as (parent, name):
@@ -214,15 +225,16 @@ def _fsync(fd: int) -> None:
         raise
 
 
-# What thread writers started in this context use instead of the real one; set by `testing.use_filesystem`.
+# The file system that thread writers started in this context use instead of the real one. `testing.use_filesystem` sets
+# it.
 FILESYSTEM_OVERRIDE: ContextVar[Filesystem | None] = ContextVar("vembed_async_ckpt_filesystem", default=None)
 
 
 def read_regular(path: str, limit: int | None = None) -> bytes:
-    """The first `limit` bytes (all, if None) of a regular file.
+    """Return the first `limit` bytes (all, if None) of a regular file.
 
-    Never follows a symbolic link in the last component and never blocks on a FIFO or device: raises OSError(EINVAL)
-    for anything that is not a regular file, and OSError as open(2) does.
+    Never follows a symbolic link in the last component, and never blocks on a FIFO or device. Raises OSError(EINVAL)
+    for anything that is not a regular file, and any OSError of open(2).
     """
     fd = open_regular(path)
     with os.fdopen(fd, "rb") as file:
@@ -230,7 +242,7 @@ def read_regular(path: str, limit: int | None = None) -> bytes:
 
 
 def open_regular(path: str) -> int:
-    """A descriptor for reading a regular file, under the conditions of `read_regular`. The caller closes it."""
+    """Return a descriptor for reading a regular file, under the conditions of `read_regular`. The caller closes it."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     fd = os.open(path, flags | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -240,9 +252,9 @@ def open_regular(path: str) -> int:
 
 
 def make_directories_durable(path: str) -> None:
-    """Create a directory and its parents where they are missing; afterwards their names survive a power cut.
+    """Create a directory and its missing parents. Afterwards their names survive a power cut.
 
-    Without it a checkpoint could be durable in a directory that is not.
+    Otherwise a checkpoint could be durable in a directory that is not.
     """
     parent = os.path.dirname(path)
     if not os.path.isdir(path):
@@ -256,12 +268,12 @@ def make_directories_durable(path: str) -> None:
     try:
         LocalFilesystem().sync_directory(parent)
     except OSError as error:
-        if error.errno != errno.EACCES:  # somebody else's directory, where we cannot have made this one
+        if error.errno != errno.EACCES:  # the parent belongs to somebody else, so we cannot have made this directory
             raise
 
 
 def walk_files(directory: str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Every entry below `directory` that is not a directory, as (relative name, entry). Links are not followed."""
+    """Yield every entry below `directory` that is not a directory, as (relative name, entry). Links are not followed."""
     with os.scandir(directory) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
@@ -273,7 +285,10 @@ def walk_files(directory: str, prefix: str = "") -> Iterator[tuple[str, os.DirEn
 
 
 def walk_directories(directory: str) -> Iterator[str]:
-    """Every directory below `directory`, children before their parents, itself last. Links are not followed."""
+    """Yield every directory below `directory`: children before their parents, `directory` itself last.
+
+    Links are not followed.
+    """
     with os.scandir(directory) as entries:
         children = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
     for child in children:

@@ -1,4 +1,8 @@
-"""The link `latest` in a root, for shell scripts: relative, to one of our checkpoints. Here it is read, `_writer` moves it."""
+"""Reads the link `latest` in a root. The link is for shell scripts: it is relative and points to one of our
+checkpoints.
+
+`link_update` moves it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ from .._format import names
 
 
 def target(root: str) -> str | None:
-    """The name of the checkpoint that `root/latest` points to; None if there is no such link or it is not one of ours.
+    """Return the name of the checkpoint that `root/latest` points to. None if there is no such link, or it is not one
+    of ours.
 
-    Ours says the name of a checkpoint beside it, which need not be there any more.
+    A link is ours if its text is the name of a checkpoint in the same root. That checkpoint may have been deleted.
     """
     try:
         text = os.readlink(os.path.join(root, names.LATEST))
@@ -20,7 +25,7 @@ def target(root: str) -> str | None:
 
 
 def resolve(path: str | os.PathLike[str]) -> str:
-    """`path`, or the checkpoint that it points to if it is our link `latest`."""
+    """Return `path`. If it is our link `latest`, return the path of the checkpoint that it points to."""
     given = os.fspath(path)
     root, name = os.path.split(given.rstrip("/"))
     found = target(root or ".") if name == names.LATEST else None

@@ -1,4 +1,4 @@
-"""Moves the link `latest` of a root. It goes from one checkpoint to the next in one step, and what is not ours stays."""
+"""Moves the link `latest` of a root from one checkpoint to the next, atomically. What is not our link is left alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
 
 
 def point(fs: Filesystem, root: str, name: str, save_id: str) -> str:
-    """Let `root/latest` point to the checkpoint `name`, which is there. Returns why it was left alone; empty if it was not.
+    """Make `root/latest` point to the checkpoint `name`, which must exist.
 
-    `save_id` makes the name of the link while it is built. Raises OSError where links cannot be made.
+    Returns the reason if the link was left alone, else an empty text. `save_id` gives the temporary name of the new
+    link. Raises OSError where links cannot be made.
     """
     link = os.path.join(root, names.LATEST)
     before = latest_link.target(root)
@@ -27,7 +28,7 @@ def point(fs: Filesystem, root: str, name: str, save_id: str) -> str:
         return theirs
     new = names.new_link(root, save_id)
     with contextlib.suppress(FileNotFoundError):
-        fs.unlink(new)  # from a writer that died at this save
+        fs.unlink(new)  # left by a writer that died during this save
     fs.symlink(name, new)
     try:
         if before is None:
@@ -43,7 +44,7 @@ def point(fs: Filesystem, root: str, name: str, save_id: str) -> str:
     except OSError as error:
         if error.errno not in _CANNOT:
             raise
-        fs.rename(new, link, "plain")  # NFS, FUSE
+        fs.rename(new, link, "plain")  # file systems without these modes: NFS, FUSE
         new = ""
     finally:
         if new:
@@ -53,7 +54,10 @@ def point(fs: Filesystem, root: str, name: str, save_id: str) -> str:
 
 
 def heal(fs: Filesystem, root: str, newest: str | None, save_id: str) -> None:
-    """A checkpoint was deleted: if our link pointed to it, let it point to the one named `newest`, or take it away."""
+    """Called after a checkpoint was deleted.
+
+    If our link pointed to it, point it to `newest`, or remove it if that is None.
+    """
     gone = latest_link.target(root)
     if gone is None or os.path.lexists(os.path.join(root, gone)):
         return

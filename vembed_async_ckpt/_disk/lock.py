@@ -1,7 +1,8 @@
-"""One lock per root: a single flocked open file description that trainer and writer share.
+"""One lock per root: a single open file description with a flock, which trainer and writer share.
 
-It is held as long as either of them lives, so a writer that finishes its jobs after the trainer's death still owns the root,
-and a respawned writer never loses it. Only its holder sweeps. Whoever ends last removes the file and the empty work directory.
+The lock is held as long as either of them lives. So a writer that finishes its jobs after the trainer's death still
+owns the root, and a restarted writer never loses it. Only the holder sweeps. The process that ends last removes the
+lock file and the empty work directory.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ from ..events import logger
 from .filesystem import LocalFilesystem, make_directories_durable, parent_of
 
 ORPHAN_PATIENCE = 60.0  # seconds to wait for a writer whose trainer is dead
-_GRACE = 2.0  # seconds a living holder gets: a reader that probes the lock has it for an instant
+# seconds that a living holder gets: a reader that tests the lock holds it for a moment
+_GRACE = 2.0
 _POLL = 0.05
 _REMOVALS = 100  # times that a lock file may vanish while it is being taken
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process id with its start time in clock ticks since boot (proc(5), stat field 22), so that ids may be reused."""
+    """A process id with its start time in clock ticks since boot (proc(5), stat field 22). So a reused id is noticed."""
 
     pid: int
     start: int
 
     @classmethod
     def of(cls, pid: int) -> Process | None:
-        """The living process `pid`, or None. A zombie is dead: it runs nothing any more."""
+        """Return the living process `pid`, or None. A zombie counts as dead: it runs nothing any more."""
         try:
             with open(f"/proc/{pid}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
@@ -51,7 +53,9 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who a lock file names: the trainer, its writer process if there is one, and where their process ids mean something."""
+    """The holder that a lock file names: the trainer, its writer process if there is one, and where these process ids
+    are valid.
+    """
 
     trainer: Process
     writer: Process | None
@@ -62,12 +66,14 @@ class Holder:
         return ids if self.where == _here() else f"{ids} in {self.where}"
 
     def may_live(self) -> bool:
-        """Whether the trainer lives, or is where it cannot be seen from here: another host or container."""
+        """Return whether the trainer lives, or cannot be seen from here because it is on another host or in another
+        container.
+        """
         return self.where != _here() or self.trainer.alive()
 
 
 def _here() -> str:
-    """Host and process id namespace of this process."""
+    """Return the host and the process id namespace of this process."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -76,19 +82,19 @@ def _here() -> str:
 
 
 class Taken(CommitError):
-    """Another process has taken the root: this one may neither publish nor delete there any more."""
+    """Another process has taken the root. This one may neither publish nor delete there any more."""
 
 
 class RootLock:
-    """The lock of one root, held. `fd` is what a writer process inherits.
+    """The held lock of one root. A writer process inherits `fd`.
 
-    The file may be removed: by its holder at the end (`release`), or by somebody who cleans up. Whoever takes the lock therefore
-    compares the file that it has locked with the one that has the name now, and its holder does so before whatever rests on it
-    (`secure`).
+    The lock file may be removed: by its holder at the end (`release`), or by somebody who cleans up. So a process that
+    takes the lock checks that the file it has locked still has the name. The holder checks the same before every
+    operation that depends on the lock (`secure`).
     """
 
     def __init__(self, root: str, fd: int) -> None:
-        """`fd`: the lock file of `root`, locked by this process or by the one that handed it over."""
+        """`fd`: the lock file of `root`, locked by this process or by the process that handed it over."""
         self.root = root
         self.work = names.work_directory(root)
         self.fd = fd
@@ -97,10 +103,10 @@ class RootLock:
 
     @classmethod
     def acquire(cls, root: str, patience: float = ORPHAN_PATIENCE, *, create: bool = True) -> RootLock:
-        """Take the lock of `root`, creating the work directory if need be, and the root unless `create` is False.
+        """Take the lock of `root`. Creates the work directory if need be, and also the root unless `create` is False.
 
-        Waits up to `patience` seconds for the writer of a dead trainer to finish its jobs, and says so.
-        Raises `CheckpointerBusy` naming the holder, and FileNotFoundError if the root is not there and not created.
+        Waits up to `patience` seconds for the writer of a dead trainer to finish its jobs, and logs that. Raises
+        `CheckpointerBusy` that names the holder, and FileNotFoundError if the root does not exist and is not created.
         """
         if create:
             make_directories_durable(root)
@@ -109,18 +115,19 @@ class RootLock:
         return lock
 
     def name(self, writer_pid: int | None) -> None:
-        """Write down who holds the lock: this process and its writer."""
+        """Write into the lock file who holds it: this process and its writer."""
         holders = [Process.of(pid) for pid in (os.getpid(), writer_pid) if pid is not None]
         processes = [[holder.pid, holder.start] for holder in holders if holder is not None]
         _write(self.fd, json.dumps({"where": _here(), "processes": processes}).encode())
 
     def secure(self) -> str:
-        """Make sure that the lock is still the one that has the name, before something is published or deleted.
+        """Check that the locked file still has the name, before something is published or deleted.
 
-        Where the lock file, the work directory or the root was removed or moved away, it is made again and locked, if nobody
-        else has done so; returns what was done then, else "". `root` is another path afterwards if it was moved and a symbolic
-        link leads to it. Raises `Taken` if another process holds the root, and `CommitError` if the root is on another file system
-        now or if a symbolic link leads to anything else.
+        The lock file, the work directory or the root may have been removed or moved away. Then it is made again and
+        locked, unless somebody else has done so. Returns a message about what was done, else "". If the root was moved
+        and a symbolic link leads to the new place, `root` has the new path afterwards. Raises `Taken` if another
+        process holds the root. Raises `CommitError` if the root is on another file system now, or if a symbolic link
+        leads to anything else.
         """
         if self.is_held():
             return ""
@@ -136,7 +143,7 @@ class RootLock:
         return done
 
     def _take_again(self, work: str) -> str:
-        """Make what is missing, lock it, and say what it was."""
+        """Make what is missing and lock it. Returns a message that names it."""
         self._refuse_other_file_system()
         if os.path.islink(work):
             raise CommitError(f"{work}: is a symbolic link now; links are not followed, move it away")
@@ -157,7 +164,7 @@ class RootLock:
         return f"{missing} was removed, and was made again"
 
     def is_held(self) -> bool:
-        """Whether the file that is locked still has the name, so that nobody else can have locked it."""
+        """Return whether the locked file still has the name, so that nobody else can hold the lock."""
         return self._is_at(self.work)
 
     def refuse_if_lost(self) -> None:
@@ -170,7 +177,10 @@ class RootLock:
         return os.path.dirname(self.work) != self.root
 
     def _refuse_other_file_system(self) -> None:
-        """An unmounted disk leaves an empty directory, or none: nothing may be written to the disk below."""
+        """Raise `CommitError` if the root is on another file system than before.
+
+        An unmounted disk leaves an empty directory or none. Nothing may be written to the disk below it.
+        """
         there = self.root
         while not os.path.isdir(there):
             there = os.path.dirname(there)
@@ -189,19 +199,19 @@ class RootLock:
             return False
 
     def replace(self, fd: int) -> None:
-        """Hold the lock file behind `fd`, which is closed, instead of the one until now."""
+        """Hold the lock file behind `fd` instead of the present one. `fd` is closed."""
         if self.fd >= 0:
             os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
 
     def release(self) -> None:
-        """Let go of the lock. The work directory goes too if nothing is in it: no other process may share this lock then."""
+        """Give up the lock, and remove the work directory if it is empty. No other process may share this lock then."""
         if self.fd >= 0:
             self.clear()
         self.close()
 
     def clear(self) -> None:
-        """Remove the lock file and the work directory, if nothing else is in there and the lock is still this one."""
+        """Remove the lock file and the work directory, if nothing else is in it and this lock is still the valid one."""
         if not self.is_held():
             return
         replaced = os.path.join(self.work, names.REPLACED)
@@ -209,13 +219,14 @@ class RootLock:
             if os.path.isdir(replaced) and not os.path.islink(replaced):
                 os.rmdir(replaced)
             if os.listdir(self.work) == [names.LOCK]:
-                os.unlink(os.path.join(self.work, names.LOCK))  # whoever waits for it sees that it lost its name
+                # a process that waits for the file sees that it lost its name
+                os.unlink(os.path.join(self.work, names.LOCK))
                 os.rmdir(self.work)
         except OSError as error:
-            logger.debug("%s stays: %s", self.work, error)  # something is in it, or came into it just now
+            logger.debug("%s stays: %s", self.work, error)  # something is in it, or was put into it just now
 
     def close(self) -> None:
-        """Let go of this process's share; the lock is free once the writer's is gone too."""
+        """Give up this process's share. The lock is free once the writer's share is gone too."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -225,7 +236,7 @@ _HELD: weakref.WeakSet[RootLock] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """A forked child would hold its parent's lock."""
+    """Close the locks in a forked child. Otherwise it would hold its parent's lock."""
     for lock in list(_HELD):
         lock.close()
 
@@ -234,7 +245,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _take(root: str, work: str, patience: float) -> int:
-    """Lock the file in `work`, which is made if it is missing; returns its descriptor. Raises as `RootLock.acquire`."""
+    """Lock the file in `work` and return its descriptor. Makes `work` if it is missing. Raises as `RootLock.acquire`."""
     path = os.path.join(work, names.LOCK)
     for _ in range(_REMOVALS):
         if not os.path.isdir(work):
@@ -242,7 +253,7 @@ def _take(root: str, work: str, patience: float) -> int:
         try:
             fd = _open(work, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
-            continue  # its last holder has just removed the work directory
+            continue  # the last holder has just removed the work directory
         try:
             _wait(fd, root, fcntl.LOCK_EX, patience)
             with contextlib.suppress(FileNotFoundError):
@@ -251,12 +262,13 @@ def _take(root: str, work: str, patience: float) -> int:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # its last holder has removed it while this process waited: what has the name now is another file
+        # the last holder removed the file while this process waited: the name now belongs to another file
+        os.close(fd)
     raise CheckpointerBusy(f"{path}: was removed again and again while it was being locked; find out who removes it")
 
 
 def _make_directory(work: str) -> None:
-    """Make the work directory, durably, where its parent is. Raises FileNotFoundError if that is not there."""
+    """Make the work directory durably. Raises FileNotFoundError if its parent does not exist."""
     try:
         os.mkdir(work)
     except FileExistsError:
@@ -271,10 +283,10 @@ def _write(fd: int, content: bytes) -> None:
 
 
 def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
-    """If a writer whose trainer is dead still works on `root`, wait for it, up to `patience` seconds, and say so.
+    """If a writer whose trainer is dead still works on `root`, wait for it, up to `patience` seconds, and log that.
 
-    Returns at once when nobody holds the lock or the holder's trainer lives. Raises `CheckpointerBusy` when the orphan is
-    still at work afterwards.
+    Returns at once if nobody holds the lock or the holder's trainer lives. Raises `CheckpointerBusy` if the writer is
+    still working afterwards.
     """
     try:
         fd = _open(names.work_directory(root), os.O_RDONLY)
@@ -290,7 +302,7 @@ def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
 
 
 def _open(work: str, flags: int) -> int:
-    """Open the lock file in `work`. Raises `CheckpointError` for what is no lock file of ours, or cannot be opened."""
+    """Open the lock file in `work`. Raises `CheckpointError` if it is not a lock file of ours or cannot be opened."""
     path = os.path.join(work, names.LOCK)
     if os.path.islink(work):
         raise CheckpointError(f"{work}: is a symbolic link; links are not followed, move it away")
@@ -318,14 +330,14 @@ def _wait(fd: int, root: str, mode: int, patience: float) -> None:
             pass
         except OSError as error:
             if mode == fcntl.LOCK_SH:
-                return  # a reader needs no lock where there are none
+                return  # a file system without locks: a reader needs none
             raise CheckpointError(
                 f"{root}: flock is refused here ({error.strerror}), so nothing keeps two trainings apart; mount the file system "
                 "with locks (Lustre: -o flock), save to another one, or allow the call in the sandbox"
             ) from error
         holder = _holder(fd)
         if mode == fcntl.LOCK_SH and holder is not None and holder.may_live():
-            return  # its name was being written when it was looked for
+            return  # the holder was just writing its name when it was read before
         waited = time.monotonic() - begun
         if holder is None or holder.may_live():
             if waited > _GRACE:
@@ -350,4 +362,4 @@ def _holder(fd: int) -> Holder | None:
         trainer, *writer = (Process(int(pid), int(start)) for pid, start in content["processes"])
         return Holder(trainer, writer[0] if writer else None, str(content["where"]))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return None  # being rewritten this very moment
+        return None  # it is being rewritten at this moment

@@ -1,4 +1,4 @@
-"""Read the manifest of a checkpoint directory, and check its files against it."""
+"""Reads the manifest of a checkpoint directory, and checks the files against it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _HASH_CHUNK = 4 << 20  # bytes
 
 
 def read(directory: str) -> Manifest:
-    """The manifest of a checkpoint directory. Raises `CorruptCheckpoint`; `OSError` only where the disk itself fails."""
+    """Return the manifest of a checkpoint directory.
+
+    Raises `CorruptCheckpoint` if there is none or it cannot be read or used.
+    """
     path = os.path.join(directory, names.MANIFEST)
     if os.path.islink(directory):
         raise CorruptCheckpoint(f"{directory}: is a symbolic link; links are not followed")
@@ -39,10 +42,10 @@ def check(
     hashed: Callable[[int], object] = lambda count: None,
     files: Iterable[str] | None = None,
 ) -> None:
-    """Compare the files with the manifest: sizes, or with `full` their hashes too. `hashed` is told how many bytes more were.
-    `files`: compare only these of them.
+    """Compare the files with the manifest: their sizes, and with `full` also their hashes.
 
-    Raises `CorruptCheckpoint` naming the file and what is wrong with it.
+    `hashed` is called with the number of bytes after each chunk that was hashed. `files`: compare only these files.
+    Raises `CorruptCheckpoint` that names the file and what is wrong with it.
     """
     if verify not in get_args(Verify):
         raise ValueError(f"verify is {verify!r}; use one of {', '.join(map(repr, get_args(Verify)))}")

@@ -1,4 +1,4 @@
-"""What a path is that somebody takes for a checkpoint, or for a root that holds some."""
+"""Finds out what a path is when the user takes it for a checkpoint or for a root of checkpoints."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 from .._format import names
 from ..errors import CheckpointError
 
-# Files by which the checkpoints of other programs are known. Ours have some of these names too, beside files that start with
-# `vembed_`.
+# Files that identify the checkpoints of other programs. Ours have some of these names too, but also files that start
+# with `vembed_`.
 _MARKS = {
     r"trainer_state\.json": "transformers' Trainer",
     r"random_states_[0-9]+\.pkl": "accelerate",
@@ -22,7 +22,7 @@ _MARKS = {
 
 
 def no_checkpoint(directory: str) -> str:
-    """Why nobody can take `directory` for a checkpoint of ours, damaged or not; empty if it may be one."""
+    """Return why `directory` is certainly not a checkpoint of ours. Empty if it may be one, damaged or not."""
     if not os.path.lexists(directory):
         return f"{directory}: does not exist"
     if os.path.islink(directory) or os.path.lexists(os.path.join(directory, names.MANIFEST)):
@@ -37,7 +37,7 @@ def no_checkpoint(directory: str) -> str:
 
 
 def other_program(directory: str) -> str:
-    """The program that wrote a checkpoint which is none of ours; empty if nothing says so."""
+    """Return the program that wrote a checkpoint that is not ours. Empty if no file tells."""
     found = _list(directory)
     if _has_our_files(directory):
         return ""
@@ -45,7 +45,9 @@ def other_program(directory: str) -> str:
 
 
 def refuse_checkpoint(root: str) -> None:
-    """Raise `CheckpointError` if `root` is a checkpoint, or where one was, rather than a directory that holds some."""
+    """Raise `CheckpointError` if `root` is a checkpoint, or the path of a deleted one, and not a directory of
+    checkpoints.
+    """
     path = os.path.abspath(root)
     parent = os.path.dirname(path)
     advice = f"give the directory that holds it, {parent}, or load() the checkpoint itself"
@@ -66,7 +68,7 @@ def refuse_no_root(root: str) -> None:
 
 
 def _held_by(directory: str) -> str:
-    """A few names of the checkpoints of ours in `directory`."""
+    """Return up to three names of our checkpoints in `directory`, as text. Empty if there is none."""
     found = [name for name in _list(directory) if os.path.lexists(os.path.join(directory, name, names.MANIFEST))]
     return ", ".join(sorted(found)[:3]) + (", ..." if len(found) > 3 else "")
 
@@ -79,4 +81,4 @@ def _list(directory: str) -> list[str]:
     try:
         return os.listdir(directory)
     except OSError:
-        return []  # whoever reads there says what is wrong
+        return []  # the code that reads this directory reports the error

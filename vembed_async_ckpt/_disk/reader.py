@@ -1,4 +1,4 @@
-"""Reading a checkpoint beside a training that may delete or replace it meanwhile."""
+"""Reads a checkpoint while a training may delete or replace it."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ from .filesystem import open_regular
 
 _T = TypeVar("_T")
 _TRIES = 3
-_MOMENT = 0.05  # seconds that a directory which made way without an exchange is given to come back
+# seconds to wait for a directory to come back that was moved away without an exchange
+_MOMENT = 0.05
 
 
 class Gone(CheckpointError):
-    """A checkpoint was deleted, by retention or by somebody, or replaced again and again while it was read."""
+    """A checkpoint was deleted, by retention or by somebody, or it was replaced again and again while it was read."""
 
 
 @contextlib.contextmanager
 def held(directory: str) -> Iterator[int | None]:
-    """Retention leaves a checkpoint alone while somebody holds a shared lock on its manifest: the file that was locked. None
-    if there is no manifest to lock."""
+    """Hold a shared lock on a checkpoint's manifest, so that retention does not delete the checkpoint.
+
+    Yields the descriptor of the locked file, or None if there is no manifest to lock.
+    """
     try:
         fd = open_regular(os.path.join(directory, names.MANIFEST))
     except OSError:
-        yield None  # the manifest's own reader says what is wrong
+        yield None  # the code that reads the manifest reports the error
         return
     try:
         if os.name == "posix":
             import fcntl
 
-            with contextlib.suppress(OSError):  # where there are no locks, readers do without
+            with contextlib.suppress(OSError):  # on file systems without locks, read without one
                 fcntl.flock(fd, fcntl.LOCK_SH)
         yield fd
     finally:
@@ -44,8 +47,10 @@ def held(directory: str) -> Iterator[int | None]:
 
 
 def has_changed(directory: str, lock: int | None) -> bool:
-    """Whether the directory's manifest is another file than the one behind `lock`; where there was none (None), it is given a
-    moment to come."""
+    """Return whether the directory's manifest is now another file than the one behind `lock`.
+
+    `lock` is None if there was no manifest. Then this first waits a moment for one to appear.
+    """
     if lock is None:
         time.sleep(_MOMENT)
     try:
@@ -59,8 +64,11 @@ def has_changed(directory: str, lock: int | None) -> bool:
 
 
 def manifest_of(directory: str) -> Manifest:
-    """The manifest of a checkpoint. Raises `CorruptCheckpoint` if it is damaged, and `CheckpointError` saying what the path is
-    if that is no checkpoint."""
+    """Return the manifest of a checkpoint.
+
+    Raises `CorruptCheckpoint` if it is damaged. If the path is not a checkpoint, raises `CheckpointError` that says
+    what it is.
+    """
     try:
         return manifests.read(directory)
     except CorruptCheckpoint:
@@ -70,10 +78,11 @@ def manifest_of(directory: str) -> Manifest:
 
 
 def reading(directory: str, look: Callable[[Manifest], _T]) -> _T:
-    """What `look` returns for the checkpoint, which retention leaves alone meanwhile. If another save takes its name, `look` is
-    called again.
+    """Call `look` with the checkpoint's manifest and return its result. Retention does not delete the checkpoint
+    meanwhile.
 
-    Raises what `manifest_of` and `look` raise, and `Gone` instead if the checkpoint was there and is not any more.
+    If another save takes the name, `look` is called again. Raises what `manifest_of` and `look` raise. Raises `Gone`
+    instead if the checkpoint was there at first and no longer is.
     """
     seen = False
     for _ in range(_TRIES):

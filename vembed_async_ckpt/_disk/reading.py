@@ -1,4 +1,4 @@
-"""Parts of files into memory that is there already: copied once, several reads at once, nothing mapped."""
+"""Reads parts of files into existing memory: one copy, several reads at once, no mmap."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from ..errors import CheckpointError, CorruptCheckpoint
 from .filesystem import open_regular
 
-READ_BYTES = 2 << 20  # per call, so that threads end together
+READ_BYTES = 2 << 20  # per call, so that the threads end at about the same time
 THREADS = 4
-MAX_GAP = 4096  # bytes between two parts that are read along with them rather than by another call
-MAX_BUFFERS = 512  # per call; the system takes 1024
+# bytes between two parts: up to this gap they are read in one call, with the bytes between them
+MAX_GAP = 4096
+MAX_BUFFERS = 512  # per call; the system allows 1024
 
 _SEEKING = threading.Lock()
 
 
 class OpenFile:
-    """A regular file held open: what is read is of this file, whatever becomes of its name."""
+    """A regular file that is held open: it is read even if its name is removed or given to another file."""
 
     def __init__(self, path: str) -> None:
-        """Raises `CorruptCheckpoint` for what cannot be opened."""
+        """Open `path`. Raises `CorruptCheckpoint` if it cannot be opened."""
         self.path = path
         try:
             self.fd = open_regular(path)
@@ -34,7 +35,7 @@ class OpenFile:
         self.size = os.fstat(self.fd).st_size
 
     def read(self, count: int, offset: int = 0) -> bytes:
-        """The `count` bytes from `offset` on. Raises `CorruptCheckpoint` if they are not all there."""
+        """Return the `count` bytes from `offset` on. Raises `CorruptCheckpoint` if the file ends before."""
         data = bytearray(count)
         read_into([(self, offset, memoryview(data))])
         return bytes(data)
@@ -45,7 +46,7 @@ class OpenFile:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """One call: `buffers`, filled one after the other, take the file's bytes from `offset` on."""
+    """One read call: fills `buffers`, one after the other, with the file's bytes from `offset` on."""
 
     file: OpenFile
     offset: int
@@ -71,10 +72,10 @@ class _Read:
 
 
 def read_into(parts: Iterable[tuple[OpenFile, int, memoryview]]) -> None:
-    """Fill each memory with the bytes of the file from the offset on.
+    """Fill each memory with the bytes of its file from the offset on.
 
-    Raises `CorruptCheckpoint` naming the file if the system cannot read it or it has become shorter; some of the memory is filled
-    then. When this returns or raises, nothing writes to the memory any more.
+    Raises `CorruptCheckpoint` that names the file if the system cannot read it or it has become shorter. Some of the
+    memory is filled then. When this returns or raises, nothing writes to the memory any more.
     """
     reads = deque(_reads(parts))
     errors: list[BaseException] = []
@@ -84,7 +85,7 @@ def read_into(parts: Iterable[tuple[OpenFile, int, memoryview]]) -> None:
             try:
                 read = reads.popleft()
             except IndexError:
-                return  # none are left
+                return  # no reads are left
             try:
                 read.run()
             except BaseException as error:
@@ -97,18 +98,18 @@ def read_into(parts: Iterable[tuple[OpenFile, int, memoryview]]) -> None:
             try:
                 helper.start()
             except RuntimeError:
-                break  # the process may have no more threads: then with those it has
+                break  # the process may not start more threads: use the ones it has
             helpers.append(helper)
         work()
     finally:
-        reads.clear()  # if this was interrupted
+        reads.clear()  # in case this was interrupted
         _join(helpers)
     if errors:
         raise errors[0]
 
 
 def _join(threads: Iterable[threading.Thread]) -> None:
-    """Return, or raise KeyboardInterrupt, when all have ended."""
+    """Return when all threads have ended. An exception in between, such as KeyboardInterrupt, is raised only then."""
     interrupt: BaseException | None = None
     for thread in threads:
         while thread.is_alive():
@@ -121,7 +122,7 @@ def _join(threads: Iterable[threading.Thread]) -> None:
 
 
 def _reads(parts: Iterable[tuple[OpenFile, int, memoryview]]) -> Iterable[_Read]:
-    """The calls to make, in the order of the files' bytes."""
+    """Yield the read calls to make, in the order of the files' bytes."""
     scratch = memoryview(bytearray(MAX_GAP))
     read: _Read | None = None
     end = size = 0
@@ -146,7 +147,7 @@ def _reads(parts: Iterable[tuple[OpenFile, int, memoryview]]) -> Iterable[_Read]
 
 
 def _behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
-    """What is left to fill when `count` bytes are."""
+    """Return the buffers that are left to fill after the first `count` bytes."""
     for n, buffer in enumerate(buffers):
         if count < len(buffer):
             return [buffer[count:], *buffers[n + 1 :]]
@@ -155,7 +156,7 @@ def _behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
 
 
 def _preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Read at `offset`; how many bytes came, zero only at the end of the file."""
+    """Read at `offset`. Return how many bytes were read; zero only at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, buffers, offset)
     with _SEEKING, io.FileIO(fd, closefd=False) as file:  # Windows

@@ -1,4 +1,4 @@
-"""The files of one committed checkpoint, as whoever restores it reads them: checked against the manifest, and held open."""
+"""The files of one committed checkpoint, for the code that restores it: checked against the manifest and held open."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from .reading import OpenFile, read_into
 
 
 class Source:
-    """A checkpoint's files. One that holds tensors is opened when it is first needed and stays open until `close()`.
+    """A checkpoint's files. A file with tensors is opened when it is first needed and stays open until `close()`.
 
-    Each file is compared with the manifest, as `verify` says, when it is first needed: what nobody reads may be gone."""
+    Each file is compared with the manifest, as `verify` says, when it is first needed. So a file that is not needed may
+    be missing.
+    """
 
     def __init__(self, directory: str, manifest: Manifest, verify: Verify = "none") -> None:
-        manifests.check(directory, manifest, verify, files=())  # raises for a `verify` that is none
+        manifests.check(directory, manifest, verify, files=())  # raises ValueError for an invalid `verify`
         self.directory = directory
         self.manifest = manifest
         self._verify = verify
@@ -41,7 +43,7 @@ class Source:
         return os.path.join(self.directory, *name.split("/"))
 
     def verify_all(self, *, but: Container[str]) -> None:
-        """Compare the files that nobody needed so far too, except some."""
+        """Compare the files that were not needed so far too, except those in `but`."""
         for name in self.manifest.files:
             if name not in but:
                 self.path(name)
@@ -64,7 +66,7 @@ class Source:
         return state
 
     def entries(self, file: str) -> dict[str, safetensors.Entry]:
-        """The tensors of a safetensors file, by its header."""
+        """Return the tensors of a safetensors file, read from its header."""
         if file not in self._entries:
             opened = self.file(file)
             length = safetensors.header_length(opened.read(min(8, opened.size)), opened.size, file=opened.path)

@@ -1,4 +1,7 @@
-"""The tensors in a checkpoint's files, found without loading torch: safetensors by their headers, the rest by the manifest."""
+"""Finds the tensors in a checkpoint's files without loading torch.
+
+The tensors of safetensors files are found from their headers, all others from the manifest.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,15 @@ from ..errors import CorruptCheckpoint
 from .filesystem import open_regular
 from .manifests import refuse_linked_parents
 
-_BYTES = {"float64": 8, "complex128": 16, "int64": 8}  # dtypes of optimizer.bin that safetensors has no name for
+_BYTES = {"float64": 8, "complex128": 16, "int64": 8}  # dtypes of optimizer.bin for which safetensors has no name
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor: its file, name, dtype (as safetensors names it), shape, and where its bytes are in the file. `strides`: empty
-    if it is contiguous."""
+    """One tensor: its file, name, dtype (as safetensors names it), shape, and the place of its bytes in the file.
+
+    `offset`, `nbytes`: in bytes. `strides`: empty if the tensor is contiguous.
+    """
 
     file: str
     name: str
@@ -35,7 +40,10 @@ class StoredTensor:
 
 
 def stored_tensors(directory: str, manifest: Manifest) -> Iterator[StoredTensor]:
-    """Every tensor of a checkpoint, by file and place. Raises `CorruptCheckpoint` for a header that makes no sense."""
+    """Yield every tensor of a checkpoint, ordered by file and offset.
+
+    Raises `CorruptCheckpoint` for an invalid description.
+    """
     for file, record in sorted(manifest.files.items()):
         refuse_linked_parents(directory, file)
         path = os.path.join(directory, *file.split("/"))
@@ -53,7 +61,10 @@ def stored_tensors(directory: str, manifest: Manifest) -> Iterator[StoredTensor]
 
 
 def _listed(file: str, size: int, name: str, dtype: Any, shape: Any, offset: Any, strides: Any = ()) -> StoredTensor:
-    """A tensor as a manifest describes it, in a file of `size` bytes."""
+    """Return a tensor from its description in the manifest, in a file of `size` bytes.
+
+    Raises ValueError if that is invalid.
+    """
     if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, offset, *strides)):
         raise ValueError(f"{name!r} is described as {str((dtype, shape, offset, strides))[:200]}")
     nbytes = math.prod(shape) * safetensors.BITS.get(dtype, 8 * _BYTES.get(dtype, 0)) // 8
@@ -72,7 +83,10 @@ def _head(path: str, size: int) -> bytes:
 
 
 def digests(directory: str, manifest: Manifest) -> dict[tuple[str, str], str]:
-    """xxh3_128 of every tensor with its dtype, shape and strides, by (file, name). A file with several names counts once."""
+    """Return the xxh3_128 of every tensor with its dtype, shape and strides, by (file, name).
+
+    A file with several names counts once.
+    """
     result = {}
     seen: set[tuple[int, int]] = set()
     open_file = ""

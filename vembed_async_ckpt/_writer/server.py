@@ -1,6 +1,6 @@
-"""The writer's two loops: one answers the trainer at once, the other writes and commits one job after another.
+"""The two loops of the writer: one answers the trainer at once, the other writes and commits one job after another.
 
-The trainer's death ends nothing that was accepted: the jobs are finished, then the writer leaves.
+The trainer's death does not stop accepted jobs: they are finished, then the writer ends.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Arena:
 
 @dataclass
 class _Pending:
-    """A job as accepted, and the way its waves arrive (None: there will be no more)."""
+    """An accepted job, and the queue through which its waves arrive. None in the queue means that no more will come."""
 
     arena: int
     serial: int
@@ -59,17 +59,17 @@ class Server:
     """Serves one root over one socket until the trainer is gone and every accepted job has ended."""
 
     def __init__(self, sock: socket.socket, lock: RootLock, fs: Filesystem, trainer: Trainer | None) -> None:
-        """`lock`: this writer's share of the root's. `trainer` is None for a writer that lives in its process."""
+        """`lock`: this writer's share of the root's lock. `trainer`: None for a writer thread in the trainer's process."""
         self._sock = sock
         self._lock = lock
-        self._taken: Taken | None = None  # another process has the root now
-        self._seen: set[str] | None = (
-            None  # save ids of the checkpoints that were there or were made here; None: not looked yet
-        )
+        self._taken: Taken | None = None  # another process has taken the root
+        # save ids of the checkpoints that were there or were made here; None: not read yet
+        self._seen: set[str] | None = None
         self._root = lock.root
         self._fs = fs
         self._trainer = trainer
-        self._step = CHUNK if trainer is None else STEP  # beside a training in the same process the GIL is not free
+        # a writer thread in the training's process has to share the GIL: fewer, larger steps are faster then
+        self._step = CHUNK if trainer is None else STEP
         self._sending = threading.Lock()
         self._orphaned = False
         self._arenas: dict[int, _Arena] = {}
@@ -77,12 +77,12 @@ class Server:
         self._waiting_for_waves: dict[int, _Pending] = {}
         self._threads = IOThreads()
         self._committed = Committed(lock.root)
-        self._highest = 0  # sequence seen so far
-        self._said: set[str] = set()  # what the trainer was warned of
-        self._litter = False  # something should have been removed and could not be
+        self._highest = 0  # the highest sequence number seen so far
+        self._said: set[str] = set()  # warnings that the trainer was sent already
+        self._litter = False  # something could not be removed and must be swept later
 
     def serve(self) -> None:
-        """Returns when the trainer closed the socket or died and the last accepted job has ended."""
+        """Serve the socket. Returns when the trainer closed it or died, and the last accepted job has ended."""
         worker = threading.Thread(target=self._work, name="vembed-ckpt-writer", daemon=True)
         worker.start()
         reader = CommandReader(self._sock)
@@ -94,13 +94,14 @@ class Server:
             while not reader.closed:
                 poll.poll(patience)
                 if self._trainer is not None and not self._orphaned and self._trainer.is_dead():
-                    # A forked child of the trainer may keep the socket open: what is queued can still be read, then it ends.
+                    # A forked child of the trainer may keep the socket open. After this, what is queued can still be
+                    # read, then the socket ends.
                     self._sock.shutdown(socket.SHUT_RD)
                     self._orphaned = True
                 for command, fd in reader.read():
                     self._handle(command, fd)
         finally:
-            # Whatever ended the loop: no other writer may start before this one has ended all that it began.
+            # However the loop ended: this writer must end everything it began before another writer may start.
             for pending in list(self._waiting_for_waves.values()):
                 pending.waves.put(None)
             self._jobs.put(None)
@@ -132,12 +133,12 @@ class Server:
             self._jobs.put(pending)
             self._send(event="accepted", serial=command.first)
         elif command.kind is Kind.SPACE:
-            # Not here: on a mount that hangs the question hangs too.
+            # In a thread of its own: on a mount that hangs, the call hangs too.
             threading.Thread(
                 target=self._say_space, args=(command.first,), name="vembed-ckpt-space", daemon=True
             ).start()
         elif command.kind is Kind.WAVE:
-            waiting = self._waiting_for_waves.get(command.first)  # None: it has failed already, and said so
+            waiting = self._waiting_for_waves.get(command.first)  # None: the job has failed already and was answered
             if waiting is not None:
                 waiting.waves.put((command.second, command.third) if command.third else None)
 
@@ -149,7 +150,7 @@ class Server:
         try:
             found = os.statvfs(self._root)
         except OSError:
-            return  # then nobody knows; the write itself will say what is wrong
+            return  # the free space is unknown; a failing write will report the problem
         self._send(event="space", question=question, free=found.f_bavail * found.f_frsize)
 
     def _work(self) -> None:
@@ -184,7 +185,7 @@ class Server:
             self._send(event="warning", serial=pending.serial, message=_said(error))
 
     def _move_latest_link(self, pending: _Pending) -> None:
-        """The checkpoint is durable whatever comes of its link."""
+        """Point the link `latest` to the new checkpoint. An error is only a warning: the checkpoint is durable already."""
         job = pending.job
         try:
             said = latest_link.point(self._fs, self._root, job["name"], job["save_id"])
@@ -212,17 +213,19 @@ class Server:
                 ):
                     file.write(f"{time.strftime('%F %T')} {pending.job['name']} was staged but not saved: {message}\n")
             except OSError:
-                pass  # the disk that took no checkpoint takes no note of it either; the jobs behind this one go on
+                # The disk that did not take the checkpoint does not take this note either. The jobs behind this one go
+                # on.
+                pass
 
     def _save(self, pending: _Pending) -> tuple[str | None, dict[str, Any]]:
-        """Write and commit one job; returns where a replaced directory lies, and what to answer."""
+        """Write and commit one job. Returns the path of a replaced directory (or None), and the reply."""
         job = pending.job
         self._secure()
         committed = self._committed.refresh()
         self._note(manifest.save_id for _, manifest in committed)
         commits.refuse_non_directory(os.path.join(self._root, job["name"]))
         for path, manifest in committed:
-            if manifest.save_id == job["save_id"]:  # the writer before this one died between commit and answer
+            if manifest.save_id == job["save_id"]:  # the previous writer died between commit and reply
                 self._fs.sync_directory(self._root)
                 self._fs.sync_directory(names.work_directory(self._root))
                 return None, self._reply(path, manifest, pending, pending.accepted, time.perf_counter())
@@ -243,13 +246,19 @@ class Server:
         raise AssertionError("unreachable")
 
     def _next_sequence(self, visible: list[int]) -> int:
-        """Above all that is there, can come back, or was there when it could last be read."""
+        """Return the next sequence number.
+
+        It is higher than every number that is visible, can come back, or was ever read.
+        """
         waiting = [entry.order[0] for entry in interrupted(self._root)]
         self._highest = max(self._highest, *visible, *waiting, 0)
         return self._highest + 1
 
     def _discard(self, work: str, save_id: str) -> None:
-        """Drop what a failed attempt has left. What cannot be dropped now waits for a better moment: the failure is what counts."""
+        """Delete what a failed attempt left, best effort.
+
+        The next sweep deletes the rest; the attempt's own error is reported.
+        """
         try:
             if os.path.isdir(work):
                 removal.remove_work(self._fs, work, save_id)
@@ -344,8 +353,9 @@ class Server:
             covered = wave[1]
 
     def _tidy(self, pending: _Pending, replaced: str | None) -> None:
-        """After the commit, in this order: what was replaced goes, with all that could not go earlier, then what retention does
-        not keep."""
+        """Clean up after the commit: first the replaced directory and leftovers, then the checkpoints that retention
+        does not keep.
+        """
         job = pending.job
         pruned: dict[str, int] = {}
         try:
@@ -358,7 +368,8 @@ class Server:
             elif replaced is not None:
                 target = os.path.join(self._root, job["name"])
                 removal.dispose(self._fs, self._root, replaced, job["name"], job["save_id"], carried_to=target)
-        finally:  # what cannot be deleted must not fill the disk with what can
+        finally:
+            # Prune even if that failed: one directory that cannot be deleted must not let the others fill the disk.
             began = time.perf_counter()
             if job["retention"] is not None:
                 pruned = self._prune(pending, from_spec(job["retention"]))
@@ -373,7 +384,7 @@ class Server:
         )
 
     def _prune(self, pending: _Pending, policy: Policy) -> dict[str, int]:
-        """Returns the names of those that went and the bytes that each had."""
+        """Delete what retention does not keep. Returns the deleted names with the bytes of each."""
         committed = self._committed.refresh()
         for problem in unknown_metrics(policy, [manifest for _, manifest in committed]):
             if len(committed) > 1 and problem not in self._said:
@@ -385,7 +396,10 @@ class Server:
         return {name: sum(record.size for record in files[name]) for name in gone}  # a hard link counts once
 
     def _secure(self) -> None:
-        """Before anything is written or published: make sure that the root is still this writer's. Raises `CommitError`."""
+        """Check that the root still belongs to this writer, before anything is written or published.
+
+        Raises `CommitError`.
+        """
         if self._taken is not None:
             raise self._taken
         try:
@@ -404,14 +418,14 @@ class Server:
                 )
             self._send(fd=self._lock.fd, event="warning", message=done)  # from here on the trainer may delete again
         except Taken as error:
-            self._taken = error  # for good: what is there now is that process's
+            self._taken = error  # for good: the root now belongs to that process
             raise
 
     def _note(self, save_ids: Iterable[str]) -> None:
         self._seen = {*(self._seen or ()), *save_ids}
 
     def _send(self, *, fd: int | None = None, **reply: Any) -> None:
-        """`fd`: a descriptor that travels along."""
+        """Send a reply. `fd`: a descriptor to send with it."""
         data, fds = encode_reply(reply), [] if fd is None else [fd]
         with self._sending:
             while data and not self._orphaned:
@@ -425,7 +439,7 @@ class Server:
 
 
 def _said(error: Exception) -> str:
-    """Our own errors say what they are; of others their kind is said too."""
+    """Return an error as text. Our own errors need only their message; others get the name of their type in front."""
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
