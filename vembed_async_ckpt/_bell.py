@@ -1,4 +1,4 @@
-"""A descriptor that one thread makes readable for another: a pipe, which every kernel and sandbox has."""
+"""A descriptor that one thread makes readable to wake another. It is a pipe, which every kernel and sandbox supports."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Bell:
         try:
             os.write(self._other, b"\0")
         except BlockingIOError:
-            pass  # full: it is readable
+            pass  # the pipe is full, so it is readable
 
     def clear(self) -> None:
-        """Wait for the next `ring()`."""
+        """Make `fd` unreadable until the next `ring()`."""
         try:
             while len(os.read(self.fd, 4096)) == 4096:
                 pass
@@ -27,6 +27,6 @@ class Bell:
             pass  # nobody has rung
 
     def close(self) -> None:
-        """Close both ends; `ring()` must not be called any more."""
+        """Close both ends. Do not call `ring()` afterwards."""
         os.close(self.fd)
         os.close(self._other)

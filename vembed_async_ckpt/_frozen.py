@@ -1,4 +1,7 @@
-"""A dict that cannot be changed: unlike a MappingProxyType it can be pickled, copied and given to `dataclasses.asdict`."""
+"""A dict that cannot be changed.
+
+Unlike a MappingProxyType, it can be pickled, copied and given to `dataclasses.asdict`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ _Value = TypeVar("_Value")
 
 
 class FrozenDict(dict[_Key, _Value]):
-    """Made as a dict is; every change afterwards raises TypeError."""
+    """Made like a dict. Every later change raises TypeError."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} cannot be changed; make a dict of it: dict(...)")

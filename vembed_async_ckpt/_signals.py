@@ -1,9 +1,10 @@
-"""Signal handlers do not run while a call of ours is in the middle of a change.
+"""Keeps signal handlers from running while a call of this package is in the middle of a change.
 
-Python runs a signal handler in the main thread, between any two bytecodes: also while that thread holds a lock, or has changed
-one of two things that belong together. A handler that saves, waits or closes there would wait for itself, and one that raises
-(`sys.exit`, Ctrl-C) would leave the lock held for ever. So a call holds signals back with `held()`, and lets them in with
-`deliver()` where it waits and nothing is half done. In other threads than the main one both do nothing.
+Python runs a signal handler in the main thread, between any two bytecodes. So it may run while that thread holds a
+lock, or has changed only one of two things that belong together. A handler that saves, waits or closes then would wait
+for itself. A handler that raises (`sys.exit`, Ctrl-C) would leave the lock held for ever. Therefore a call holds
+signals back with `held()`. It lets them in with `deliver()` where it waits and nothing is half done. In threads other
+than the main thread, both do nothing.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from contextlib import ContextDecorator
 from types import FrameType, TracebackType
 from typing import Any
 
-SLICE = 0.05  # seconds between two looks for a signal that was held back, while a call waits
+SLICE = 0.05  # while a call waits, it looks for held-back signals every so many seconds
 
 _NUMBERS = sorted(_signal.valid_signals())
 
-# All of this is touched by the main thread only.
-_depth = 0  # calls that hold signals back
-_pending: list[tuple[_StandIn, int, FrameType | None]] = []  # signals that came meanwhile
+# The main thread alone touches all of these.
+_depth = 0  # number of nested calls that hold signals back
+_pending: list[tuple[_StandIn, int, FrameType | None]] = []  # signals that arrived meanwhile
 _stand_ins: dict[int, _StandIn] = {}  # by signal
-_raised: BaseException | None = None  # what a handler raised last in `deliver()`
+_raised: BaseException | None = None  # the last exception that a handler raised in `deliver()`
 
 
 class held(ContextDecorator):
-    """Hold signals back until the end of the block or of the decorated function, or until `deliver()`. Handlers that are due run at
-    the end."""
+    """Hold signals back until the end of the block or of the decorated function, or until `deliver()`.
+
+    Handlers that are due run at the end.
+    """
 
     def __init__(self) -> None:
         self._active = False
@@ -65,9 +68,11 @@ class held(ContextDecorator):
 
 
 def deliver() -> None:
-    """Run the handlers of the signals that were held back. Raises what they raise; signals are held back again then.
+    """Run the handlers of the signals that were held back. Raises what they raise. Afterwards signals are held back
+    again.
 
-    For places where no lock is held and nothing is half done: a handler may call everything that the main thread may call.
+    Call this only where no lock is held and nothing is half done. A handler may call everything that the main thread
+    may.
     """
     global _depth, _raised
     if not _pending or threading.get_ident() != threading.main_thread().ident:
@@ -84,7 +89,7 @@ def deliver() -> None:
 
 
 def join(thread: threading.Thread, timeout: float) -> None:
-    """`thread.join(timeout)`; signals that are held back are delivered meanwhile."""
+    """Wait for `thread`, as `thread.join(timeout)` does. Signals that are held back are delivered meanwhile."""
     deadline = time.monotonic() + timeout
     while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
         thread.join(min(left, SLICE))
@@ -92,12 +97,15 @@ def join(thread: threading.Thread, timeout: float) -> None:
 
 
 def from_handler(error: BaseException) -> bool:
-    """Whether a handler raised it in `deliver()`: it is no failure of the call that was interrupted."""
+    """Return whether a handler raised `error` in `deliver()`. Then it is not a failure of the interrupted call."""
     return error is _raised
 
 
 class _StandIn:
-    """Takes the place of a handler, and equals it. Whoever keeps it, because he asked for the handler meanwhile, may call it."""
+    """Takes the place of a signal handler and compares equal to it.
+
+    Code that asks for the handler meanwhile gets this object. It may keep it and call it later.
+    """
 
     def __init__(self, handler: Any) -> None:
         self.handler = handler
@@ -116,11 +124,11 @@ class _StandIn:
 
 
 def _stand_in() -> None:
-    """Take the place of every handler that is a Python function."""
+    """Replace every handler that is a Python function by a stand-in."""
     for signum in _NUMBERS:
         handler = _signal.getsignal(signum)
         if handler is None or type(handler) in (int, _StandIn):
-            continue  # not Python's, the default, ignored; or nothing to do
+            continue  # not a Python handler, the default, ignored, or replaced already
         known = _stand_ins.get(signum)
         if known is None or known.handler is not handler:
             known = _stand_ins[signum] = _StandIn(handler)
@@ -131,7 +139,10 @@ def _stand_in() -> None:
 
 
 def _stand_down() -> None:
-    """Put the handlers back. Where one is interrupted by another, the rest stay as they are, and pass on what comes."""
+    """Put the handlers back.
+
+    A signal may interrupt this. Then the other stand-ins stay in place and pass signals on.
+    """
     for signum in list(_stand_ins):
         if type(known := _signal.getsignal(signum)) is _StandIn:
             _signal.signal(signum, known.handler)
@@ -146,12 +157,12 @@ def _run_handlers() -> None:
         rest = _pending[:]
         _pending.clear()
         for _, signum, _ in rest:
-            _signal.raise_signal(signum)  # theirs come after this one, as they would have
+            _signal.raise_signal(signum)  # these handlers run after this exception, as they would have anyway
         raise
 
 
 def _forget() -> None:
-    """In a forked child: what was held back was the parent's."""
+    """In a forked child: drop the signals that were held back in the parent."""
     global _depth
     _depth = 0
     _pending.clear()

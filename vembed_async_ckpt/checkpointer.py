@@ -1,4 +1,4 @@
-"""The facade: what a user holds. All that works is its session's; when it is dropped, that ends."""
+"""`AsyncCheckpointer`, the object that the user holds. Its session does the work, and ends when the object is dropped."""
 
 from __future__ import annotations
 
@@ -35,25 +35,35 @@ logger = logging.getLogger("vembed_async_ckpt")
 
 
 class AsyncCheckpointer:
-    """Saves a training's state under one root while the training goes on.
+    """Saves the state of a training under one root while the training goes on.
 
-    Behaviour. `root`: directory of the checkpoints, created if need be. `retention`: which checkpoints to keep (`KeepLast(3) |
-    KeepBest("loss")`), None for all. `when_busy`: what `save()` does when earlier saves hold every arena: "wait", "skip"
-    (the handle says so) or "error". `on_error`: "raise" a background failure once more at the next `save()` or at `close()`
-    unless it was read from its handle, or "warn": log it at once and show it in `statistics()`. `save_original_format`,
-    `max_shard_size`: as `save_pretrained` has them. `sinks`: called with every `Event`, on a thread of their own. `policy`: when
-    `should_save()` says so (`every(steps=500) | on_request()`, see `vembed_async_ckpt.policies`). `latest_link`: keep a
-    relative link `latest` in the root that points to the newest checkpoint; something else of that name is left alone.
-    `progress`: show each save that is being written in the last line, where standard error is a terminal.
+    Behaviour:
 
-    Performance. `staging`: "overlap" copies what only an optimizer changes while forward and backward run, and lets
-    `optimizer.step()` wait for it; "blocking" copies all of it in `save()`. `writer`: a "process" of its own, which survives the
-    trainer, or a "thread". `max_in_flight`: arenas, that is saves under way at once; each takes host memory of the size of the
-    state; a further one is taken only where as much stays free. `max_host_bytes`: for all arenas together; None is what the
-    machine and its cgroup have left. A state that does not fit passes through a smaller arena in parts while training waits.
+    - `root`: directory of the checkpoints; created if need be.
+    - `retention`: which checkpoints to keep (`KeepLast(3) | KeepBest("loss")`); None keeps all.
+    - `when_busy`: what `save()` does when earlier saves hold every arena: "wait", "skip" (the handle's state is
+      SKIPPED) or "error".
+    - `on_error`: what happens to a background failure that nobody read from its handle. "raise": raise it once, at the
+      next `save()` or at `close()`. "warn": log it at once and show it in `statistics()`.
+    - `max_shard_size`, `save_original_format`: as in `save_pretrained`.
+    - `sinks`: called with every `Event`, on a thread of their own.
+    - `policy`: when `should_save()` returns True (`every(steps=500) | on_request()`, see `vembed_async_ckpt.policies`).
+    - `latest_link`: keep a relative link `latest` in the root that points to the newest checkpoint. Something else of
+      that name is left alone.
+    - `progress`: show the save that is being written in the last line, if standard error is a terminal.
 
-    The constructor takes the root's lock (raises `CheckpointerBusy` if another process saves there; waits up to 60 s for the
-    writer of a dead trainer to finish), and starts the writer, which sweeps what a crash left.
+    Performance:
+
+    - `staging`: "overlap" copies what only an optimizer changes while forward and backward run, and lets
+      `optimizer.step()` wait for this copy. "blocking" copies everything in `save()`.
+    - `writer`: a "process" of its own, which survives the trainer, or a "thread".
+    - `max_in_flight`: number of arenas, that is of saves under way at once. Each takes host memory of the size of the
+      state. A further arena is allocated only if as much memory stays free.
+    - `max_host_bytes`: limit for all arenas together; None means what the machine and its cgroup have left. A state
+      that does not fit passes through a smaller arena in parts, while training waits.
+
+    The constructor takes the root's lock. It waits up to 60 s for the writer of a dead trainer to finish, and raises
+    `CheckpointerBusy` if another process saves there. Then it starts the writer, which cleans up what a crash left.
     """
 
     @in_neutral_modes
@@ -100,7 +110,7 @@ class AsyncCheckpointer:
             self._session.decider,
         )
         self._dropped = weakref.finalize(self, self._session.drop)
-        self._dropped.atexit = False  # at exit all sessions are closed, and failures are told
+        self._dropped.atexit = False  # at exit all sessions are closed, and failures are reported
 
     def __repr__(self) -> str:
         state = self._session.closed or f"{len(self._session.ledger)} in flight"
@@ -108,12 +118,12 @@ class AsyncCheckpointer:
 
     @property
     def root(self) -> Path:
-        """Where the checkpoints are, as an absolute path."""
+        """The directory of the checkpoints, as an absolute path."""
         return Path(self._options.root)
 
     @property
     def closed(self) -> bool:
-        """Whether no more saves are taken."""
+        """Whether no more saves are accepted."""
         return bool(self._session.closed)
 
     # -- saving
@@ -132,24 +142,30 @@ class AsyncCheckpointer:
         extra: Any = None,
         metrics: Mapping[str, float] | None = None,
     ) -> SaveHandle:
-        """Save everything as it is now to `root/checkpoint-{step}`; the same step again replaces the directory.
+        """Save everything as it is now to `root/checkpoint-{step}`. Saving the same step again replaces the directory.
 
-        `model`, `optimizer` and `scheduler` are one object or a mapping of names to objects (each named model gets a directory of
-        its name). `dataloader` and `scaler` have `state_dict()`. `processor` has `save_pretrained(directory)`. `config` becomes
-        `vembed_config.json`. `extra` is nested dicts, lists and tuples of JSON scalars, tensors, numpy arrays, bytes
-        and other data: enums, dataclasses, paths, dates, dtypes, deques, sets. `metrics` are numbers by name, NaN included.
+        - `model`, `optimizer`, `scheduler`: one object, or a mapping of names to objects (each named model gets a
+          directory of its name).
+        - `dataloader`, `scaler`: objects with `state_dict()`.
+        - `processor`: an object with `save_pretrained(directory)`.
+        - `config`: saved as `vembed_config.json`.
+        - `extra`: nested dicts, lists and tuples of JSON scalars, tensors, numpy arrays, bytes and other data: enums,
+          dataclasses, paths, dates, dtypes, deques, sets.
+        - `metrics`: numbers by name; NaN is allowed.
 
-        When this returns, everything may be changed by the next `optimizer.step()` (with `staging="blocking"`: by anything), and
-        the checkpoint will be what it was at the call. Other changes before `handle.wait_staged()` returns are noticed where
-        they can be, and fail the save. Not noticed: a write through `.data`, numpy or another process that leaves a tensor's last
-        8 bytes as they were, and storage that is freed at the very moment it is read.
+        After the call, the next `optimizer.step()` may change everything (with `staging="blocking"`, any code may), and
+        the checkpoint still holds the state at the call. Other changes before `handle.wait_staged()` returns are
+        detected where possible, and then the save fails. Two things are not detected: a write through `.data`, numpy or
+        another process that leaves a tensor's last 8 bytes unchanged, and storage that is freed at the very moment it
+        is read.
 
-        A signal handler may save, wait and close: handlers run after the call, or where it waits. (`CheckpointerBusy`, and the save
-        that was interrupted goes on, while a state larger than its memory passes in parts.)
+        A signal handler may save, wait and close. Handlers run after the call, or where it waits. One exception: while
+        a state larger than its memory passes in parts, the handler gets `CheckpointerBusy` and the interrupted save
+        goes on.
 
-        Raises `PlanError` for what cannot be saved, before anything is touched; `CheckpointerBusy` with `when_busy="error"`;
-        `CheckpointerClosed`; and once what an earlier save failed with (see `on_error`): then nothing of this call was saved,
-        and the call may be repeated.
+        Raises `PlanError` for what cannot be saved, before anything is touched. Raises `CheckpointerBusy` with
+        `when_busy="error"`, and `CheckpointerClosed`. Also raises the failure of an earlier save once (see `on_error`):
+        then nothing of this call was saved, and the call may be repeated.
         """
         objects = Objects(model, optimizer, scheduler, dataloader, scaler, processor, config, extra, metrics)
         step = step_number(step)
@@ -161,7 +177,7 @@ class AsyncCheckpointer:
 
     @in_neutral_modes
     def save_as(self, directory: str, step: int | None, objects: Objects) -> SaveHandle:
-        """`save()` under any name: publish `objects` as `root/directory`. What the integrations build on."""
+        """Save `objects` as `root/directory`, like `save()` but under any name. The integrations use this."""
         begun = time.perf_counter()
         with _signals.held():
             self._session.refuse_if_closed()
@@ -174,9 +190,11 @@ class AsyncCheckpointer:
             return handle
 
     def should_save(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:
-        """Whether to save now, at the end of `step`, by the policy. Ask at every step. On every rank the answer is the same.
+        """Return whether the policy says to save now, at the end of `step`. Call it at every step. All ranks get the
+        same answer.
 
-        `metrics` are for `on_best`. Raises ValueError if the checkpointer was made without a policy, and `CheckpointerClosed`.
+        `metrics` are for `on_best`. Raises ValueError if the checkpointer was made without a policy, and
+        `CheckpointerClosed`.
         """
         decider = self._decider
         if decider is None or self._session.closed:
@@ -186,10 +204,11 @@ class AsyncCheckpointer:
 
     @in_neutral_modes
     def prewarm(self, *, model: Any = None, optimizer: Any = None) -> None:
-        """Plan, allocate, and fault the pages in behind your back, so that the first save costs what every save costs.
+        """Make the plan, allocate the arena and fault its pages in, so that the first save is as fast as later ones.
 
-        An optimizer without state yet (AdamW before its first step) is sized again after that step. `wait()` returns once the
-        pages are there. Raises what `save()` would raise for these objects.
+        The pages are faulted in in the background; `wait()` returns once that is done. If an optimizer has no state yet
+        (AdamW before its first step), the arena is sized again after that step. Raises what `save()` would raise for
+        these objects.
         """
         with _signals.held():
             self._session.refuse_if_closed()
@@ -199,24 +218,28 @@ class AsyncCheckpointer:
 
     @in_neutral_modes
     def wait(self, timeout: float | None = None) -> None:
-        """Return when no save is in flight and prewarming is complete. Raises TimeoutError after `timeout` seconds.
+        """Wait until no save is in flight and prewarming is complete. Raises TimeoutError after `timeout` seconds.
 
-        Failures are not raised here: they stay on their handles.
+        Failures of saves are not raised here: they stay on their handles.
         """
         self._session.wait(timeout)
 
     def in_flight(self) -> list[SaveHandle]:
-        """The saves that have not ended yet."""
+        """Return the saves that have not ended yet."""
         return self._session.in_flight()
 
     def statistics(self) -> dict[str, Any]:
-        """Counts of saves (started, committed, failed, skipped), saves in flight, bytes still to be written, arenas free and busy,
-        host bytes held, whether the newest save was copied beside the training, and the last failure."""
+        """Return counts of saves and figures of memory, by name.
+
+        They are: saves started, committed, failed and skipped; saves in flight; bytes still to be written; arenas free
+        and busy; host bytes held; whether the newest save was copied while training went on; the writer's process id;
+        and the last failure.
+        """
         with _signals.held():
             return {**self._session.ledger.statistics(), **self._engine.statistics()}
 
     async def events(self) -> AsyncIterator[Event]:
-        """Every event from now on, until `close()`. Works on any anyio backend; holds no thread."""
+        """Yield every event from now on, until `close()`. Works on any anyio backend and holds no thread."""
         bell = Bell()
         received: deque[Event] = deque(maxlen=10_000)
 
@@ -226,7 +249,7 @@ class AsyncCheckpointer:
         def sink(event: Event) -> None:
             received.append(event)
             with ringing:
-                if not over:  # else the number may be somebody else's file by now
+                if not over:  # else the descriptor's number may belong to another file by now
                     bell.ring()
 
         self._reporter.add_sink(sink)
@@ -249,10 +272,10 @@ class AsyncCheckpointer:
 
     @in_neutral_modes
     def close(self, timeout: float = 600.0) -> None:
-        """Wait for the saves in flight, end the writer and let go of root and memory. May be called again.
+        """Wait for the saves in flight, end the writer, and give up the lock and the memory. May be called again.
 
-        Raises TimeoutError if that takes longer than `timeout` seconds (the writer process then finishes on its own), else once
-        what a save failed with that nobody has read.
+        Raises TimeoutError if that takes longer than `timeout` seconds; the writer process then finishes on its own.
+        Otherwise raises the failure of a save that nobody has read, once.
         """
         self._session.close(timeout)
 

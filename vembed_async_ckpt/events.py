@@ -1,7 +1,8 @@
-"""What happened, said once: frozen events that go to the logger, to the user's sinks and to `events()`.
+"""Events: immutable records of what happened. They go to the logger, to the user's sinks and to `events()`.
 
-A stage is reported as `started`, then `complete` or `failed`. Sinks run on one reporting thread, in order, never on the
-training thread and never on the thread that watches the writer: a slow or failing sink delays reports, not saves.
+A stage is reported as `started`, then as `complete` or `failed`. Sinks run on one reporting thread, in order. They
+never run on the training thread or on the thread that watches the writer. So a slow or failing sink delays reports, not
+saves.
 """
 
 from __future__ import annotations
@@ -39,12 +40,16 @@ Phase = Literal["started", "complete", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened to one save (`save_id`, `step`) or, with an empty `save_id`, to the engine.
+    """One thing that happened to a save (`save_id`, `step`) or, with an empty `save_id`, to the engine.
 
-    `seconds` is how long the stage took (0.0 in `started`; of `held`, how long the device waited for the copy), `bytes` what it
-    moved, `detail` one line for people, `time` when it ended, in seconds since the epoch. `parts` are the seconds of its parts: of
-    `write` the writing and the commit, of `step` each training step since the event before. `step` events go only to sinks whose
-    attribute `wants_steps` is true.
+    - `seconds`: how long the stage took; 0.0 in `started`. For `held`, how long the device waited for the copy.
+    - `bytes`: the bytes that the stage moved.
+    - `detail`: one line of text for people.
+    - `time`: when the stage ended, in seconds since the epoch.
+    - `parts`: seconds of the stage's parts. For `write`: the writing and the commit. For `step`: each training step
+      since the last such event.
+
+    `step` events go only to sinks whose attribute `wants_steps` is true.
     """
 
     stage: Stage
@@ -62,11 +67,14 @@ Sink = Callable[[Event], None]
 
 
 class Reporter:
-    """Delivers events and callbacks in order on one daemon thread. Holds: nothing a sink does reaches the reporting side."""
+    """Delivers events and callbacks in order, on one daemon thread.
+
+    An error in a sink never reaches the reporting code.
+    """
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = list(sinks)
-        self.closed = False  # and everything delivered
+        self.closed = False  # closed, and everything is delivered
         self._ending = threading.Lock()
         self._ended = False
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -74,11 +82,11 @@ class Reporter:
         self._thread.start()
 
     def emit(self, event: Event) -> None:
-        """Queue `event`; returns at once."""
+        """Queue `event` and return at once."""
         self.call(lambda: self._deliver(event))
 
     def call(self, callback: Callable[[], None]) -> None:
-        """Queue a callback behind the events already queued; after `close` it runs at once. What it raises is logged."""
+        """Queue a callback behind the events already queued. After `close` it runs at once. Its exceptions are logged."""
         with _signals.held(), self._ending:
             if not self._ended:
                 self._queue.put(callback)
@@ -87,7 +95,7 @@ class Reporter:
 
     @property
     def wants_steps(self) -> bool:
-        """Whether a sink wants to hear of the training's steps."""
+        """Whether a sink wants the events of the training's steps."""
         return any(map(_wants_steps, self._sinks))
 
     def add_sink(self, sink: Sink) -> None:
@@ -99,7 +107,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def stage(self, stage: Stage, save_id: str = "", step: int | None = None, bytes: int = 0) -> Iterator[None]:
-        """Report one stage around a block: started, then complete or failed with the seconds it took."""
+        """Report a block as one stage: `started`, then `complete` or `failed` with the seconds it took."""
         started = time.perf_counter()
         self.emit(Event(stage, "started", save_id, step, bytes))
         try:

@@ -1,4 +1,6 @@
-"""What `save()` gives back: where the save is, how it ended, and ways to wait that all have an end."""
+"""What `save()` returns: a handle that tells the state and the outcome of a save, and ways to wait for it with a
+deadline.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,12 @@ from .errors import CheckpointError
 
 
 class SaveState(enum.Enum):
-    """Where a save is.
+    """The state of a save.
 
-    STAGING -> STAGED -> WRITING -> COMMITTED; any of the first three -> FAILED. WRITING -> STAGED when the writer died and a
-    new one gets the job. STAGING -> COMMITTED when a state passed through a small arena in parts. SKIPPED is where a save
-    refused by `when_busy="skip"` begins and ends; on the ranks that do not write it comes after STAGING.
+    STAGING -> STAGED -> WRITING -> COMMITTED. Each of the first three may become FAILED. WRITING -> STAGED if the
+    writer died and a new one gets the job. STAGING -> COMMITTED if the state passed through a small arena in parts.
+    SKIPPED is the only state of a save that `when_busy="skip"` refused; on ranks that do not write, it comes after
+    STAGING.
     """
 
     STAGING = "staging"
@@ -47,12 +50,17 @@ _ENDS = {SaveState.COMMITTED, SaveState.FAILED, SaveState.SKIPPED}
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time went, in seconds.
+    """How long the parts of a save took, in seconds.
 
-    `stall`: all that the training thread lost: `save()` itself with any wait for a free arena, and steps held up by the copy.
-    `staging`: from the start of the copy to its end. `queued`: from staged to the first write. `write`: writing, hashing and
-    syncing the files. `commit`: manifest, syncs, rename. `durable`: from the call to durable. `held`: for how long the training's
-    device was held back behind the copy, which no clock of the training thread shows; 0 without a device.
+    - `stall`: all that the training thread lost: `save()` itself with any wait for a free arena, and steps held up by
+      the copy.
+    - `staging`: from the start of the copy to its end.
+    - `queued`: from staged to the first write.
+    - `write`: writing, hashing and syncing the files.
+    - `commit`: manifest, syncs, rename.
+    - `durable`: from the call until the checkpoint is durable.
+    - `held`: how long the training's device waited for the copy. No clock of the training thread shows this. 0 without
+      a device.
     """
 
     stall: float
@@ -66,8 +74,11 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """A committed checkpoint. `total_bytes`: on disk without the manifest, a file with two names counted once.
-    `files`: size in bytes of each."""
+    """A committed checkpoint.
+
+    `path`: its directory. `step`: as given to `save()`. `total_bytes`: bytes on disk without the manifest; a file with
+    two names counts once. `files`: size of each file in bytes, by name. `timings`: how long the parts of the save took.
+    """
 
     path: Path
     step: int | None
@@ -77,10 +88,10 @@ class CheckpointInfo:
 
 
 class SaveHandle:
-    """One save. Thread-safe; may be awaited on any anyio backend."""
+    """One save. Thread-safe. It may be awaited on any anyio backend."""
 
     def __init__(self, step: int | None, path: Path, call: Callable[[Callable[[], None]], None]) -> None:
-        """`call` runs a callback, on a thread of its own choice."""
+        """`call` runs a callback on a thread of its choice."""
         self.step = step
         self.path = path
         self._call = call
@@ -89,13 +100,13 @@ class SaveHandle:
         self._state = SaveState.STAGING
         self._info: CheckpointInfo | None = None
         self._error: CheckpointError | None = None
-        self._read = False  # the failure was seen by whoever holds this handle
+        self._read = False  # whether whoever holds this handle has seen the failure
         self._callbacks: list[Callable[[SaveHandle], None]] = []
         self._wakers: set[Bell] = set()
         self._progress: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._saver = threading.get_ident()
         self._called = False  # `save()` has returned
-        self._copy_with_more_threads: Callable[[], None] = lambda: None  # stages with more threads
+        self._copy_with_more_threads: Callable[[], None] = lambda: None  # copies with more threads
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a SaveHandle cannot be pickled or copied: its save is under way; keep what result() returns")
@@ -109,39 +120,46 @@ class SaveHandle:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """(bytes written so far, bytes in all); files are padded to whole pages while they are written."""
+        """(bytes written so far, bytes in total). While files are written, they are padded to whole pages."""
         return self._progress()
 
     def done(self) -> bool:
-        """Whether it has ended, one way or another."""
+        """Return whether the save has ended: committed, failed or skipped."""
         return self._state in _ENDS
 
     def wait_staged(self, timeout: float | None = None) -> None:
-        """Return once the state is in the arena and a live writer has accepted it: from then on neither the death of the
-        trainer nor that of the writer loses it. While the thread that saved waits, here or in `result`, more threads stage.
+        """Wait until the state is in the arena and a living writer has accepted it.
 
-        Raises TimeoutError after `timeout` seconds, and what failed if it failed first.
+        From then on, neither the death of the trainer nor that of the writer loses the state. While the thread that
+        saved waits here or in `result`, more threads copy. Raises TimeoutError after `timeout` seconds, and the save's
+        failure if it failed first.
         """
         self._wait(lambda: self._state is not SaveState.STAGING, timeout)
         self._raise_if_failed()
 
     def result(self, timeout: float | None = None) -> CheckpointInfo:
-        """Wait until it is durable. Raises what failed, `CheckpointerBusy` for a skipped save, TimeoutError after `timeout`
-        seconds; the save goes on."""
+        """Wait until the checkpoint is durable, and return its description.
+
+        Raises the save's failure, `CheckpointerBusy` for a skipped save, and TimeoutError after `timeout` seconds.
+        After a TimeoutError the save goes on.
+        """
         self._wait(self.done, timeout)
         self._raise_if_failed()
         assert self._info is not None
         return self._info
 
     def exception(self, timeout: float | None = None) -> CheckpointError | None:
-        """Wait as `result` does, but return what failed, or None."""
+        """Wait as `result` does, but return the failure, or None."""
         self._wait(self.done, timeout)
         with _signals.held(), self._changed:
             self._read = True
             return self._error
 
     def add_done_callback(self, callback: Callable[[SaveHandle], None]) -> None:
-        """Call `callback(handle)` on the reporting thread once it has ended; at once if it has. What it raises is logged."""
+        """Call `callback(handle)` on the reporting thread once the save has ended; at once if it has.
+
+        Its exceptions are logged.
+        """
         with _signals.held():
             with self._changed:
                 if not self.done():
@@ -150,7 +168,7 @@ class SaveHandle:
             self._call(lambda: callback(self))
 
     def __await__(self) -> Generator[Any, Any, CheckpointInfo]:
-        """Wait for `result()` without a thread; cancelling the wait does not touch the save."""
+        """Wait for `result()` without a thread. Cancelling the wait does not affect the save."""
         return self._await().__await__()
 
     async def _await(self) -> CheckpointInfo:
@@ -186,11 +204,17 @@ class SaveHandle:
                 _signals.deliver()
 
     def _interrupted(self) -> bool:
-        """Whether this thread is inside the call of `save()`: it is a signal handler, or code of the user's, that asks."""
+        """Return whether this thread is inside the call of `save()`.
+
+        Then a signal handler or code of the user's is asking.
+        """
         return not self._called and self._saver == threading.get_ident()
 
     def _waited_for(self, timeout: float | None) -> None:
-        """This thread will wait so long (0: it only looks). If it is the one that saved, the training does nothing meanwhile."""
+        """Note that this thread is going to wait for `timeout` seconds (0: it only looks).
+
+        If it is the thread that saved, the training does nothing meanwhile, so the copy gets more threads.
+        """
         if timeout != 0 and self._state is SaveState.STAGING and threading.get_ident() == self._saver:
             self._copy_with_more_threads()
 
@@ -201,7 +225,10 @@ class SaveHandle:
                 raise self._error
 
     def _move(self, state: SaveState, info: CheckpointInfo | None = None, error: CheckpointError | None = None) -> None:
-        """Go to `state`; a handle that has ended stays as it is. Wakes whoever waits and queues the callbacks."""
+        """Change to `state`; a handle that has ended keeps its state.
+
+        Wakes the threads that wait and queues the callbacks.
+        """
         with self._changed:
             if state not in _MOVES[self._state]:
                 return
@@ -220,7 +247,7 @@ class SaveHandle:
             self._state, self._error, self._read = SaveState.SKIPPED, error, True
 
     def _take_failure(self) -> CheckpointError | None:
-        """What failed, if nobody has read it yet; afterwards it is read."""
+        """Return the failure if nobody has read it yet, else None. Afterwards it counts as read."""
         with self._changed:
             read, self._read = self._read, True
             return None if read else self._error

@@ -1,20 +1,22 @@
-"""What saving costs a training, measured in its own loop: any engine, ours or not.
+"""Measures what saving costs a training, in the training's own loop. It works with any engine, ours or another.
 
     meter = StallMeter()
     for batch in loader:
         with meter.step():                      # the training step, with `optimizer.step()` in it
             train_step(batch)
         if due:
-            with meter.save():                  # whatever saves
+            with meter.save():                  # the call that saves
                 handle = checkpointer.save(...)
-            meter.watch(handle)                 # until when it is under way in the background
+            meter.watch(handle)                 # tells when the background part has ended
     print(meter.report())
 
-As a sink, `AsyncCheckpointer(root, sinks=[meter])`, it hears of saves by itself: only `meter.step()` is needed then.
+As a sink, `AsyncCheckpointer(root, sinks=[meter])`, the meter learns of saves by itself. Then only `meter.step()` is
+needed.
 
-A step is *busy* if a save was in flight at any time of it, else *quiet*. What busy steps would have taken is told by their
-neighbours: the mean of two medians, that of the 16 quiet steps before them and that of the 16 after. So a step time that drifts
-over the run counts for nothing, and neither do a few slow steps. Time outside of `step()` and `save()` is not looked at.
+A step is *busy* if a save was in flight at any time during it, else *quiet*. The meter estimates how long busy steps
+would have taken without a save. The estimate is the mean of two medians: that of the 16 quiet steps before the busy
+ones and that of the 16 after. So neither a step time that drifts over the run nor a few slow steps change the result.
+Time outside of `step()` and `save()` is not measured.
 """
 
 from __future__ import annotations
@@ -36,22 +38,29 @@ from .ettr import GPUS, RESTART, Advice, advise, mtbf_of
 from .events import Event, logger
 
 NEIGHBOURS = 16  # quiet steps on either side of the busy ones
-SAMPLES = 4096  # of the blocked times are kept, drawn evenly from all
-_RECENT = 64  # saves that a late event may still belong to
+SAMPLES = 4096  # number of blocked times kept, drawn evenly from all
+_RECENT = 64  # saves to which a late event may still belong
 
 
 @dataclass(frozen=True, slots=True)
 class StallReport:
-    """What saving cost. Times are in seconds; None is what was not seen.
+    """What saving cost. Times are in seconds. None means that it was not observed.
 
-    `saves`: begun, `failed` of them. `steps`: all, `busy_steps` of them with a save in flight, over `elapsed` seconds from the
-    first step to the end of the last. `blocked_*`: what the call took from the training thread, `blocked_first` the first one,
-    which is cold. `barrier_*`: what `optimizer.step()` waited for the copy, known of our engine only; a part of the busy steps.
-    `quiet_step`: what the busy steps would have taken by their neighbours, on average, and `busy_step` what they took.
-    `inflation`: busy to quiet, 0.02 is 2 % slower. `noise`: the inflation that the neighbours show when they are measured against
-    their own medians; an inflation no larger than that means nothing. `slowed_per_save`: what the steps took longer.
-    `cost_per_save` = blocked + slowed; `cost_per_hour`: of training as it was. `advice`: how often to save, and what that loses
-    in 30 days, against the interval of this run (`vembed_async_ckpt.ettr`); None if the cost is not known.
+    - `saves`: saves begun. `failed`: those that failed.
+    - `steps`: all steps. `busy_steps`: those with a save in flight.
+    - `elapsed`: from the start of the first step to the end of the last.
+    - `blocked_*`: what the call took from the training thread. `blocked_first`: the first call, which is cold.
+    - `barrier_*`: how long `optimizer.step()` waited for the copy. Known for our engine only, and part of the busy
+      steps.
+    - `quiet_step`: average estimate of what the busy steps would have taken, from their neighbours. `busy_step`: what
+      they took.
+    - `inflation`: busy against quiet; 0.02 is 2 % slower.
+    - `noise`: the inflation that the neighbours themselves show against their own medians. An inflation that is not
+      larger means nothing.
+    - `slowed_per_save`: how much longer the steps took, per save.
+    - `cost_per_save`: blocked + slowed. `cost_per_hour`: the cost in an hour of this training.
+    - `advice`: how often to save, and what that loses in 30 days compared with the interval of this run
+      (`vembed_async_ckpt.ettr`); None if the cost is not known.
     """
 
     saves: int
@@ -76,7 +85,7 @@ class StallReport:
     advice: Advice | None = None
 
     def json(self) -> str:
-        """All of it as one JSON object."""
+        """Return the report as one JSON object."""
         return json.dumps(asdict(self))
 
     def __str__(self) -> str:
@@ -110,15 +119,15 @@ def _ms(seconds: float | None) -> str:
 
 
 class StallMeter:
-    """Measures what saving costs the loop it stands in. `step()` is for one thread; all else may come from any.
+    """Measures what saving costs the loop that uses it. Only one thread may use `step()`; any thread may call the rest.
 
-    Memory is bounded whatever the run's length, and a step costs about a microsecond.
+    Memory is bounded whatever the run's length. A step costs about a microsecond.
     """
 
     def __init__(
         self, *, clock: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time
     ) -> None:
-        """`clock`: seconds, monotonic. `wall`: the clock that events are stamped with."""
+        """`clock`: monotonic clock in seconds. `wall`: the clock of the events' time stamps."""
         self._clock = clock
         self._wall = wall
         self._context = _StepContext(self)
@@ -126,7 +135,7 @@ class StallMeter:
         self._lock = threading.RLock()
         # guarded by _lock:
         self._current: _Step | None = None
-        self._last: _Step | None = None  # an event may still tell something of it
+        self._last: _Step | None = None  # the last step; an event may still concern it
         self._begun: float | None = None
         self._ended = 0.0
         self._steps = 0
@@ -134,7 +143,7 @@ class StallMeter:
         self._flying: dict[object, _Save] = {}
         self._watched: list[tuple[Any, Callable[[], bool], _Save]] = []
         self._calls: deque[_Save] = deque(maxlen=_RECENT)  # made through `save()`
-        self._heard: dict[str, _Save] = {}  # by the events' save_id, the newest
+        self._heard: dict[str, _Save] = {}  # the newest ones, by the events' save_id
         self._saves = 0
         self._failed = 0
         self._blocked = _Sample(SAMPLES)
@@ -144,16 +153,20 @@ class StallMeter:
     # -- in the loop
 
     def step(self) -> AbstractContextManager[None]:
-        """Around one training step. A step that raises is not counted."""
+        """Use as a context around one training step. A step that raises is not counted."""
         return self._context
 
     def save(self) -> AbstractContextManager[None]:
-        """Around a call that saves. Inside a `step()` its time is taken out of the step's."""
+        """Use as a context around a call that saves. Inside a `step()`, its time is subtracted from the step's."""
         return _Call(self)
 
     def watch(self, handle: Any) -> None:
-        """The newest save is in flight until `handle` says it is over: a `SaveHandle`, a `Future`, whatever else has `done()`, or a
-        function that returns whether it is. It is asked before each step."""
+        """Count the newest save as in flight until `handle` is done.
+
+        `handle` is a `SaveHandle`, a `Future`, any object with `done()`, or a function that returns whether the save
+        has ended. It is asked before each step. Raises TypeError for another `handle`, and ValueError if there was no
+        `save()` before.
+        """
         done = getattr(handle, "done", handle)
         if not callable(done):
             raise TypeError(
@@ -168,8 +181,11 @@ class StallMeter:
             self._take_off(handle, save)
 
     def __call__(self, event: Event) -> None:
-        """The meter as a sink of `AsyncCheckpointer`. Never waits: a training thread that is in the middle of something, perhaps
-        because a signal handler interrupted it, hears of the event next."""
+        """Take an event: the meter is a sink of `AsyncCheckpointer`.
+
+        Never waits. If the training thread holds the lock, perhaps because a signal handler interrupted it, the event
+        is processed later.
+        """
         self._inbox.append(event)
         if self._lock.acquire(blocking=False):
             try:
@@ -178,19 +194,19 @@ class StallMeter:
                 self._lock.release()
 
     def _hear(self) -> None:
-        """Take note of the events that have come. Under the lock."""
+        """Process the events that have arrived. Call it under the lock."""
         while self._inbox:
             self._note(self._inbox.popleft())
 
     def _note(self, event: Event) -> None:
-        key = event.save_id or f"step {event.step}"  # the ranks that do not write know no save_id
+        key = event.save_id or f"step {event.step}"  # ranks that do not write have no save_id
         happened = (event.stage, event.phase)
         ended = self._clock() - max(self._wall() - event.time, 0.0)
         if happened in _BEGINNINGS:
             save = self._save_of(key, ended - event.seconds)
             if event.stage == "call" and not save.called:
                 self._note_call(save, ended - event.seconds, event.seconds)
-        elif happened == ("backpressure", "failed") and key in self._flying:  # a rank learned that it was skipped
+        elif happened == ("backpressure", "failed") and key in self._flying:  # a rank learned that its save was skipped
             del self._flying[key], self._heard[key]
             self._saves -= 1
         elif happened == ("barrier", "complete") and key in self._heard:
@@ -204,10 +220,11 @@ class StallMeter:
                 self._note_failure(save)
 
     def report(self, *, mtbf: float | None = None, gpus: float = GPUS, restart: float = RESTART) -> StallReport:
-        """Everything up to now; the measuring goes on.
+        """Return everything measured so far. The measurement goes on.
 
-        For its advice: `mtbf` is the time between two crashes in seconds, taken from the number of `gpus` unless it is given, and
-        `restart` the time from a crash until the run trains again. The steps with a save in flight tell when a save is durable.
+        For the advice: `mtbf` is the time between two crashes in seconds, by default estimated from the number of
+        `gpus`. `restart` is the time in seconds from a crash until the run trains again. The time until a save is
+        durable is estimated from the steps with a save in flight.
         """
         between = mtbf_of(gpus) if mtbf is None else mtbf
         with self._lock:
@@ -283,7 +300,10 @@ class StallMeter:
             self._last = step
 
     def _ask(self) -> None:
-        """Those who are watched, outside the lock: what they do is theirs."""
+        """Ask the watched handles whether they are done.
+
+        This happens outside the lock because it calls code of the user's.
+        """
         for entry in tuple(self._watched):
             handle, done, save = entry
             try:
@@ -308,7 +328,7 @@ class StallMeter:
         self._mark_busy(save)
 
     def _mark_busy(self, save: _Save) -> None:
-        """Steps that are under way, or just over, may have begun before the save was heard of."""
+        """Mark the current and the last step as busy: they may have begun before the save was reported."""
         if self._current is not None:
             self._current.busy = True
         if self._last is not None and save.start < self._last.end:
@@ -325,7 +345,7 @@ class StallMeter:
             if len(self._heard) > _RECENT:
                 oldest = next(iter(self._heard))
                 del self._heard[oldest]
-                self._flying.pop(oldest, None)  # its end was not told, and cannot be so far away
+                self._flying.pop(oldest, None)  # its end was not reported, and it must have ended long ago
             self._flying[key] = save
             self._mark_busy(save)
         return save
@@ -339,7 +359,7 @@ class StallMeter:
                 step.taken_out += seconds
 
     def _note_barrier(self, save: _Save, seconds: float) -> None:
-        if seconds > save.barrier:  # the same wait may be told by an event and by the handle
+        if seconds > save.barrier:  # an event and the handle may report the same wait
             self._barrier_total += seconds - save.barrier
             self._barrier_max = max(self._barrier_max, seconds)
             save.barrier = seconds
@@ -350,12 +370,16 @@ class StallMeter:
             self._failed += 1
 
 
-_BEGINNINGS = {("call", "complete"), ("stage", "complete"), ("write", "started")}  # a save's first sign of life
+# the first events of a save
+_BEGINNINGS = {("call", "complete"), ("stage", "complete"), ("write", "started")}
 _FOREVER = float("inf")
 
 
 def _outcome(handle: Any, save: _Save) -> tuple[float, bool]:
-    """(seconds at the barrier, whether it failed) of what is over. A failure must not be taken for read by us."""
+    """Return (seconds at the barrier, whether it failed) of a save that has ended.
+
+    This must not mark the failure as read: the user has not seen it.
+    """
     state = getattr(getattr(handle, "state", None), "value", None)
     if state == "committed":
         timings = handle.result(0).timings
@@ -380,15 +404,15 @@ class _Save:
 
     def __init__(self, start: float) -> None:
         self.start = start
-        self.end = _FOREVER  # of the call
-        self.called = False  # and `blocked` is known
+        self.end = _FOREVER  # end of the call
+        self.called = False  # the call has ended, and `blocked` is known
         self.blocked = 0.0
         self.barrier = 0.0
         self.failed = False
 
 
 class _StepContext:
-    """One for all steps: there is only one at a time."""
+    """The context of every step: only one step runs at a time."""
 
     __slots__ = ("_meter",)
 
@@ -426,7 +450,7 @@ class _Call:
 
 
 class _Account:
-    """Busy steps against their neighbours. An *episode* is a run of busy steps with no quiet one between them."""
+    """Compares busy steps with their neighbours. An *episode* is a run of busy steps with no quiet step in between."""
 
     def __init__(self) -> None:
         self.busy_steps = 0
@@ -436,12 +460,12 @@ class _Account:
         self.taken = 0.0
         self.expected = 0.0
         self.noise = 0.0
-        # of the one that is open:
+        # of the open episode:
         self._count = 0
         self._seconds = 0.0
         self._before: tuple[float, ...] = ()
-        self._after = 0  # quiet steps since
-        self._quiet: deque[float] = deque(maxlen=NEIGHBOURS)  # the newest
+        self._after = 0  # quiet steps since its last busy step
+        self._quiet: deque[float] = deque(maxlen=NEIGHBOURS)  # the newest ones
 
     def copy(self) -> _Account:
         other = _Account()
@@ -468,7 +492,7 @@ class _Account:
                     self.settle()
 
     def settle(self) -> None:
-        """Close the open episode with the neighbours it has."""
+        """Close the open episode and compare it with the neighbours it has."""
         after = tuple(self._quiet)[-self._after :] if self._after else ()
         sides = [side for side in (self._before, after) if side]
         if self._count and sides:
@@ -481,12 +505,15 @@ class _Account:
         self._seconds = 0.0
 
     def neighbourhood(self) -> float | None:
-        """The median of the newest quiet steps."""
+        """Return the median of the newest quiet steps, or None if there are none."""
         return median(self._quiet) if self._quiet else None
 
 
 class _Sample:
-    """At most `size` numbers, drawn evenly from all that came; first, largest and sum are those of all."""
+    """A sample of at most `size` numbers, drawn evenly from all numbers added.
+
+    `first`, `largest` and `total` cover all numbers added.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -508,6 +535,6 @@ class _Sample:
             self._kept[place] = value
 
     def percentile(self, share: float) -> float | None:
-        """The smallest number that `share` of the sample does not exceed."""
+        """Return the smallest number that a share `share` of the sample does not exceed; None for an empty sample."""
         ordered: Sequence[float] = sorted(self._kept)
         return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None

@@ -1,4 +1,4 @@
-"""Disks that fail on purpose, for tests of what your training does when its disk does.
+"""Disks that fail on purpose, to test how your training reacts when its disk fails.
 
     disk = PowerCutFilesystem(root)
     with use_filesystem(disk):
@@ -7,10 +7,10 @@
     disk.after(9)                                               # the power fails at the ninth call from now
     assert checkpointer.save(2, model=model).exception() is not None
     checkpointer.close()
-    latest(disk.image(tmp_path / "reboot"))                     # checkpoint-1 or checkpoint-2, whole
+    latest(disk.image(tmp_path / "reboot"))                     # checkpoint-1 or checkpoint-2, complete
 
-`FailingFilesystem` is a disk that is full, broken or read-only for a while: then see what your callbacks and your retention do.
-Both reach `writer="thread"` only; a writer process has its own, real one.
+`FailingFilesystem` is a disk that is full, broken or read-only for a while. It shows what your callbacks and your
+retention do then. Both work with `writer="thread"` only: a writer process uses the real file system.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = [
 ]
 
 _Result = TypeVar("_Result")
-_SECTOR = 512  # what a disk writes wholly or not at all
+_SECTOR = 512  # a disk writes a sector completely or not at all
 
 
 @contextlib.contextmanager
 def use_filesystem(filesystem: Filesystem) -> Iterator[None]:
-    """Checkpointers made inside the block write through `filesystem`, for all of their life.
+    """Let checkpointers made inside the block write through `filesystem`, for their whole life.
 
-    They must have `writer="thread"`; another one is refused (ValueError).
+    They must have `writer="thread"`; otherwise their constructor raises ValueError.
     """
     token = FILESYSTEM_OVERRIDE.set(filesystem)
     try:
@@ -66,7 +66,10 @@ Fate = Literal["lost", "kept", "torn", "zero", "half"]
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that was done to the disk and not synced yet: by which of all calls, and to which path below the root."""
+    """One change to the disk that is not synced yet.
+
+    `number`: the number of the call among all calls. `call`: its kind. `path`: relative to the root.
+    """
 
     number: int
     call: str
@@ -77,22 +80,22 @@ Choose = Callable[[Change], Fate]
 
 
 def lost(change: Change) -> Fate:
-    """Nothing that was not synced reached the disk."""
+    """A choice for `image`: nothing unsynced reached the disk."""
     return "lost"
 
 
 def kept(change: Change) -> Fate:
-    """All of it did, though nobody asked."""
+    """A choice for `image`: everything unsynced reached the disk."""
     return "kept"
 
 
 def names_only(change: Change) -> Fate:
-    """Names and sizes did, the data did not: files full of zeros."""
+    """A choice for `image`: names and sizes reached the disk, but the data did not. Files are full of zeros."""
     return "zero" if change.call == "write" else "kept"
 
 
 def at_random(seed: int) -> Choose:
-    """Each change has a fate of its own."""
+    """Return a choice for `image` that decides at random for each change."""
     dice = random.Random(seed)
 
     def choose(change: Change) -> Fate:
@@ -146,7 +149,10 @@ class _Symlink:
 
 @dataclass(eq=False)
 class _Entry:
-    """One name of one directory now means `node`, or nothing. `needs`: the other half without which this one never lasts."""
+    """A name in a directory that now refers to `node`, or was removed if `node` is None.
+
+    `needs`: the other half of a rename. If this half reaches the disk, the other one does too.
+    """
 
     change: Change
     order: int
@@ -158,12 +164,13 @@ class _Entry:
 
 @dataclass(eq=False)
 class _Directory:
-    synced: dict[str, tuple[int, _Node]] = field(default_factory=dict)  # when it came there, and what it is
+    # name: (order in which the name was made, node)
+    synced: dict[str, tuple[int, _Node]] = field(default_factory=dict)
     live: dict[str, _Node] = field(default_factory=dict)
     unsynced: list[_Entry] = field(default_factory=list)
 
     def settle(self, entry: _Entry) -> None:
-        """The change `entry` is on the disk, and with it what it cannot be without."""
+        """Apply `entry` to the synced state, together with the change that it needs."""
         if entry not in self.unsynced:
             return
         if entry.node is None:
@@ -180,13 +187,13 @@ _Node = _File | _Directory | _Symlink
 
 
 class _Image:
-    """One crash state: every directory's entries by the fates chosen."""
+    """One state after a crash: the entries of every directory, according to the chosen fates."""
 
     def __init__(self, nodes: list[_Node], choose: Choose) -> None:
         self._choose = choose
         self._fates: dict[Change, Fate] = {}
         self._entries = {node: self._entries_of(node) for node in nodes if isinstance(node, _Directory)}
-        # Of the names of one directory only the last can be.
+        # A directory has only one name: the last one.
         self._last: dict[_Node, int] = {}
         for entries in self._entries.values():
             for order, node in entries.values():
@@ -227,15 +234,16 @@ class _Image:
 
 
 class PowerCutFilesystem(LocalFilesystem):
-    """A disk that remembers what was synced, and can be looked at as a power cut would leave it.
+    """A disk that remembers what was synced, and can show the state that a power cut would leave.
 
-    Everything is done to the real directory `root` at once. `image` lays out elsewhere what may be found after the power is back:
-    what was synced is there; of the rest any part may be, for file systems persist in whatever order they like. Data that was not
-    synced is lost, torn or zero, a name that was not synced is not there, or still there. A rename may be undone; for a file it
-    may be half done: both names. A directory is never under two names, nor under none, and an exchange is never half done.
+    Every call changes the real directory `root` at once. `image` writes to another place what may be found when the
+    power is back. What was synced is there. Of the rest, any part may be there, because file systems persist changes in
+    any order. Unsynced data is lost, torn or zero. An unsynced change of a name happened or did not. A rename may be
+    undone. A rename of a file may also be half done: then both names exist. A directory never has two names or none,
+    and an exchange is never half done.
 
-    What was not made through it counts as synced. Contents are kept in memory: it is for small checkpoints. Modes and times are
-    not followed. All methods are thread-safe.
+    What was not made through this object counts as synced. Contents are kept in memory, so use small checkpoints. Modes
+    and times are not tracked. All methods are thread-safe.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -251,12 +259,15 @@ class PowerCutFilesystem(LocalFilesystem):
     # -- cutting
 
     def after(self, calls: int) -> None:
-        """The power fails at call number `calls` from now: it is not done, and it and all later ones raise OSError(EIO)."""
+        """Let the power fail at call number `calls` from now.
+
+        That call is not done; it and all later ones raise OSError(EIO).
+        """
         with self._lock:
             self._left = calls
 
     def cut(self) -> None:
-        """The power fails now."""
+        """Let the power fail now."""
         with self._lock:
             self._off = True
 
@@ -267,7 +278,7 @@ class PowerCutFilesystem(LocalFilesystem):
 
     @property
     def unsynced(self) -> list[Change]:
-        """What a power cut could undo at this moment."""
+        """The changes that a power cut could undo at this moment."""
         with self._lock:
             self._look_around(self._top, self.root)
             found: dict[Change, None] = {}
@@ -279,10 +290,10 @@ class PowerCutFilesystem(LocalFilesystem):
             return list(found)
 
     def image(self, target: str | os.PathLike[str], choose: Choose = lost) -> Path:
-        """Lay out in `target`, a directory to be made, the root as it may be found if the power fails (or failed) now.
+        """Write to `target` the root as it may be found if the power fails (or failed) now. Return `target`.
 
-        `choose` decides what became of each change that was not synced; it is asked once for each. A fate that makes no sense for
-        a change counts as kept.
+        `target` must not exist. `choose` decides what happened to each unsynced change; it is called once for each. A
+        fate that makes no sense for a change counts as kept.
         """
         with self._lock:
             self._look_around(self._top, self.root)
@@ -290,12 +301,12 @@ class PowerCutFilesystem(LocalFilesystem):
             return Path(target)
 
     def forget(self, fd: int) -> None:
-        """A sync of `fd` failed: what it should have saved counts as saved from now on, as on Linux, and never reaches the disk."""
+        """A sync of `fd` failed. As on Linux, its data counts as synced from now on, but never reaches the disk."""
         with self._lock:
             self._files[fd][1].unsynced.clear()
 
     def _nodes(self) -> list[_Node]:
-        """Every node that a crash could still show."""
+        """Return every node that may still be visible after a crash."""
         found: dict[_Node, None] = {}
 
         def visit(node: _Node) -> None:
@@ -315,7 +326,7 @@ class PowerCutFilesystem(LocalFilesystem):
     # -- the tree
 
     def _look_around(self, directory: _Directory, path: str) -> None:
-        """Take in what somebody else made; it counts as synced."""
+        """Add files and directories that were not made through this object. They count as synced."""
         if not os.path.isdir(path):
             return
         for name in os.listdir(path):
@@ -345,7 +356,7 @@ class PowerCutFilesystem(LocalFilesystem):
         return node
 
     def _node(self, path: str) -> _Node:
-        """What is at `path`; raises OSError as the system does if nothing is."""
+        """Return the node at `path`. Raises the system's OSError if nothing is there."""
         parent, name = os.path.split(path)
         directory = self._directory(parent)
         return directory.live.get(name) or self._adopt(directory, name, path)
@@ -435,7 +446,7 @@ class PowerCutFilesystem(LocalFilesystem):
             replaced = self._node(target) if mode == "exchange" else None
             super().rename(source, target, mode)
             away, there = self._enter(change, source, replaced), self._enter(change, target, moved)
-            away.needs = there  # else it would be under no name
+            away.needs = there  # else the node would have no name
             if replaced is not None or isinstance(moved, _Directory):
                 there.needs = away
 
@@ -452,7 +463,7 @@ class PowerCutFilesystem(LocalFilesystem):
 
     def unlink(self, path: str) -> None:
         with self._call("unlink", path) as change:
-            self._node(path)  # if it is somebody else's, it was there
+            self._node(path)  # adopt it if it was not made through this object
             super().unlink(path)
             self._enter(change, path, None)
 
@@ -477,11 +488,11 @@ class _Fault:
 
 
 class FailingFilesystem:
-    """A disk whose calls fail when told to. Otherwise it does what `inner` does, the real file system by default.
+    """A disk whose calls fail on request. Otherwise it works like `inner`, by default the real file system.
 
-    `calls` counts how often each call was asked for: make_directory, create, write, set_buffered, truncate, set_mode, sync, close,
-    sync_directory, rename, link, symlink, unlink, remove_directory. `failed` names those that failed, with their paths.
-    Thread-safe as far as `inner` is.
+    `calls` counts the calls by kind: make_directory, create, write, set_buffered, truncate, set_mode, sync, close,
+    sync_directory, rename, link, symlink, unlink, remove_directory. `failed` lists the failed ones as (kind, path).
+    Thread-safe if `inner` is.
     """
 
     def __init__(self, inner: Filesystem | None = None) -> None:
@@ -502,17 +513,20 @@ class FailingFilesystem:
         times: int | None = 1,
         done: bool = False,
     ) -> None:
-        """The `nth` call from now of the kind `call` (None: any kind) on a path that contains `path` fails with the errno `error`,
-        and so do the calls like it that follow, `times` in all (None: every one until `heal`).
+        """Make calls fail with the errno `error`.
 
-        They are not done; with `done`, they are, and then reported as failed, as a network file system may. A descriptor is
-        closed in any case. One fault at a time: this one replaces the one before.
+        The fault begins at the `nth` matching call from now. A call matches if its kind is `call` (None: any kind) and
+        its path contains `path`. Then that call and the following matching calls fail, `times` in total (None: all
+        until `heal`).
+
+        A failing call is not done. With `done` it is done and then reported as failed, as a network file system may do.
+        A descriptor is closed in any case. There is one fault at a time: a new one replaces the old one.
         """
         with self._lock:
             self._fault = _Fault(error, call, path, nth, times, done)
 
     def heal(self) -> None:
-        """From now on nothing fails."""
+        """Let no further call fail."""
         with self._lock:
             self._fault = None
 
