@@ -68,8 +68,9 @@ class held(ContextDecorator):
 
 
 def deliver() -> None:
-    """Run the handlers of the signals that were held back. Raises what they raise. Afterwards signals are held back
-    again.
+    """Run the handlers of the signals that were held back.
+
+    Raises what they raise. Afterwards signals are held back again.
 
     Call this only where no lock is held and nothing is half done. A handler may call everything that the main thread
     may.

@@ -190,8 +190,9 @@ class AsyncCheckpointer:
             return handle
 
     def should_save(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:
-        """Return whether the policy says to save now, at the end of `step`. Call it at every step. All ranks get the
-        same answer.
+        """Return whether the policy says to save now, at the end of `step`.
+
+        Call it at every step. All ranks get the same answer.
 
         `metrics` are for `on_best`. Raises ValueError if the checkpointer was made without a policy, and
         `CheckpointerClosed`.

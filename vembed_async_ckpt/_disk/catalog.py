@@ -101,8 +101,9 @@ def _read(path: str) -> Entry:
 
 
 def latest(root: str | os.PathLike[str], *, verify: Verify = "size") -> Path | None:
-    """Return the newest complete checkpoint under `root`. None means that nothing there is a checkpoint or claims to be
-    one.
+    """Return the newest complete checkpoint under `root`.
+
+    None means that nothing there is a checkpoint or claims to be one.
 
     The newest is the one with the largest (sequence, step) in its manifest; names and file times do not count. Broken
     checkpoints are skipped with a warning that gives the reason. If the writer of a dead trainer is still finishing a

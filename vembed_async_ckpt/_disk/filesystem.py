@@ -30,8 +30,9 @@ class Filesystem(Protocol):
         """Create one directory. Raises FileExistsError if anything has the name."""
 
     def create(self, path: str, *, direct: bool) -> int:
-        """Create a new file for writing and return its descriptor. Never opens or follows something that exists
-        already.
+        """Create a new file for writing and return its descriptor.
+
+        Never opens or follows something that exists already.
 
         `direct` asks for O_DIRECT: then writes must be whole blocks of `DIRECT_ALIGNMENT` bytes from aligned memory.
         Raises OSError(EINVAL) where the file system has no O_DIRECT.

@@ -1,5 +1,6 @@
-"""Reads the link `latest` in a root. The link is for shell scripts: it is relative and points to one of our
-checkpoints.
+"""Reads the link `latest` in a root.
+
+The link is for shell scripts: it is relative and points to one of our checkpoints.
 
 `link_update` moves it.
 """
@@ -12,8 +13,9 @@ from .._format import names
 
 
 def target(root: str) -> str | None:
-    """Return the name of the checkpoint that `root/latest` points to. None if there is no such link, or it is not one
-    of ours.
+    """Return the name of the checkpoint that `root/latest` points to.
+
+    None if there is no such link, or it is not one of ours.
 
     A link is ours if its text is the name of a checkpoint in the same root. That checkpoint may have been deleted.
     """

@@ -78,8 +78,9 @@ def manifest_of(directory: str) -> Manifest:
 
 
 def reading(directory: str, look: Callable[[Manifest], _T]) -> _T:
-    """Call `look` with the checkpoint's manifest and return its result. Retention does not delete the checkpoint
-    meanwhile.
+    """Call `look` with the checkpoint's manifest and return its result.
+
+    Retention does not delete the checkpoint meanwhile.
 
     If another save takes the name, `look` is called again. Raises what `manifest_of` and `look` raise. Raises `Gone`
     instead if the checkpoint was there at first and no longer is.

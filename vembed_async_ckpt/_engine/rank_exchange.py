@@ -1,5 +1,6 @@
-"""The first rank's side of a save by several ranks. It collects what the other ranks add, and tells them how the save
-ended.
+"""The first rank's side of a save by several ranks.
+
+It collects what the other ranks add, and tells them how the save ended.
 
 The first rank has all the state that a checkpoint needs. A rank that does not take part loses only its own random
 states and data position; the checkpoint is still saved. The save waits some time for such a rank, in the background,

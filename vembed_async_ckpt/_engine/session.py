@@ -1,5 +1,6 @@
-"""A session: everything that lives while this process saves to a root, and how it ends. It has the engine with its
-writer, threads and memory.
+"""A session: everything that lives while this process saves to a root, and how it ends.
+
+It has the engine with its writer, threads and memory.
 
 A session has no reference to the `AsyncCheckpointer` that the user holds. So that object can be dropped: then its
 session ends by itself when its saves have finished. A process has one session per root at a time.

@@ -39,8 +39,9 @@ class Waves:
         self._flat: tuple[int, torch.Tensor] | None = None
 
     def place_job(self) -> tuple[int, int]:
-        """Write the job to the place of the first part. The writer reads the job before it accepts it. Return (offset,
-        length).
+        """Write the job to the place of the first part.
+
+        The writer reads the job before it accepts it. Return (offset, length).
 
         Raises `StageError` if the job alone does not fit into the arena.
         """

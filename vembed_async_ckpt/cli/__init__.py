@@ -1,7 +1,7 @@
-"""`vembed-ckpt`: look at checkpoints, check them, and see the library at work.
+"""`vembed-ckpt`: list, inspect and check checkpoints, and try the library.
 
-Exit codes: 0 all is well, 1 nothing or something broken was found, 2 the command line is wrong. Commands that only read load no
-torch.
+Exit codes: 0 success, 1 nothing or something broken was found, 2 the command line is wrong. Commands that only read do
+not load torch.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. Errors of the library end in one line and exit code 1."""
+    """Run the command line. An error of the library prints one line and gives exit code 1."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name may be no text
+            stream.reconfigure(errors="backslashreplace")  # a file name may not be valid text
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         app()

@@ -1,4 +1,4 @@
-"""`vembed-ckpt bench`: torch is loaded by the processes that measure, not by this one until it has checked its options."""
+"""`vembed-ckpt bench`. The measuring processes load torch; this process loads it only after checking its options."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OUT = Path("vembed-ckpt-bench")
 
 
 class _RunByDefault(TyperGroup):
-    """`bench`, `bench stall --model m` and `bench --show f` are `bench run ...`: what is no command belongs to it."""
+    """Runs `bench run ...` if the first word is not a command: `bench`, `bench stall --model m`, `bench --show f`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] != "--help"):
@@ -101,7 +101,8 @@ def run(
 ) -> None:
     """Measure what one save costs a training on this machine: two minutes, ten sentences, one table.
 
-    A save is timed in a training, beside small steps and alone, for this library and for others; then it is loaded back.
+    A save is timed in a training, beside small steps and alone, for this library and for others. Then it is loaded
+    back.
     """
     begun = time.monotonic()
     try:
@@ -142,7 +143,11 @@ def run(
 
 
 def _timed(options: Options, measures: list[str] | None, budget: str | None, rounds: int | None) -> Options:
-    """As many rounds as fit into the budget, two minutes for the default measure; else as many as there are."""
+    """Return the options with a time budget or a number of rounds.
+
+    `rounds` comes first, then `budget`. Without both, the default measure gets two minutes, and named measures keep
+    their number of rounds.
+    """
     if rounds is not None:
         return options
     if budget is not None:
@@ -185,7 +190,7 @@ def _measure(
             from ..bench.session import run
 
             return run(options, directory, out, begun=begun, missing=missing)[1]
-        except KeyboardInterrupt as error:  # an `Interrupted`, or while torch was loaded
+        except KeyboardInterrupt as error:  # an `Interrupted`, or an interrupt while torch was loaded
             file = getattr(error, "file", None)
             kept = f"{error.visits} visits are in {file}" if file else "nothing was measured"  # type: ignore[attr-defined]
             print(f"\ninterrupted; {kept}", file=sys.stderr)
@@ -193,9 +198,12 @@ def _measure(
 
 
 def _engines(options: Options, own: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """(engines to run, engines of the default that are not installed). Raises `Refused` for one that was named and is not there."""
+    """Return (engines to run, engines of the default that are not installed).
+
+    Raises `Refused` if a named engine is not installed.
+    """
     if own:
-        sys.path.insert(0, os.getcwd())  # where an engine of one's own is looked for, as `python -m` does
+        sys.path.insert(0, os.getcwd())  # look for the user's own engines there, as `python -m` does
     wanted, missing = choose(options.engines, given_options.default_engines(options.budget))
     return list(dict.fromkeys(wanted + choose(own, ())[0])), missing
 
@@ -203,7 +211,7 @@ def _engines(options: Options, own: tuple[str, ...]) -> tuple[list[str], list[st
 def _say(
     file: Path, assumptions: Any, details: bool, export_markdown: Path | None, html: Path | None, plots: Path | None
 ) -> None:
-    """The answers, and what else was asked for."""
+    """Print the answers and what else was asked for."""
     from ..bench import answers, report, results, text
 
     result = results.read(file)
@@ -256,7 +264,7 @@ def compare(
         str | None, typer.Option(help="Exit with 1 if anything is worse by more than that: 25%.")
     ] = None,
 ) -> None:
-    """Say what is better and worse in B than in A: by a factor of 1.25 at least, and beyond the noise of both runs."""
+    """Show what is better and worse in B than in A: by a factor of at least 1.25, and beyond the noise of both runs."""
     from ..bench import compare as comparing
     from ..bench import results
 
@@ -283,7 +291,7 @@ def compare(
 
 @app.command()
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="A result file.")]) -> None:
-    """Say whether a result is too noisy to be trusted. Exit code 1 if it is."""
+    """Tell whether a result is too noisy to be trusted. Exit code 1 if it is."""
     from ..bench import compare as comparing
     from ..bench import results
 

@@ -1,4 +1,4 @@
-"""Commands that delete. Both take the root's lock, so that they never meet a training that saves there."""
+"""The commands that delete. They take the root's lock first, so a training that saves there cannot run meanwhile."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prune(
 ) -> None:
     """Delete the checkpoints that no --keep option keeps.
 
-    The newest complete one always stays, and so does one that is being read or is not complete.
+    The newest complete checkpoint always stays. So do checkpoints that are incomplete or being read.
     """
     policy = _policy(keep_last, keep_every, keep_best, unrated)
     path = os.path.realpath(root)
@@ -54,7 +54,10 @@ def prune(
 
 
 def _committed(root: str, policy: Policy) -> list[tuple[str, Manifest]]:
-    """What `policy` is to judge. Exits with code 2 if it goes by a metric that none of them has."""
+    """Return the checkpoints that `policy` applies to.
+
+    Exits with code 2 if `policy` needs a metric that none of them has.
+    """
     committed = [(entry.path, entry.manifest) for entry in catalog.scan(root) if entry.manifest]
     for problem in unknown_metrics(policy, [manifest for _, manifest in committed]):
         raise typer.BadParameter(f"{root}: {problem}. Nothing was deleted", param_hint="--keep-best")
@@ -86,7 +89,7 @@ def _policy(keep_last: int | None, keep_every: int | None, keep_best: str | None
 
 
 def _metric(text: str) -> tuple[Mode, str]:
-    """What `--keep-best` says. A metric whose own name has a colon is written with its mode."""
+    """Return (mode, metric) of the text of `--keep-best`. If the name of a metric has a colon, the mode must be given."""
     mode, colon, metric = text.partition(":")
     if not colon:
         mode, metric = "min", text
@@ -100,7 +103,7 @@ def sweep(
     yes: Annotated[bool, typer.Option("--yes", help="Do it; without, only show what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what crashes left behind, and with --yes remove what is ours. What is not ours is only ever shown."""
+    """Show what crashes left behind. With --yes, remove what is ours. Other files are only shown."""
     path = os.path.realpath(root)
     places.refuse_no_root(path)
     work, kept = names.work_directory(path), names.replaced_directory(path)

@@ -1,4 +1,4 @@
-"""Export the model out of a checkpoint: the files that other people load, without the training state."""
+"""Exports the model of a checkpoint: the files that others load, without the training state."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def export(
         str | None, typer.Option(help="Convert floating-point weights: fp32, fp16 or bf16 (loads torch).")
     ] = None,
 ) -> None:
-    """Copy the model of a checkpoint to OUT, for from_pretrained and other people: weights, config, processor.
+    """Copy the model of a checkpoint to OUT, for from_pretrained and for other people: weights, config, processor.
 
-    Optimizer, random states and the rest of the training state stay behind. Every hash is checked first. OUT appears only when it
-    is complete.
+    The optimizer, the random states and the rest of the training state are left out. Every hash is checked first. OUT
+    appears only when it is complete.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise typer.BadParameter(f"{dtype!r}; use {', '.join(_DTYPES)}", param_hint="--dtype")
     directory = latest_link.resolve(path)
-    with held(directory):  # retention leaves it alone meanwhile
+    with held(directory):  # retention does not delete it meanwhile
         _export(directory, os.path.abspath(out), weights_only, dtype)
 
 
@@ -65,7 +65,7 @@ def _export(directory: str, target: str, weights_only: bool, dtype: str | None) 
         _fill(building, directory, manifest, chosen, dtype)
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(building, 0o777 & ~umask)  # mkdtemp lets nobody else in
+        os.chmod(building, 0o777 & ~umask)  # mkdtemp makes it private
         os.rename(building, target)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from error
@@ -75,7 +75,10 @@ def _export(directory: str, target: str, weights_only: bool, dtype: str | None) 
 
 
 def _model_files(directory: str, manifest: Manifest) -> list[str]:
-    """The files of the model and its processor. Of a file with several names only the first, as `save_pretrained` names it."""
+    """Return the files of the model and its processor.
+
+    A file with several names is listed once, with the name that `save_pretrained` gives it.
+    """
     seen: set[tuple[int, int]] = set()
     chosen = []
     for name in sorted(manifest.files, key=lambda name: (names.is_second_name(name), name)):
@@ -113,7 +116,7 @@ def _write(path: str, content: bytes) -> None:
 
 
 def _convert(source: str, copy: str, tensors: list[StoredTensor], dtype: str) -> None:
-    """Write a weights file anew, one tensor at a time. Tensors that are no ordinary floating-point numbers stay as they are."""
+    """Write a weights file with another dtype, one tensor at a time. Tensors that are not in `_CAST` keep their dtype."""
     import torch
 
     from .._capture.dtypes import TO_TORCH
@@ -142,7 +145,7 @@ def _convert(source: str, copy: str, tensors: list[StoredTensor], dtype: str) ->
 def _in_dtype(
     content: bytes, name: str, chosen: list[str], tensors: dict[str, list[StoredTensor]], dtype: str
 ) -> bytes:
-    """A JSON file that says what the dtype or the size of the weights is, brought up to date; any other as it is."""
+    """Update the dtype in a config, or the total size in an index of weights. Any other file is returned unchanged."""
     base = name.rpartition("/")[2]
     if base != "config.json" and not base.endswith(".safetensors.index.json"):
         return content
@@ -166,7 +169,7 @@ def _size(tensor: StoredTensor, dtype: str) -> int:
 
 
 def _rename_dtype(body: Any, dtype: str) -> None:
-    """Set `dtype` (transformers 4: `torch_dtype`) wherever a config or a config inside it names one."""
+    """Set `dtype` (transformers 4: `torch_dtype`) wherever a config, or a config nested in it, has that key."""
     if isinstance(body, dict):
         for key, value in body.items():
             if key in ("dtype", "torch_dtype") and isinstance(value, str):

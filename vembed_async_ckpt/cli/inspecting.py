@@ -1,4 +1,4 @@
-"""Commands that look inside a checkpoint, by headers and bytes only: no torch, nothing is unpickled."""
+"""The commands that look inside a checkpoint. They read headers and bytes only: no torch, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from ..errors import CorruptCheckpoint
 from .reading import AsJson, print_json, shown
 
 _MAX_CONFIG = 64 << 20  # bytes
-_WIDEST = 80  # characters of a column; what is longer stands out
+_WIDEST = 80  # characters of a column; longer cells are not padded
 _BLOCK = 1 << 20  # elements
-_BY_NAME = ("float64", "complex128", "int64")  # dtypes of optimizer.bin that safetensors has no name for
+_BY_NAME = ("float64", "complex128", "int64")  # dtypes of optimizer.bin for which safetensors has no name
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint's directory.")]
 
@@ -39,7 +39,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, not only the files.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is in a checkpoint: step, metrics, versions, files, tensors, config."""
+    """Show the content of a checkpoint: step, metrics, versions, files, tensors, config."""
     directory = latest_link.resolve(path)
     manifest, found, config = reading(directory, lambda manifest: _contents(directory, manifest))
     if as_json:
@@ -62,7 +62,7 @@ def inspect(
 
 
 def _contents(directory: str, manifest: Manifest) -> tuple[Manifest, list[StoredTensor], Any]:
-    """Manifest, tensors and config of a checkpoint whose files have the right sizes."""
+    """Return the manifest, tensors and config of a checkpoint, after checking the sizes of its files."""
     manifests.check(directory, manifest, "size")
     config = _config(directory) if names.CONFIG in manifest.files else None
     return manifest, list(stored_tensors(directory, manifest)), config
@@ -106,7 +106,7 @@ def _files_table(manifest: Manifest, found: list[StoredTensor]) -> Table:
 
 
 def _list_tensors(found: list[StoredTensor]) -> None:
-    """One line each, in columns. A table of rich takes minutes for what a large model has."""
+    """Print one line for each tensor, in columns. A table of rich would take minutes for a large model."""
     rows = [("file", "tensor", "dtype", "shape", "size")]
     rows += [
         (shown(t.file), shown(t.name), shown(t.dtype), "x".join(map(str, t.shape)) or "scalar", decimal(t.nbytes))
@@ -125,7 +125,7 @@ def diff(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say which tensors of two checkpoints differ, by the hash of their bytes. Exit code 1 if any does."""
+    """Show which tensors of two checkpoints differ, by the hash of their bytes. Exit code 1 if any differs."""
     left, right = map(latest_link.resolve, (a, b))
     result = reading(left, lambda one: reading(right, lambda other: _compared([(left, one), (right, other)], norms)))
     if as_json:
@@ -142,7 +142,7 @@ def diff(
 
 
 def _compared(sides: list[tuple[str, Manifest]], norms: bool) -> dict[str, Any]:
-    """Which tensors differ, by name."""
+    """Return the names of the tensors that differ, and the number of equal ones."""
     for side in sides:
         manifests.check(*side, "size")
     one, other = (digests(directory, manifest) for directory, manifest in sides)
@@ -160,8 +160,10 @@ def _compared(sides: list[tuple[str, Manifest]], norms: bool) -> dict[str, Any]:
 
 
 def _norms(sides: list[tuple[str, Manifest]], changed: list[tuple[str, str]]) -> dict[str, dict[str, float | None]]:
-    """2-norms of each changed tensor in A, in B and of their difference: None where shapes or strides differ, and for a
-    dtype in which torch does not compute."""
+    """Return the 2-norms of each changed tensor in A, in B, and of their difference.
+
+    A norm is None if torch cannot compute in the dtype. The difference is also None if shapes or strides differ.
+    """
     found = [{(t.file, t.name): t for t in stored_tensors(*side)} for side in sides]
     result = {}
     for key in changed:
@@ -177,7 +179,7 @@ def _norms(sides: list[tuple[str, Manifest]], changed: list[tuple[str, str]]) ->
 
 
 def _norm(blocks: Iterable[Any]) -> float:
-    """The 2-norm of all blocks together."""
+    """Return the 2-norm of all blocks together."""
     total = 0.0
     for block in blocks:
         total = math.hypot(total, block.norm().item())
@@ -185,7 +187,7 @@ def _norm(blocks: Iterable[Any]) -> float:
 
 
 def _dtype(name: str) -> Any:
-    """The torch.dtype of that name; None if torch does not compute in it."""
+    """Return the torch.dtype of that name, or None if torch cannot compute in it."""
     import torch
 
     from .._capture.dtypes import TO_TORCH
@@ -196,7 +198,9 @@ def _dtype(name: str) -> Any:
 
 
 def _blocks(directory: str, stored: StoredTensor) -> Iterator[Any]:
-    """The elements of a tensor in float64 or complex128, so many at a time that its size takes no memory."""
+    """Yield the elements of a tensor in float64 or complex128, in blocks of limited size, so that memory use stays
+    small.
+    """
     import torch
 
     dtype = _dtype(stored.dtype)

@@ -1,4 +1,4 @@
-"""Commands that read checkpoints: no torch, tables for people, `--json` for programs."""
+"""The commands that read checkpoints: no torch, tables for people, `--json` for programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stan
 
 
 def print_json(value: Any) -> None:
-    """JSON that any program reads: what is no finite number is null."""
+    """Print JSON that every program can read: NaN and infinities become null."""
     json.dump(_finite(value), sys.stdout, indent=2)
     print()
 
@@ -44,7 +44,7 @@ def _finite(value: Any) -> Any:
 
 
 def shown(name: str) -> str:
-    """A name that does nothing to a terminal."""
+    """Return the name without characters that control a terminal."""
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
@@ -115,9 +115,9 @@ def latest(
     mode: Annotated[str, typer.Option(help="Which value of the metric is best: min or max.")] = "min",
     as_json: AsJson = False,
 ) -> None:
-    """Print the path of the newest complete checkpoint under ROOT, alone; exit code 1 if there is none.
+    """Print only the path of the newest complete checkpoint under ROOT. Exit code 1 if there is none.
 
-    With --best METRIC it is the one with the best value of that metric; checkpoints without it do not take part.
+    With --best METRIC, print the one with the best value of that metric. Checkpoints without the metric are ignored.
     """
     if verify not in ("size", "full", "none"):
         raise typer.BadParameter(f"{verify!r}; use size, full or none", param_hint="--verify")
@@ -168,7 +168,10 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 def _verified(path: str, bar: Progress, *, listed: bool) -> dict[str, Any]:
-    """Of one that was `listed` a moment ago and is not there any more, `ok` is None."""
+    """Return the result of checking one checkpoint.
+
+    `listed`: the checkpoint was in a list just read. Then `ok` is None if the checkpoint is gone now.
+    """
 
     def look(found: Manifest) -> dict[str, Any]:
         size = sum(record.size for record in found.files.values())

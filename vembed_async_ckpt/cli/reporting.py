@@ -22,7 +22,10 @@ def report(
         float | None, typer.Option("--disk-gbps", help="What the disk writes, in GB/s, to compare with.", min=0.001)
     ] = None,
 ) -> None:
-    """Make one HTML page of the events of a run: what saving cost, when, and why. It opens offline, and holds all that it shows."""
+    """Make one HTML page from the events of a run: what saving cost, when, and why.
+
+    The page opens offline and contains everything that it shows.
+    """
     target = out or events.with_suffix(".html")
     try:
         found = history.read(JsonLines.read(events))

@@ -1,4 +1,4 @@
-"""Commands that train: torch and transformers are loaded when they run, not before."""
+"""The commands that train. They load torch and transformers only when they run."""
 
 from __future__ import annotations
 

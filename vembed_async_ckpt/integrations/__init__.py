@@ -1,1 +1,1 @@
-"""Drop-ins for the training loops people already have."""
+"""Adapters for existing training loops."""

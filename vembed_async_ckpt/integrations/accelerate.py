@@ -1,5 +1,7 @@
-"""accelerate: `save_state` in the background, what an `Accelerator` has prepared and registered, and its own `load_state` on our
-directories."""
+"""Integration of accelerate: `save_state` in the background, and stock `load_state` for our directories.
+
+It saves everything that an `Accelerator` has prepared and registered.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +31,24 @@ def save_state(
     step: int | None = None,
     checkpointer: AsyncCheckpointer | None = None,
 ) -> SaveHandle:
-    """`accelerator.save_state(output_dir)` without stopping the training: the same files under the same names, so that stock
-    `accelerator.load_state` resumes from them (and so does our `load(path, accelerator=...)`). Every rank calls it.
+    """Do what `accelerator.save_state(output_dir)` does, without stopping the training. Every rank calls it.
 
-    With `ProjectConfiguration(automatic_checkpoint_naming=True)` it goes to `{project_dir}/checkpoints/checkpoint_{iteration}`,
-    and once it is durable the oldest of ours beyond `total_limit` go. What is under way lies beside `checkpoints/`, never in it.
-    Otherwise an existing `output_dir` is replaced at once. `step` None means the last integer in the directory's name, if any.
-    Save hooks are called at once, with a directory of their own that has the checkpoint's name; saved is what they leave in the
-    list of weights. `safe_serialization=False` pickles the weights during the call, for `accelerator.load_state` alone.
+    The files and their names are the same. So stock `accelerator.load_state` resumes from them, and so does our
+    `load(path, accelerator=...)`.
 
-    The saves of one parent directory share a checkpointer, drained by `accelerator.end_training()` and at interpreter exit;
-    `checkpointer` names another one, whose root must be that parent. Raises what `AsyncCheckpointer.save` raises.
+    With `ProjectConfiguration(automatic_checkpoint_naming=True)` the directory is
+    `{project_dir}/checkpoints/checkpoint_{iteration}`. When it is durable, the oldest of our checkpoints beyond
+    `total_limit` are deleted. Unfinished saves are stored beside `checkpoints/`, never inside. Without automatic
+    naming, an existing `output_dir` is replaced atomically. If `step` is None, it is the last integer in the
+    directory's name, if any.
+
+    Save hooks are called during the call. They get a temporary directory with the checkpoint's name. What they leave in
+    the list of weights is saved. `safe_serialization=False` pickles the weights during the call; only
+    `accelerator.load_state` reads them.
+
+    The saves of one parent directory share a checkpointer. It is drained by `accelerator.end_training()` and at
+    interpreter exit. `checkpointer` selects another one, whose root must be that parent. Raises what
+    `AsyncCheckpointer.save` raises.
     """
     refuse_what_is_sharded(accelerator)
     project = accelerator.project_configuration
@@ -71,7 +80,7 @@ def save_state(
         if accelerator.num_processes == 1:
             project.iteration -= (
                 project.automatic_checkpoint_naming
-            )  # the same name again; other ranks may not have raised
+            )  # the next call uses the same name again; other ranks may not have raised
         raise
     finally:
         project.iteration += project.automatic_checkpoint_naming
@@ -81,7 +90,7 @@ def _next_in_line(accelerator: Any) -> str:
     if accelerator.project_dir is None:
         raise PlanError("automatic_checkpoint_naming needs a project_dir: ProjectConfiguration(project_dir=...)")
     path = os.path.join(accelerator.project_dir, "checkpoints", f"checkpoint_{accelerator.save_iteration}")
-    if os.path.lexists(path):  # on every rank alike: it cannot come before all of them have called
+    if os.path.lexists(path):  # every rank sees the same: the directory cannot appear before all ranks have called
         raise PlanError(
             f"{path}: already exists; resume with accelerator.load_state() and set "
             "accelerator.project_configuration.iteration to the number to go on with"
@@ -91,14 +100,17 @@ def _next_in_line(accelerator: Any) -> str:
 
 def _options(accelerator: Any, root: str) -> dict[str, Any]:
     if accelerator.is_main_process:
-        # accelerate reads a number out of the name of everything in its automatic folder: no work directory in there.
+        # accelerate parses a number from every name in its automatic folder, so our work directory must be outside.
         os.makedirs(names.work_directory_beside(root), exist_ok=True)
     limit = accelerator.project_configuration.total_limit
     return {} if limit is None else {"retention": KeepLast(limit)}
 
 
 def in_order(values: Sequence[Any]) -> Any:
-    """accelerate's prepared objects as `save()` takes them: one, or a mapping of their numbers; None if there are none."""
+    """Return accelerate's prepared objects in the form that `save()` takes.
+
+    That is one object, or a mapping of numbers to objects, or None if there are none.
+    """
     if not values:
         return None
     return values[0] if len(values) == 1 else {str(number): value for number, value in enumerate(values)}
@@ -114,9 +126,12 @@ def refuse_what_is_sharded(accelerator: Any) -> None:
 
 
 def further_files(accelerator: Any, hooks: SaveHooks, safe_serialization: bool = True) -> dict[str, bytes]:
-    """What `accelerator.save_state` writes on this rank besides models, optimizers, schedulers, scaler, registered objects and
-    random states: whatever save hooks put into the directory they are given, and on the main process samplers and stateful
-    dataloaders; without `safe_serialization` the weights too."""
+    """Return the other files that `accelerator.save_state` writes on this rank.
+
+    These are the files that save hooks wrote, and on the main process the samplers and stateful dataloaders. Without
+    `safe_serialization` they include the weights. Models, optimizers, schedulers, scaler, registered objects and random
+    states are saved elsewhere.
+    """
     files = hooks.files()
     for name in _overwritten(accelerator, len(hooks.weights), safe_serialization):
         files.pop(name, None)
@@ -134,7 +149,10 @@ def further_files(accelerator: Any, hooks: SaveHooks, safe_serialization: bool =
 
 
 def _overwritten(accelerator: Any, weights: int, safe_serialization: bool) -> list[str]:
-    """The files that accelerate writes after its save hooks, over what these wrote: a hook may call `save_pretrained`."""
+    """Return the files that accelerate writes after its save hooks.
+
+    They replace those of a hook, which may call `save_pretrained`.
+    """
     weights_name = names.plain_weights if safe_serialization else names.pickled_weights
     return [
         *map(weights_name, range(weights)),
@@ -156,11 +174,11 @@ def _seedable_sampler(dataloader: Any) -> Any:
 
 
 def attach(accelerator: Any) -> Any:
-    """Let `accelerator.load_state(path)` read every directory of ours: shards, adapters, and models whose files have other
-    names than their state_dict. Directories that are not ours load as before.
+    """Make `accelerator.load_state(path)` read every directory of ours.
 
-    Load hooks of your own are called first, and see all models, whenever they were registered; what they leave in the list is
-    restored. Returns the handle of the hook; `handle.remove()` takes it back.
+    That includes shards, adapters, and models whose files use other names than their state_dict. Directories that are
+    not ours load as before. Your own load hooks are called first and see all models, whenever they were registered. The
+    models that they leave in the list are restored. Returns the handle of the hook; `handle.remove()` undoes this.
     """
     look_after(accelerator)
     return accelerator.register_load_state_pre_hook(load_models)

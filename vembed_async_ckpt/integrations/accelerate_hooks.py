@@ -1,7 +1,9 @@
-"""Where accelerate calls us: its load and save hooks, and the two methods of `Accelerator` that must wait for pending saves.
+"""The points where accelerate calls us: its load and save hooks, and two methods of `Accelerator` that wait for pending
+saves.
 
-Nothing is put on an accelerator but load hooks that are functions of this module, so that it can be pickled, copied and freed as
-before. The two methods are wrapped on the class: another accelerator of the process may load what this one saves.
+An accelerator gets only load hooks, which are functions of this module. So it can be pickled, copied and freed as
+before. The two methods are wrapped on the class, because another accelerator of the process may load what this one
+saves.
 """
 
 from __future__ import annotations
@@ -29,15 +31,19 @@ from ..errors import CheckpointError, PlanError
 from ..events import logger
 from .shared import close_shared, wait_for, wait_for_all
 
-_LOADING: ContextVar[tuple[Any, bool] | None] = ContextVar("loading", default=None)  # the accelerator, and `strict`
+# (accelerator, `strict`) of the load_state() that runs
+_LOADING: ContextVar[tuple[Any, bool] | None] = ContextVar("loading", default=None)
 
 
 # -- the methods
 
 
 def look_after(accelerator: Any) -> None:
-    """Let `end_training()` of accelerators first wait for the pending saves and raise what failed, and `load_state()` wait for
-    the save it is to load and for every copy of what it is about to change."""
+    """Wrap two methods on the accelerator's class.
+
+    `end_training()` first waits for the pending saves and raises their failures. `load_state()` first waits for the
+    save that it loads, and for every copy of objects that it changes.
+    """
     for owner in type(accelerator).__mro__:
         for name, wrap in (("load_state", _waiting_load_state), ("end_training", _draining_end_training)):
             method = vars(owner).get(name)
@@ -57,7 +63,7 @@ def _waiting_load_state(load_state: Callable[..., Any]) -> Callable[..., Any]:
         restore.wait_for_copies()
         hooks = self._load_model_state_pre_hook
         for key in [key for key, hook in hooks.items() if hook is load_models]:
-            hooks.move_to_end(key)  # the user's own hooks see all models, whenever they were registered
+            hooks.move_to_end(key)  # the user's own hooks come first and see all models, whenever they were registered
         token = _LOADING.set((self, bool(kwargs.get("strict", True))))
         try:
             return load_state(self, input_dir, *args, **kwargs)
@@ -82,8 +88,13 @@ def _draining_end_training(end_training: Callable[..., Any]) -> Callable[..., An
 
 
 def load_models(models: list[Any], input_dir: str) -> None:
-    """The load hook of `attach`: restore the `models` that other hooks have left from a directory of ours, and take them out of
-    the list, so that accelerate does not load them. A directory that is not ours, or has no weights of ours, is left to it."""
+    """Restore the `models` that other hooks left in the list, from a directory of ours.
+
+    This is the load hook of `attach`.
+
+    Empties the list, so that accelerate does not load the models again. Does nothing for a directory that is not ours,
+    or that has weights only from a save hook: accelerate loads that.
+    """
     if not models or not os.path.lexists(os.path.join(input_dir, names.MANIFEST)):
         return
     saved = manifests.read(os.fspath(input_dir)).names
@@ -95,7 +106,7 @@ def load_models(models: list[Any], input_dir: str) -> None:
             return
         raise
     if chosen:
-        with warnings.catch_warnings(record=True) as said:  # accelerate says nothing of what `strict=False` leaves
+        with warnings.catch_warnings(record=True) as said:  # accelerate does not warn of what `strict=False` skips
             warnings.simplefilter("always")
             restore.load(input_dir, model=by_name(chosen), strict=strict)
         for warning in said:
@@ -107,7 +118,7 @@ load_models.loads_models_of_ours = True  # type: ignore[attr-defined]
 
 
 def _stock_can_load(directory: str, count: int) -> bool:
-    """Whether a save hook wrote the missing weights under the names that accelerate reads."""
+    """Return whether a save hook wrote the missing weights under the names that accelerate reads."""
     return all(
         any(
             os.path.isfile(os.path.join(directory, name(index)))
@@ -121,10 +132,10 @@ def _stock_can_load(directory: str, count: int) -> bool:
 
 
 class SaveHooks:
-    """What the save hooks of an accelerator leave.
+    """What the save hooks of an accelerator leave to be saved.
 
-    `weights`: what is to be saved as accelerate's first, second, ... weights: a model, whose state is as it is, or the
-    `StateDict` that a hook has changed or put in its place.
+    `weights`: accelerate's first, second, ... weights. Each is a model, if its state is unchanged, or the `StateDict`
+    that a hook has changed or put in its place.
     """
 
     def __init__(self, accelerator: Any, directory: str) -> None:
@@ -134,7 +145,7 @@ class SaveHooks:
         self.weights: list[Any] = list(accelerator._models)
 
     def files(self) -> dict[str, bytes]:
-        """Call the hooks. Returns the files they wrote into the directory that they were given, which has the checkpoint's name."""
+        """Call the hooks. Return the files that they wrote into their directory, which has the checkpoint's name."""
         if not self._accelerator._save_model_state_pre_hook:
             return {}
         refuse_shares(self.weights)
@@ -142,7 +153,7 @@ class SaveHooks:
         return files
 
     def _call(self, scratch: str) -> tuple[list[Any], dict[str, bytes]]:
-        """The weights and the files that the hooks leave. May be called again: nothing of the first call is kept."""
+        """Return (weights, files) that the hooks leave. May be called again: nothing is kept from the first call."""
         models = self.weights
         states = [self._accelerator.get_state_dict(model, unwrap=False) for model in models]
         before = {id(state): (model, _content(state)) for model, state in zip(models, states, strict=True)}
@@ -155,7 +166,7 @@ class SaveHooks:
         return [_what_is_left(state, before.get(id(state))) for state in left], files
 
     def pickled(self) -> dict[str, bytes]:
-        """The weights as `save_state(safe_serialization=False)` writes them."""
+        """Return the weights as `save_state(safe_serialization=False)` writes them."""
         refuse_shares(self._accelerator._models)
         states = [
             dict(left.tensors) if isinstance(left, StateDict) else self._accelerator.get_state_dict(left, unwrap=False)
@@ -165,7 +176,7 @@ class SaveHooks:
 
 
 def _content(state: Mapping[str, Any]) -> list[tuple[str, Any, object]]:
-    """Its names and values; and where these lie, for a hook may give a tensor other memory."""
+    """Return the names, the values, and the memory of each value: a hook may give a tensor other memory."""
     return [(name, value, _where(value)) for name, value in state.items()]
 
 

@@ -1,12 +1,12 @@
-"""Lightning's Trainer: a `CheckpointIO` plugin that saves in the background.
+"""Integration of Lightning's Trainer: a `CheckpointIO` plugin that saves in the background.
 
     trainer = Trainer(plugins=[VembedCheckpointIO()], callbacks=[ModelCheckpoint(monitor="loss", save_top_k=2, save_last=True)])
     trainer.fit(model, ckpt_path="last")
     model = MyModule.load_from_checkpoint(checkpoint.best_model_path)
 
-Each `.ckpt` is a directory: `model.safetensors` has the tensors of `state_dict` under their names, the rest of Lightning's dict
-stands beside it as JSON and safetensors. Nothing in it is ever unpickled. Stock `.ckpt` files still load. A program that has no
-plugin calls `load_from_checkpoint(MyModule, path)` of this module.
+Each `.ckpt` is a directory. `model.safetensors` has the tensors of `state_dict` under their names. The rest of
+Lightning's dict is stored beside it as JSON and safetensors. Nothing in it is ever unpickled. Stock `.ckpt` files still
+load. A program without the plugin calls `load_from_checkpoint(MyModule, path)` of this module.
 
 Works for `lightning` and `pytorch_lightning`, whichever is imported.
 """
@@ -47,38 +47,41 @@ from .shared import close_shared, open_at, refuse_to_delete, shared
 __all__ = ["VembedCheckpointIO", "read_checkpoint", "load_from_checkpoint"]
 
 _EXTRA = "lightning"  # the key in `extra`
-_MAX_ROOTS = 4  # directories with a writer of their own at a time
-_BUSY: set[VembedCheckpointIO] = set()  # those that have saved since their last teardown
+_MAX_ROOTS = 4  # directories that have a writer of their own at the same time
+_BUSY: set[VembedCheckpointIO] = set()  # plugins that have saved since their last teardown
 
 Module = TypeVar("Module")
 
 
 @dataclass(frozen=True)
 class _PendingDeletion:
-    """What is deleted once the save `after` is durable (None: at once), and never if that fails: then, if it was moved out of
-    the way of that save, it goes back to `home`."""
+    """A deletion that waits until the save `after` is durable; None means delete at once.
+
+    If that save fails, nothing is deleted. Then, if the path was moved away for that save, it is moved back to `home`.
+    """
 
     after: SaveHandle | None
     home: str | None = None
 
 
 class VembedCheckpointIO:
-    """A plugin for `Trainer(plugins=[...])`: saves go on in the background, and what is visible is whole.
+    """A plugin for `Trainer(plugins=[...])`. It saves in the background; a visible checkpoint is always complete.
 
-    What a `ModelCheckpoint` saves is written in the background: `save_checkpoint` returns as soon as the state is copied. Whoever
-    else calls `trainer.save_checkpoint` (you, Lightning's requeueing on Slurm, a handler of signals) has the checkpoint on disk
-    when the call returns. `remove_checkpoint`, which Lightning calls right after it has saved a successor, deletes only when that
-    successor is durable, and nothing if it fails. `teardown`, at the end of `fit`, waits for what
-    is pending and raises what failed; so does the next save. Fabric has no end of its own: call it yourself.
+    A save of a `ModelCheckpoint` is written in the background: `save_checkpoint` returns as soon as the state is
+    copied. For every other caller of `trainer.save_checkpoint` (you, Lightning's requeueing on Slurm, a signal
+    handler), the checkpoint is on disk when the call returns. Lightning calls `remove_checkpoint` right after it has
+    saved a successor. The deletion happens only when that successor is durable, and never if it fails. `teardown`, at
+    the end of `fit`, waits for everything pending and raises failures; so does the next save. With Fabric, call
+    `teardown` yourself.
 
-    Options are those of `AsyncCheckpointer`; there is one for each directory of checkpoints. `max_in_flight` is 2, for
-    `save_last=True` saves twice at a step: each save under way takes host memory of the size of the state. How many checkpoints to
-    keep is `ModelCheckpoint`'s business.
+    The options are those of `AsyncCheckpointer`; each directory of checkpoints has one. `max_in_flight` is 2, because
+    `save_last=True` saves twice at a step. Each save under way takes host memory of the size of the state. How many
+    checkpoints to keep is decided by `ModelCheckpoint`.
 
-    With several processes the first one saves its own copy of the state, as Lightning has it, and all of them load.
+    With several processes, the first one saves its own copy of the state, as in Lightning, and all of them load.
 
-    With `save_last="link"` Lightning sets the link at once: until the save is durable it points to nothing. A directory on another
-    machine (`s3://...`) is refused when the training begins.
+    With `save_last="link"` Lightning sets the link at once: until the save is durable it points to nothing. A directory
+    on another machine (`s3://...`) is refused when the training begins.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class VembedCheckpointIO:
             "max_in_flight": max_in_flight,
             "max_host_bytes": max_host_bytes,
             "sinks": tuple(sinks),
-            "staging": "blocking",  # a dict does not say whose tensors it holds
+            "staging": "blocking",  # a dict does not tell which object its tensors belong to
         }
         Options(root="", retention=None, max_shard_size="50GB", save_original_format=True, **options)
         self._start(options)
@@ -110,19 +113,20 @@ class VembedCheckpointIO:
         self._start(options)
 
     def _start(self, options: dict[str, Any]) -> None:
-        """Nothing is pending: at first, and in a process that was spawned or forked."""
+        """Start with nothing pending. Called by the constructor, and in a process that was spawned or forked."""
         self._options = options
-        self._roots: list[str] = []  # those with a checkpointer of ours, the one used last at the end
-        self._handled_outside: BaseException | None = None  # what was being handled before the first of these saves
-        # Taken with signals held back: a handler that saves must not wait for the thread that it interrupts.
-        self._deleting = threading.Lock()  # one thread at a time deletes
+        self._roots: list[str] = []  # roots with a checkpointer of this plugin; the one used last is at the end
+        # the exception that was being handled before the first of these saves
+        self._handled_outside: BaseException | None = None
+        # Take these locks with signals held back: a handler that saves must not wait for the thread that it interrupts.
+        self._deleting = threading.Lock()  # only one thread at a time deletes
         self._lock = threading.Lock()
         # guarded by _lock:
         self._newest: SaveHandle | None = None
-        self._saves: dict[str, SaveHandle] = {}  # the newest of each path, since the last teardown
-        self._further_owners: Counter[str] = Counter()  # of paths that were chosen twice at one step
+        self._saves: dict[str, SaveHandle] = {}  # the newest save of each path, since the last teardown
+        self._further_owners: Counter[str] = Counter()  # by path: how many more callbacks chose it at the same step
         self._doomed: dict[str, _PendingDeletion] = {}
-        self._going: set[str] = set()  # being deleted right now
+        self._going: set[str] = set()  # paths that are being deleted now
         host.adapt(VembedCheckpointIO, _opened)
 
     # -- what Lightning calls
@@ -131,10 +135,10 @@ class VembedCheckpointIO:
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Save `checkpoint` as the directory `path`, replacing what has the name; returns when all of it is copied, or durable if
-        somebody relies on that.
+        """Save `checkpoint` as the directory `path`; an existing one is replaced.
 
-        Raises `PlanError` naming the key of what is no data, before anything is touched, and else what
+        Returns when the state is copied, or when the checkpoint is durable if the caller relies on that. Raises
+        `PlanError` that names the key of a value that is not data, before anything is touched. Also raises what
         `AsyncCheckpointer.save` raises.
         """
         if storage_options is not None:
@@ -161,7 +165,10 @@ class VembedCheckpointIO:
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The dict that was saved as `path`: a directory of ours (see `read_checkpoint`), else whatever Lightning itself loads."""
+        """Return the dict that was saved as `path`.
+
+        It reads a directory of ours (see `read_checkpoint`); Lightning loads all else.
+        """
         target = _local(path)
         if target is not None:
             try:
@@ -180,16 +187,16 @@ class VembedCheckpointIO:
 
     @_signals.held()
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Delete the checkpoint `path`, but not before the save made last is durable, and not at all if that fails."""
+        """Delete the checkpoint `path` when the newest save is durable. It is not deleted if that save fails."""
         target = _local(path)
         if target is None:
             _stock().remove_checkpoint(path)
             return
         if _is_ours(target):
-            self._checkpointer(os.path.dirname(target))  # only who holds the lock of the directory deletes in it
+            self._checkpointer(os.path.dirname(target))  # only the holder of the directory's lock deletes in it
         with self._lock:
             if self._further_owners[target]:
-                self._further_owners[target] -= 1  # two callbacks chose the name, one still needs it
+                self._further_owners[target] -= 1  # two callbacks chose the name, and one still needs it
                 return
             after = self._newest
             self._doomed[target] = _PendingDeletion(after)
@@ -198,9 +205,10 @@ class VembedCheckpointIO:
 
     @_signals.held()
     def teardown(self) -> None:
-        """Wait until everything is durable and what is to be deleted is deleted. May be called again.
+        """Wait until every save is durable and every pending deletion is done. May be called again.
 
-        Raises what failed; but when an exception has ended the training, that stays the one, and what failed is logged.
+        Raises the failure of a save. But if an exception has ended the training, that one goes on, and the failure is
+        logged.
         """
         ended_by = sys.exc_info()[1]
         try:
@@ -228,7 +236,7 @@ class VembedCheckpointIO:
 
     @_signals.held()
     def is_under_way(self, path: str | os.PathLike[str]) -> bool:
-        """Whether `path` is being saved: it is not there yet, and its name is taken."""
+        """Return whether `path` is being saved: it does not exist yet, but its name is in use."""
         with self._lock:
             handle = self._saves.get(_local(path) or "")
         return handle is not None and not handle.done()
@@ -236,7 +244,10 @@ class VembedCheckpointIO:
     # -- bookkeeping
 
     def _finish(self, root: str, handle: SaveHandle, stays_open: bool) -> None:
-        """Return when the save is durable; nothing is left open that was opened for it. Raises what it failed with."""
+        """Wait until the save is durable. Raises its failure, unless `on_error` is "warn".
+
+        Closes the checkpointer if it was opened for this save (`stays_open` is False).
+        """
         try:
             handle.result()
             self._settle()
@@ -255,12 +266,12 @@ class VembedCheckpointIO:
         if root in self._roots:
             self._roots.remove(root)
         self._roots.append(root)
-        if len(self._roots) > _MAX_ROOTS:  # a metric's name with a slash makes a directory of its own for every save
+        if len(self._roots) > _MAX_ROOTS:  # a slash in a metric's name makes a new directory for every save
             close_shared(roots=[self._roots.pop(0)])
         return shared(root, self._options)
 
     def _spare(self, target: str) -> None:
-        """Nothing deletes `target` from now on."""
+        """Cancel a pending deletion of `target`, and wait for a running one."""
         with self._lock:
             self._doomed.pop(target, None)
             going = target in self._going
@@ -281,7 +292,7 @@ class VembedCheckpointIO:
         handle.add_done_callback(lambda _: self._settle())
 
     def _settle(self) -> None:
-        """Delete or put back what waited for a save that is over."""
+        """Delete or restore each pending path, now that the save it waited for has ended."""
         with self._deleting:
             while due := self._take_due():
                 for path, doom in due.items():
@@ -310,7 +321,7 @@ class VembedCheckpointIO:
         with self._lock:
             newer = self._saves.get(home)
             if newer is not None and newer is not failed:
-                self._doomed[path] = _PendingDeletion(newer, home)  # it must not stand in the way of that one either
+                self._doomed[path] = _PendingDeletion(newer, home)  # the newer save needs the path too
             elif not os.path.lexists(home):
                 os.rename(path, home)
 
@@ -325,7 +336,7 @@ class VembedCheckpointIO:
         except CheckpointError:
             with self._lock:
                 if self._saves.get(target) is handle:
-                    del self._saves[target]  # said once; then what the path held before may be loaded
+                    del self._saves[target]  # raise it once; afterwards the earlier checkpoint may be loaded
             raise
 
 
@@ -333,12 +344,13 @@ class VembedCheckpointIO:
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """The dict that Lightning saved as the directory `path`, without a Trainer. Waits for a save of it that is still under way.
+    """Return the dict that Lightning saved as the directory `path`, without a Trainer.
 
-    `map_location` as `torch.load` has it; every tensor comes from "cpu". `torch.save(read_checkpoint(path), "stock.ckpt")` makes
-    a file of the directory that Lightning opens without this plugin.
+    Waits if a save of it is still under way. `map_location`: as in `torch.load`; every tensor comes from "cpu".
+    `torch.save(read_checkpoint(path), "stock.ckpt")` makes a file that Lightning opens without this plugin.
 
-    Raises `CorruptCheckpoint` naming file and reason, and `CheckpointError` for a checkpoint that Lightning did not save.
+    Raises `CorruptCheckpoint` that names the file and the reason, and `CheckpointError` if Lightning did not save the
+    checkpoint.
     """
     target = os.path.realpath(_local(path) or path)
     _wait_for(target)
@@ -352,14 +364,16 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
 def load_from_checkpoint(
     module: type[Module], path: str | os.PathLike[str], map_location: Any = None, **arguments: Any
 ) -> Module:
-    """`module.load_from_checkpoint(path, map_location, **arguments)`, for a directory of ours too, in a program without the
-    plugin."""
+    """Return `module.load_from_checkpoint(path, map_location, **arguments)`. `path` may also be a directory of ours.
+
+    For programs that do not use the plugin.
+    """
     host.adapt(VembedCheckpointIO, _opened)
     return module.load_from_checkpoint(path, map_location=map_location, **arguments)  # type: ignore[attr-defined,no-any-return]
 
 
 def _opened(path: Any, map_location: Any) -> dict[str, Any] | None:
-    """The checkpoint, if `path` is a directory of ours."""
+    """Return the checkpoint if `path` is a directory of ours, else None."""
     if not isinstance(path, str | os.PathLike) or str(path).startswith("http"):
         return None
     target = _local(path)
@@ -370,7 +384,7 @@ def _opened(path: Any, map_location: Any) -> dict[str, Any] | None:
 
 
 class _Mover:
-    """`map_location` of torch.load, for tensors that are on the CPU."""
+    """Applies `map_location` of torch.load to tensors that are on the CPU."""
 
     def __init__(self, map_location: Any) -> None:
         if isinstance(map_location, Mapping):
@@ -388,7 +402,7 @@ class _Mover:
 
 
 def _wait_for(target: str) -> None:
-    """A save of `target` that this process, or the writer of a dead one, is still at is over. Raises what it failed with."""
+    """Wait for a save of `target` by this process or by the writer of a dead one. Raises its failure."""
     target = os.path.realpath(target)
     for plugin in list(_BUSY):
         plugin._wait_for(target)
@@ -396,7 +410,7 @@ def _wait_for(target: str) -> None:
 
 
 def _meet() -> None:
-    """Lightning loads on every rank, but only the first knows what is still being saved."""
+    """Wait for all ranks: Lightning loads on every rank, but only the first rank knows which saves are under way."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -405,9 +419,11 @@ def _meet() -> None:
 
 
 def _local(path: str | os.PathLike[str]) -> str | None:
-    """The absolute path, links in its parents resolved, in itself not; None if it is a URL of another machine.
+    """Return the absolute path, with links resolved in its parents but not in its last part.
 
-    Raises `PlanError` for what cannot be the directory of a checkpoint.
+    None for a URL of another machine.
+
+    Raises `PlanError` if the path cannot be the directory of a checkpoint.
     """
     text = os.fspath(path)
     scheme, separator, rest = text.partition("://")
@@ -422,7 +438,7 @@ def _local(path: str | os.PathLike[str]) -> str | None:
 
 
 def _mounted(path: str | os.PathLike[str]) -> str:
-    """`_local` of a path to save to. Raises `PlanError` for a URL of another machine."""
+    """Return `_local` of a path to save to. Raises `PlanError` for a URL of another machine."""
     target = _local(path)
     if target is None:
         raise PlanError(f"{os.fspath(path)!r} is not on a mounted file system; save to a local directory")
@@ -434,7 +450,10 @@ def _is_ours(path: str | os.PathLike[str]) -> bool:
 
 
 def _move_aside(target: str) -> str | None:
-    """Give way to a directory: a stock file or a link is renamed, so that "last" still finds it; returns its new path."""
+    """Rename a stock file or a link that has the name, and return its new path; else None.
+
+    Its new name is chosen so that "last" still finds it.
+    """
     if not os.path.islink(target) and not os.path.isfile(target):
         return None
     stem, extension = os.path.splitext(target)
@@ -451,7 +470,7 @@ def _delete(path: str) -> None:
     elif not os.path.isdir(path):
         return
     elif not _is_ours(path):
-        shutil.rmtree(path)  # as Lightning's own plugin does with what another one wrote
+        shutil.rmtree(path)  # Lightning's own plugin does the same with files of another plugin
     else:
         _discard(path)
 
@@ -485,11 +504,11 @@ def _stock() -> Any:
 
 
 if host.is_loaded():
-    host.adapt(VembedCheckpointIO, _opened)  # for command lines that check the class before they make one
+    host.adapt(VembedCheckpointIO, _opened)  # for command lines that check the class before they make an instance
 
 
 def _forget_in_child() -> None:
-    """In a forked child nothing is pending: that is the parent's business."""
+    """In a forked child nothing is pending: pending saves belong to the parent."""
     for plugin in list(_BUSY):
         plugin._start(plugin._options)
     _BUSY.clear()
@@ -503,5 +522,5 @@ def _tear_down_at_exit() -> None:
     for plugin in list(_BUSY):
         try:
             plugin.teardown()
-        except Exception as error:  # every plugin gets its turn
+        except Exception as error:  # go on with the other plugins
             print(f"vembed_async_ckpt: at exit: {type(error).__name__}: {error}", file=sys.stderr)

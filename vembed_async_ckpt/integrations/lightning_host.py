@@ -1,5 +1,7 @@
-"""What Lightning must be told of a plugin whose checkpoints are directories that appear late: in whichever of its packages
-(`lightning` or `pytorch_lightning`) are loaded."""
+"""Adapts Lightning to a plugin whose checkpoints are directories that appear later.
+
+It adapts each of the packages `lightning` and `pytorch_lightning` that is loaded.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,13 @@ class Plugin(Protocol):
 
 
 def adapt(plugin: type[Any], opened: Callable[..., Any]) -> None:
-    """Let Lightning's `isinstance(plugin, CheckpointIO)` be true; `load_from_checkpoint` load what `opened(path, map_location)`
-    returns, where that is not None; and `ModelCheckpoint` refuse a directory on another machine when it is set up, and take no
-    name that is being saved. May be called again; nothing is loaded here unless no Lightning is."""
+    """Adapt the loaded Lightning packages to `plugin`. May be called again.
+
+    Afterwards `isinstance(plugin, CheckpointIO)` is true. `load_from_checkpoint` loads what
+    `opened(path, map_location)` returns, unless that is None. `ModelCheckpoint` refuses a directory on another machine
+    when it is set up, and does not use a name that is being saved. No Lightning module is imported here if one is
+    loaded already.
+    """
     _register(plugin)
     for package in values.PACKAGES:
         loading = sys.modules.get(f"{package}.utilities.cloud_io")
@@ -40,18 +46,21 @@ def adapt(plugin: type[Any], opened: Callable[..., Any]) -> None:
 
 
 def is_loaded() -> bool:
-    """Whether any Lightning is."""
+    """Return whether a Lightning package is loaded."""
     return any(package in sys.modules for package in values.PACKAGES)
 
 
 def is_waited_for(frame: FrameType | None) -> bool:
-    """Whether the call that `frame` stands in is one of `trainer.save_checkpoint` by anybody but a `ModelCheckpoint`: by the
-    user, who relies on the checkpoint being there afterwards, or by a handler of signals or exceptions, which then leaves."""
+    """Return whether the caller of `trainer.save_checkpoint` relies on the checkpoint being on disk afterwards.
+
+    `frame` is inside that call. True unless the caller is a `ModelCheckpoint`: the user expects the checkpoint, and a
+    handler of signals or exceptions may end the process afterwards.
+    """
     trainers = _loaded("trainer.trainer", "Trainer")
     while frame is not None and not _is_save_of(frame, trainers):
         frame = frame.f_back
     while frame is not None and _is_save_of(frame, trainers):
-        frame = frame.f_back  # a class of the user's own may override the method
+        frame = frame.f_back  # a class of the user's may override the method
     return frame is not None and not isinstance(
         frame.f_locals.get("self"), _loaded("callbacks.model_checkpoint", "ModelCheckpoint")
     )
@@ -107,7 +116,7 @@ def _knowing(plugin: type[Any], file_exists: Callable[..., bool]) -> Callable[..
         used = _plugin_of(trainer, plugin)
         if used is None:
             return file_exists(self, filepath, trainer)
-        # First: what is committed between the two questions exists.
+        # Ask this first: a save that is committed between the two questions then exists at the second.
         under_way = trainer.strategy.broadcast(used.is_under_way(filepath))
         return under_way or file_exists(self, filepath, trainer)
 

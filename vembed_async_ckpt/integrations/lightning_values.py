@@ -1,8 +1,9 @@
-"""What Lightning puts into a checkpoint, as values that `extra` takes, and back: exactly, and with no pickle on the way in.
+"""Converts the values in Lightning's checkpoints to values that `extra` takes, and back: exactly, and without reading a
+pickle.
 
-`extra` knows dicts, lists, tuples, JSON scalars, tensors, arrays and bytes. What more a checkpoint may hold is written as a dict
-with one key, `MARK`, whose value is a list: the kind, and what the kind needs. The tensors of `state_dict` are given to the weights
-file, and only their names stand here.
+`extra` takes dicts, lists, tuples, JSON scalars, tensors, arrays and bytes. Any other value of a checkpoint is written
+as a dict with the one key `MARK`. Its value is a list: the kind, and what the kind needs. The tensors of `state_dict`
+go to the weights file; only their names are stored here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .._capture.dtypes import spec
 from ..errors import CorruptCheckpoint, PlanError
 
 MARK = "__vembed__"
-PACKAGES = ("lightning.fabric", "lightning_fabric")  # one code under two names: `lightning` and `pytorch_lightning`
+# one code base under two names: `lightning` and `pytorch_lightning`
+PACKAGES = ("lightning.fabric", "lightning_fabric")
 
 _MAX_DEPTH = 100
 _SCALARS = (type(None), bool, int, float, str, bytes)
@@ -33,17 +35,20 @@ _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
 def pack(checkpoint: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """(tensors of its `state_dict` by name, all else as `extra` takes it). Tensors are not copied, containers are.
+    """Return (tensors of its `state_dict` by name, everything else as `extra` takes it).
 
-    Raises `PlanError` naming the key of what cannot be saved, and what to do about it.
+    Containers are copied, tensors are not. Raises `PlanError` that names the key of a value that cannot be saved, and
+    what to do about it.
     """
     packer = _Packer()
     return packer.weights, packer.pack(checkpoint, ())
 
 
 def unpack(extra: Any, weights: Mapping[str, torch.Tensor], move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The checkpoint that was packed; every tensor passes through `move` once. Raises `CorruptCheckpoint` for what `pack` does
-    not make."""
+    """Return the checkpoint that was packed. Every tensor passes through `move` once.
+
+    Raises `CorruptCheckpoint` for a value that `pack` cannot have made.
+    """
     return _Unpacker(weights, move).unpack(extra)
 
 
@@ -83,11 +88,11 @@ class _Packer:
         return [self.pack(item, (*path, n)) for n, item in enumerate(values)]
 
     def metadata(self, value: Any, path: tuple[Any, ...]) -> Any:
-        """The versions of the modules, which `Module.state_dict` hangs on its result."""
+        """Return the module versions, which `Module.state_dict` attaches to its result."""
         return self.pack(getattr(value, "_metadata", None), (*path, "_metadata"))
 
     def _tensor(self, value: torch.Tensor, path: tuple[Any, ...]) -> Any:
-        spec(_shown(path), value, file="Lightning's checkpoint")  # refused here, before there is a file for it
+        spec(_shown(path), value, file="Lightning's checkpoint")  # refuse it here, before there is a file for it
         if len(path) == 2 and path[0] == "state_dict" and type(path[1]) is str:
             self.weights[path[1]] = value
             return {MARK: ["weight", path[1]]}
@@ -113,7 +118,7 @@ def _default_factory(packer: _Packer, value: Any, path: tuple[Any, ...]) -> list
 
 
 _PACKERS: dict[type, Callable[[_Packer, Any, tuple[Any, ...]], list[Any]]] = {
-    dict: lambda packer, value, path: [packer.items(value, path)],  # one that has the key MARK
+    dict: lambda packer, value, path: [packer.items(value, path)],  # a dict that has the key MARK
     OrderedDict: lambda packer, value, path: [packer.items(value, path), packer.metadata(value, path)],
     defaultdict: _default_factory,
     Namespace: lambda packer, value, path: [packer.items(vars(value), path)],
@@ -159,7 +164,7 @@ class _Unpacker:
         return self.moved(value) if isinstance(value, torch.Tensor) else value
 
     def moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Names that share a tensor share it afterwards."""
+        """Return the moved tensor. Names that shared a tensor share it afterwards."""
         if id(tensor) not in self._moved:
             self._moved[id(tensor)] = self._move(tensor)
         return self._moved[id(tensor)]
@@ -185,13 +190,13 @@ def _ordered(unpacker: _Unpacker, items: Any, metadata: Any) -> Any:
 
 
 def _attribute_dict(unpacker: _Unpacker, items: Any) -> Any:
-    """Lightning's own class, or a plain dict where Lightning is not installed."""
+    """Return Lightning's own class, or a plain dict if Lightning is not installed."""
     module = fabric("utilities.data")
     return (dict if module is None else module.AttributeDict)(unpacker.pairs(items))
 
 
 def fabric(name: str) -> Any:
-    """The module `name` of Lightning's fabric, from the package that is in use; None if neither is installed."""
+    """Return the module `name` of Lightning's fabric, from the package in use; None if neither package is installed."""
     for package in (*[package for package in PACKAGES if package in sys.modules], *PACKAGES):
         try:
             return importlib.import_module(f"{package}.{name}")

@@ -1,7 +1,8 @@
-"""Trainer's `save_total_limit`, for checkpoints of ours and for those that Trainer wrote before us.
+"""Trainer's `save_total_limit`, for our checkpoints and for those that Trainer wrote before.
 
-What goes: a `checkpoint-N` with a manifest of ours, and one without whose `trainer_state.json` says that it is Trainer's own
-checkpoint of that very step. Every other `checkpoint-*` is somebody's own directory: neither counted nor deleted.
+A `checkpoint-N` may be deleted if it has our manifest, or if it has none and its `trainer_state.json` proves that it is
+Trainer's own checkpoint of that step. Every other `checkpoint-*` is a directory of the user's: neither counted nor
+deleted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _OF_A_STEP = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 @dataclasses.dataclass(frozen=True)
 class _Chosen(Policy):
-    """Keep these and no others."""
+    """Keeps exactly these checkpoints."""
 
     save_ids: frozenset[str]
 
@@ -39,10 +40,10 @@ class _Chosen(Policy):
 
 
 class Rotation:
-    """Deletes what is to go from one root, on a thread of its own. The root's lock must be held by this process."""
+    """Deletes old checkpoints of one root, on a thread of its own. This process must hold the root's lock."""
 
     def __init__(self, root: str, limit: int | None, policy: Policy | None) -> None:
-        """`limit` as `save_total_limit` has it; a `policy` of ours, if there is one, decides instead, on our checkpoints alone."""
+        """`limit`: as `save_total_limit`. `policy`: if given, it decides instead, and only about our checkpoints."""
         self._root = root
         self._limit = limit if limit is not None and limit > 0 else None
         self._policy = policy
@@ -51,10 +52,10 @@ class Rotation:
         self._thread: threading.Thread | None = None
 
     def start(self, protected: Collection[str], only: str | None = None) -> None:
-        """Begin to delete what neither rule nor `protected` (names of directories) keeps, after what is being deleted already;
-        the newest stays in any case.
+        """Start to delete the checkpoints that neither the rule nor `protected` (names of directories) keeps.
 
-        `only`: at the end of a training with a limit of one, the name of the checkpoint that stays if it is there.
+        Deletions that are running are finished first. The newest checkpoint always stays. `only`: given at the end of a
+        training with a limit of one; the name of the checkpoint that stays instead, if it exists.
         """
         if self._limit is None and self._policy is None:
             return
@@ -65,8 +66,8 @@ class Rotation:
         self._thread.start()
 
     def join(self) -> None:
-        """Return when nothing is being deleted any more."""
-        thread = self._thread  # a signal handler that saves may join, or start another one, meanwhile
+        """Wait until no deletion is running."""
+        thread = self._thread  # meanwhile a signal handler that saves may join or start another thread
         if thread is not None:
             thread.join()
             if self._thread is thread:
@@ -77,7 +78,7 @@ class Rotation:
             before.join()
         try:
             self._rotate(protected, only)
-        except Exception as error:  # the next rotation takes it up again
+        except Exception as error:  # the next rotation tries again
             logger.warning("%s: old checkpoints could not be deleted: %s: %s", self._root, type(error).__name__, error)
 
     def _rotate(self, protected: frozenset[str], only: str | None) -> None:
@@ -87,7 +88,7 @@ class Rotation:
             if _OF_A_STEP.fullmatch(os.path.basename(path))
         }
         if only in committed:
-            # `prune` never deletes the newest: the one that stays takes that place.
+            # `prune` never deletes the newest. So the one that must stay is made the newest here.
             path, manifest = committed[only]
             last = max(manifest.sequence for _, manifest in committed.values())
             committed[only] = (path, dataclasses.replace(manifest, sequence=last + 1))
@@ -101,7 +102,7 @@ class Rotation:
                 refuse_to_delete(self._root)
                 try:
                     remove_rotated(self._fs, self._root, name, uuid.uuid4().hex)
-                except OSError as error:  # the others, and ours, get their turn
+                except OSError as error:  # go on with the others and with ours
                     first = first or error
         prune(self._fs, self._root, chosen, list(committed.values()), lambda: refuse_to_delete(self._root))
         if first is not None:
@@ -118,7 +119,10 @@ class Rotation:
 
 
 def _trainers_own(root: str, ours: Collection[str]) -> list[str]:
-    """Names of the checkpoints that Trainer itself wrote, latest step first. They are older than all of ours."""
+    """Return the names of the checkpoints that Trainer itself wrote, latest step first.
+
+    They are older than all of ours.
+    """
     with os.scandir(root) as entries:
         found = [e.name for e in entries if e.name not in ours and e.is_dir(follow_symlinks=False)]
     steps = {name: int(match[1]) for name in found if (match := _OF_A_STEP.fullmatch(name)) is not None}
@@ -128,7 +132,7 @@ def _trainers_own(root: str, ours: Collection[str]) -> list[str]:
 
 def _is_trainers_own(directory: str, step: int) -> bool:
     if os.path.lexists(os.path.join(directory, names.MANIFEST)):
-        return False  # ours, and broken: not to be touched
+        return False  # ours and broken: do not touch it
     with contextlib.suppress(OSError, ValueError):
         with open(os.path.join(directory, names.TRAINER_STATE), encoding="utf-8") as file:
             state: Any = json.load(file)

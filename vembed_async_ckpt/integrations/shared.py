@@ -1,4 +1,4 @@
-"""The checkpointers that integrations make behind the scenes: one for each directory of checkpoints, drained together."""
+"""The checkpointers that the integrations make: one for each directory of checkpoints. They are drained together."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from ..errors import CommitError
 from ..handle import SaveHandle, SaveState
 from ..sinks import SaveFigures
 
-_SHARED: dict[str, tuple[AsyncCheckpointer, dict[str, Any]]] = {}  # by root; what each was made with
-_LOCK = threading.RLock()  # a signal handler may save in the middle of what the same thread does under it
+_SHARED: dict[str, tuple[AsyncCheckpointer, dict[str, Any]]] = {}  # by root, with the options of each
+_LOCK = threading.RLock()  # reentrant: a signal handler may save while the same thread holds it
 
 
 @_signals.held()
 def shared(root: str, options: dict[str, Any] | None = None) -> AsyncCheckpointer:
-    """The open checkpointer of `root`, made with `options` (None: with any). One that was made with others is drained and
-    closed first. Two saves may be under way, where memory allows: loops save a step and an epoch back to back.
+    """Return the open checkpointer of `root`, made with `options` (None: with any options).
 
-    Raises what `AsyncCheckpointer` raises."""
+    One that was made with other options is drained and closed first. If memory allows, two saves may be under way,
+    because training loops may save a step and an epoch back to back. Raises what `AsyncCheckpointer` raises.
+    """
     with _LOCK:
         known, made_with = _SHARED.get(root, (None, {}))
         if known is not None and not known.closed and (options is None or options == made_with):
             return known
     if known is not None:
-        known.close()  # outside of the lock: it waits
+        known.close()  # not under the lock, because it waits
     with _LOCK:
         known, _ = _SHARED.get(root, (None, {}))
         if known is None or known.closed:
@@ -40,7 +41,7 @@ def shared(root: str, options: dict[str, Any] | None = None) -> AsyncCheckpointe
 
 
 def figures_of(handle: SaveHandle) -> SaveFigures:
-    """What a save that has ended cost and did."""
+    """Return the cost and the figures of a save that has ended."""
     if handle.state is not SaveState.COMMITTED:
         return SaveFigures(handle.step, 0.0, True, 0.0, 0, 0.0, time.time())
     info = handle.result(0)
@@ -51,22 +52,21 @@ def figures_of(handle: SaveHandle) -> SaveFigures:
 
 @_signals.held()
 def open_at(root: str) -> AsyncCheckpointer | None:
-    """The checkpointer of `root`, if one is open."""
+    """Return the checkpointer of `root`, or None if none is open."""
     with _LOCK:
         known, _ = _SHARED.get(root, (None, {}))
         return None if known is None or known.closed else known
 
 
 def wait_for_all(root: str) -> None:
-    """Return when no save to `root` is in flight, whichever checkpointer of this process makes it. Failures stay on their
-    handles."""
+    """Wait until no save to `root` is in flight, from any checkpointer of this process. Failures stay on their handles."""
     for session in open_sessions():
         if session.options.root == root:
             session.wait(EXIT_DEADLINE)
 
 
 def wait_for(path: str) -> None:
-    """Return when no save of the checkpoint `path` is in flight, as `wait_for_all` has it."""
+    """Wait until no save of the checkpoint `path` is in flight, like `wait_for_all`."""
     for session in open_sessions():
         if any(os.fspath(handle.path) == path for handle in session.in_flight()):
             session.wait(EXIT_DEADLINE)
@@ -82,7 +82,7 @@ def refuse_to_delete(root: str) -> None:
 
 
 def close_shared(timeout: float = EXIT_DEADLINE, roots: Collection[str] | None = None) -> None:
-    """Drain and close the checkpointers of `roots` (None: all of them). Raises what failed, after all are closed."""
+    """Drain and close the checkpointers of `roots` (None: all of them). Raises a failure after all are closed."""
     with _signals.held(), _LOCK:
         chosen = [root for root in _SHARED if roots is None or root in roots]
         checkpointers = [_SHARED.pop(root)[0] for root in chosen]

@@ -1,4 +1,4 @@
-"""trainer_state.json, byte for byte as `TrainerState.save_to_json` writes it, and what in it is worth a place in the manifest."""
+"""Writes trainer_state.json, byte for byte as `TrainerState.save_to_json` does, and picks the metrics for the manifest."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from transformers.trainer_callback import ExportableState
 
 
 def snapshot(state: Any, exporting: Iterable[Any]) -> Any:
-    """A copy of a `TrainerState` that later steps do not change, with what `exporting` (callbacks and control) say of themselves
-    now, as Trainer puts it in before a save."""
+    """Return a copy of a `TrainerState` that later steps do not change.
+
+    It includes the present states of `exporting` (callbacks and control), as Trainer adds them before a save.
+    """
     taken = copy.copy(state)
     taken.log_history = list(state.log_history)
     taken.stateful_callbacks = dict(state.stateful_callbacks)
@@ -26,7 +28,7 @@ def snapshot(state: Any, exporting: Iterable[Any]) -> Any:
 
 
 def metrics(state: Any) -> dict[str, float]:
-    """The numbers that were logged at the present step."""
+    """Return the numbers that were logged at the present step."""
     found: dict[str, float] = {}
     for entry in reversed(state.log_history):
         if entry.get("step") != state.global_step:
@@ -37,7 +39,7 @@ def metrics(state: Any) -> dict[str, float]:
 
 
 class Renderer:
-    """Renders the states of one training. Each entry of the log once: Trainer takes 0.3 s for a log of 10,000."""
+    """Renders the states of one training. Each log entry is rendered once: Trainer takes 0.3 s for a log of 10,000."""
 
     def __init__(self) -> None:
         self._entries: list[Any] = []
@@ -46,14 +48,14 @@ class Renderer:
     def render(self, state: Any) -> bytes:
         log = state.log_history
         known = len(self._entries)
-        if self._entries != log[:known]:  # somebody has changed what was logged
+        if self._entries != log[:known]:  # somebody has changed earlier log entries
             known = 0
         self._entries[known:] = copy.deepcopy(log[known:])
         self._texts[known:] = [_dumps(entry).replace("\n", "\n    ") for entry in log[known:]]
         fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
         text = _dumps({**fields, "log_history": []})
         if log:
-            # The one place where such a line can stand: a line break inside a string is written as an escape.
+            # This line can occur only once: inside a string, a line break is written as an escape.
             listed = "[\n    " + ",\n    ".join(self._texts) + "\n  ]"
             text = text.replace('\n  "log_history": [],', f'\n  "log_history": {listed},', 1)
         return (text + "\n").encode()

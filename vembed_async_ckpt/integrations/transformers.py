@@ -1,8 +1,9 @@
-"""transformers' Trainer: `class MyTrainer(AsyncCheckpointMixin, Trainer)` writes the checkpoints that Trainer writes, in the
-background.
+"""Integration of transformers' Trainer.
 
-What stock Trainer does at once in `_save_checkpoint` is held back until the checkpoint is durable: `on_save`, the push to the hub,
-and the deletion of older ones.
+`class MyTrainer(AsyncCheckpointMixin, Trainer)` writes its checkpoints in the background.
+
+Stock Trainer does three things at once in `_save_checkpoint` that wait here until the checkpoint is durable: `on_save`,
+the push to the hub, and the deletion of older checkpoints.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from . import trainer_state
 from .rotation import Rotation
 from .shared import figures_of
 
-_PLACEHOLDER = "checkpoint-is-incomplete.txt"  # trainer_jit_checkpoint.py puts it where it is about to save
+_PLACEHOLDER = "checkpoint-is-incomplete.txt"  # trainer_jit_checkpoint.py puts it into the directory before it saves
 _NEEDED = ("_save_checkpoint", "_maybe_log_save_evaluate", "_finalize_training", "_prepare_for_training")
 _WRITES = (
     "_save_checkpoint", "save_model", "_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state",
@@ -52,8 +53,11 @@ _WRITES = (
 
 @dataclass(eq=False)
 class _Pending:
-    """A checkpoint under way. `path` as Trainer spells it. `state`: Trainer's as it was at the call. `best_before`: the best
-    checkpoint but for this one. `announce`: whether `on_save` is due once it is durable."""
+    """A checkpoint under way.
+
+    `path`: as Trainer spells it. `state`: Trainer's state at the call. `best_before`: the best checkpoint without this
+    one. `announce`: whether to call `on_save` when it is durable.
+    """
 
     handle: SaveHandle
     path: str
@@ -68,18 +72,23 @@ class _Pending:
 
 @dataclass
 class _Run:
-    """One call of `train()`. `checkpointer` is None until there is something to save; `stock`: why Trainer saves by itself.
-    `now`: the state of the training, while `on_save` is shown the state of its save."""
+    """One call of `train()`.
+
+    - `checkpointer`: None until there is something to save.
+    - `stock`: the reason why Trainer saves by itself; None if it does not.
+    - `holding_back`: whether the next `on_save` is suppressed. Trainer calls it where it logs, evaluates and saves
+      after a step.
+    - `now`: the state of the training while `self.state` is that of a save; else None.
+    - `saved`: whether a save was committed. `failed`: number of failed saves.
+    """
 
     checkpointer: AsyncCheckpointer | None = None
     rotation: Rotation | None = None
     stock: str | None = None
-    holding_back: bool = (
-        False  # the `on_save` that Trainer is about to call where it logs, evaluates and saves after a step
-    )
+    holding_back: bool = False
     now: Any = None
     saved: bool = False
-    failed: int = 0  # saves
+    failed: int = 0
     ended: bool = False
     pending: deque[_Pending] = field(default_factory=deque)
     uploads: dict[str, Any] = field(default_factory=dict)
@@ -87,19 +96,21 @@ class _Run:
 
 
 class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
-    """Trainer's checkpoints without stopping the training: `class MyTrainer(AsyncCheckpointMixin, Trainer)`.
+    """Saves Trainer's checkpoints without stopping the training: `class MyTrainer(AsyncCheckpointMixin, Trainer)`.
 
-    The same files appear in `{output_dir}/checkpoint-{global_step}`, all at once and durable. `on_save` and the push to the hub
-    follow on the training thread at the first step afterwards, or at the end of the training, with `state` as it was at the save;
-    not for a save that failed. `train()` returns when every checkpoint is on disk. Beside a trainer that has a `_save_checkpoint`
-    of its own, name the mixin last: `class MyTrainer(SFTTrainer, AsyncCheckpointMixin)`.
+    The same files appear in `{output_dir}/checkpoint-{global_step}`, all at once and durable. `on_save` and the push to
+    the hub follow on the training thread, at the next step or at the end of the training. They get `state` as it was at
+    the save. They are not called for a save that failed. `train()` returns when every checkpoint is on disk. If another
+    base class has a `_save_checkpoint` of its own, name the mixin last:
+    `class MyTrainer(SFTTrainer, AsyncCheckpointMixin)`.
 
-    A save that fails is raised by the next one or at the end of `train()`, or only logged, with `on_error="warn"`: see
-    `async_checkpoint_options`. Where the state is not whole in this process (DeepSpeed, FSDP, XLA, SageMaker), in a hyperparameter
-    search, and for what `save()` refuses with `PlanError`, Trainer saves as it always did, after one warning.
+    The failure of a save is raised by the next save or at the end of `train()`. With `on_error="warn"` it is only
+    logged: see `async_checkpoint_options`. In three cases Trainer saves by itself, after one warning: the state is not
+    whole in this process (DeepSpeed, FSDP, XLA, SageMaker), the training is a hyperparameter search, or `save()` raises
+    `PlanError`.
 
-    `save_total_limit` counts our checkpoints and Trainer's own from before, and deletes only those; never the newest, the best, or
-    one whose `on_save` or upload is still due. `retention` among the options decides instead of it.
+    `save_total_limit` counts our checkpoints and Trainer's own earlier ones, and deletes only those. It never deletes
+    the newest, the best, or one whose `on_save` or upload is still due. The option `retention` replaces it.
     """
 
     async_checkpoint_options: Mapping[str, Any] = MappingProxyType({})
@@ -120,7 +131,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies, which have no part in a training under way."""
+        """Return the attributes for a copy. A copy has no part in a training under way."""
         state = {name: value for name, value in vars(self).items() if name != "_async_run"}
         if "async_checkpoint_options" in state:
             state["async_checkpoint_options"] = dict(
@@ -129,7 +140,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         return state
 
     def wait_for_checkpoints(self) -> None:
-        """Return when every checkpoint of this training is on disk and its `on_save` has been called."""
+        """Wait until every checkpoint of this training is on disk and its `on_save` has been called."""
         run = self._async_run
         if run is not None and run.checkpointer is not None:
             run.checkpointer.wait()
@@ -140,7 +151,8 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
             path = self.args.output_dir if resume_from_checkpoint is True else os.path.dirname(resume_from_checkpoint)
-            wait_for_orphan(os.path.realpath(path))  # what the writer of a dead training still commits is to be resumed
+            # wait for what the writer of a dead training still commits: resume from that
+            wait_for_orphan(os.path.realpath(path))
         with self._running():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -193,7 +205,8 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         self.wait_for_checkpoints()
         run.ended = True
         self._rotate(run)
-        # Trainer would now delete whatever begins like a checkpoint: with a limit of one, all but the best.
+        # Trainer would now delete everything that is named like a checkpoint. With a limit of one, it would keep only
+        # the best.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         on_train_end = self.callback_handler.on_train_end
 
@@ -233,7 +246,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
                 yield
                 self.wait_for_checkpoints()
                 if run.stock is None:
-                    self._rotate(run)  # what was being uploaded
+                    self._rotate(run)  # now also what was being uploaded before
         finally:
             self._async_run = None
 
@@ -251,7 +264,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
                 run.checkpointer = AsyncCheckpointer(self.args.output_dir, **options)
             except CheckpointerBusy:
                 raise
-            except CheckpointError as error:  # no Linux, or no locks
+            except CheckpointError as error:  # not Linux, or no locks
                 raise PlanError(str(error)) from error
             if self.args.should_save:
                 run.rotation = Rotation(os.fspath(run.checkpointer.root), self.args.save_total_limit, policy)
@@ -264,7 +277,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
             )
 
     def _why_stock(self) -> str | None:
-        """Why Trainer must save by itself, the same on every rank; None if it need not."""
+        """Return the reason why Trainer must save by itself, or None. All ranks get the same result."""
         accelerator, args = self.accelerator, self.args
         kind = str(getattr(accelerator, "distributed_type", "NO")).rpartition(".")[2]
         missing = [name for name in _NEEDED if not hasattr(Trainer, name)]
@@ -292,7 +305,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
     def _overridden(self) -> str | None:
         below = type(self).__mro__[type(self).__mro__.index(AsyncCheckpointMixin) + 1 :]
         for name in _WRITES:
-            # A `_save_checkpoint` that comes before ours in the order calls ours.
+            # A `_save_checkpoint` that comes before ours in the order of classes calls ours.
             classes = below if name == "_save_checkpoint" else type(self).__mro__
             owner = next(cls for cls in classes if name in vars(cls))
             if owner is not Trainer or name in vars(self):
@@ -301,17 +314,20 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         return None
 
     def _has_save_pretrained(self) -> bool:
-        """Whether Trainer would use the model's `save_pretrained`, and not its plain state_dict."""
+        """Return whether Trainer would use the model's `save_pretrained`, and not its plain state_dict."""
         return isinstance(self.model, _supported())
 
     @contextlib.contextmanager
     def _falling_back(self, run: _Run) -> Iterator[None]:
-        """From what cannot be saved in the background on, Trainer saves by itself: rather a slow checkpoint than none."""
+        """After a `PlanError`, let Trainer save by itself from now on: a slow checkpoint is better than none.
+
+        With several ranks the error is raised, because the other ranks do not know of it.
+        """
         try:
             yield
         except PlanError as error:
             if self.args.world_size > 1:
-                raise  # the other ranks know nothing of it
+                raise  # the other ranks do not know of it
             self._say_why_stock(str(error))
             run.stock = str(error)
 
@@ -322,13 +338,17 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
 
     @_signals.held()
     def _save_in_background(self, run: _Run, later: bool) -> None:
-        """`later`: whether Trainer's own loop asks for it. A callback or a signal handler wants it now, before the process is
-        killed perhaps."""
+        """Save in the background.
+
+        `later`: Trainer's own loop asks, so `on_save` may come later. Otherwise a callback or a signal handler asks,
+        perhaps before the process is killed. Then this waits until the checkpoint is durable.
+        """
         checkpointer = self._checkpointer_of(run)
         if not later:
             self.wait_for_checkpoints()
         if run.rotation is not None:
-            run.rotation.join()  # else it might delete the directory of the same name that this save is about to replace
+            # else it might delete the directory of the same name that this save is about to replace
+            run.rotation.join()
         self.store_flos()
         state = self._state_to_save(run)
         path = os.path.join(self.args.output_dir, names.checkpoint(state.global_step))
@@ -342,7 +362,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         if not later:
             self._save_now(run, handle)
         elif callable(getattr(unwrap_optimizer(self.optimizer), "eval", None)):
-            self._raise_or_leave(lambda: handle.wait_staged())  # it swaps the weights between steps
+            self._raise_or_leave(lambda: handle.wait_staged())  # this optimizer swaps the weights between steps
 
     def _save_now(self, run: _Run, handle: SaveHandle) -> None:
         try:
@@ -358,7 +378,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
                 raise
 
     def _state_to_save(self, run: _Run) -> Any:
-        """Trainer's state as Trainer would write it now."""
+        """Return Trainer's state as Trainer would write it now."""
         state = trainer_state.snapshot(self.state, [*self.callback_handler.callbacks, self.control])
         if self.args.save_strategy != "no" and state.best_global_step:
             best = os.path.join(self.args.output_dir, names.checkpoint(state.best_global_step))
@@ -392,7 +412,10 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
     # -- after a save
 
     def _ended_everywhere(self, run: _Run) -> int:
-        """How many of the pending saves, from the first on, are over on all ranks: callbacks must meet at the same step."""
+        """Return how many of the pending saves, from the first on, have ended on all ranks.
+
+        Callbacks must run at the same step on every rank.
+        """
         ended = next((n for n, save in enumerate(run.pending) if not save.handle.done()), len(run.pending))
         if self.args.world_size == 1 or not run.pending:
             return ended
@@ -401,7 +424,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         return int(least)
 
     def _settle(self, run: _Run, count: int) -> None:
-        """Do what was held back for the first `count` saves, which are over, in their order."""
+        """Do what was held back for the first `count` saves, in their order. These saves have ended."""
         last = run.pending[count - 1] if count else None
         while last in run.pending:  # a callback may have waited for all of them
             save = run.pending.popleft()
@@ -438,11 +461,14 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         finally:
             self.state, run.now = now, outer
-            self.control.should_save = wanted  # of the step that training is at
+            self.control.should_save = wanted  # this belongs to the present step of the training
 
     @contextlib.contextmanager
     def _training_state(self, run: _Run) -> Iterator[None]:
-        """Let `self.state` be that of the training: a save may be asked for by `on_save`, or by a signal in the middle of it."""
+        """Let `self.state` be the state of the training.
+
+        Code that asks for a save may run inside `on_save`: `on_save` itself, or a signal handler that interrupts it.
+        """
         shown, now = self.state, run.now
         if now is None:
             yield
@@ -454,7 +480,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
             self.state, run.now = shown, now
 
     def _withdraw(self, run: _Run, save: _Pending) -> None:
-        """A save that failed is nobody's best checkpoint: that is the one before it."""
+        """A save has failed: replace it as the best checkpoint by the one before it."""
         for later in run.pending:
             if later.best_before == save.path:
                 later.best_before = save.best_before
@@ -473,7 +499,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
 
 
 def _check(options: Any) -> None:
-    """Raise TypeError or ValueError naming the option of `AsyncCheckpointer` that is unknown or cannot have its value."""
+    """Raise TypeError or ValueError that names an unknown option of `AsyncCheckpointer`, or one with an invalid value."""
     if not isinstance(options, Mapping):
         raise TypeError(f"async_checkpoint_options is {options!r}; use a mapping of AsyncCheckpointer's options")
     known = {name: value.default for name, value in inspect.signature(AsyncCheckpointer).parameters.items()}
@@ -488,7 +514,7 @@ def _check(options: Any) -> None:
 
 
 def _is_of_the_loop(frame: FrameType | None) -> bool:
-    """Whether the call of `_save_checkpoint` that `frame` made is one of Trainer's loop after a step."""
+    """Return whether Trainer's loop called `_save_checkpoint` after a step. `frame` is the frame of its caller."""
     while frame is not None and frame.f_code.co_name == "_save_checkpoint":
         frame = frame.f_back  # the method may be overridden
     return frame is not None and frame.f_code.co_name == "_maybe_log_save_evaluate"
@@ -504,7 +530,7 @@ def _supported() -> tuple[type, ...]:
 
 @contextlib.contextmanager
 def _replaced(handler: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Let `handler.name` be `function` for a while."""
+    """Let `handler.name` be `function` inside the block."""
     before = vars(handler).get(name)
     setattr(handler, name, function)
     try:
@@ -516,7 +542,7 @@ def _replaced(handler: Any, name: str, function: Callable[..., Any]) -> Iterator
 
 
 def _remove_placeholder(directory: str) -> None:
-    """Take away what a just-in-time checkpoint puts in place beforehand: until the commit there is no such directory."""
+    """Remove the placeholder of a just-in-time checkpoint: the directory must not exist before the commit."""
     with contextlib.suppress(OSError):
         os.unlink(os.path.join(directory, _PLACEHOLDER))
         os.rmdir(directory)

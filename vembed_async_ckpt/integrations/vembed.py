@@ -1,4 +1,4 @@
-"""`save_checkpoint`, argument for argument that of the vembed training loop, in the background."""
+"""`save_checkpoint` with the arguments of the one in the vembed training loop, but in the background."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from . import accelerate as accelerates
 from .accelerate_hooks import SaveHooks, look_after
 from .shared import close_shared, shared
 
-# What vembed's inference reads at the top level of vembed_config.json, and what it expects where a key is missing.
+# The keys that vembed's inference reads at the top level of vembed_config.json, with the values it expects for missing
+# keys.
 CONFIG_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "pooling_method": None,
@@ -60,25 +61,26 @@ def save_checkpoint(
 ) -> SaveHandle:
     """Save model, processor, config and training state to the directory `path`, without stopping the training.
 
-    After the commit the directory holds what `save_pretrained` of model and processor write, `vembed_config.json`, and (with
-    `training_state`) optimizers, schedulers, samplers, scaler, registered objects and random states of `accelerator`, so that
-    `accelerator.load_state(path)` and `vembed_async_ckpt.load(path, ...)` go on from it. The weights file has a second name,
-    `{prefix or "model"}_state_dict.safetensors`. `step` None means the last integer in the name of `path`, if any. A mapping as
-    `training_state`, of which newer versions of vembed make use, is saved too, as `training_state.json`.
+    After the commit the directory holds what `save_pretrained` of model and processor write, and `vembed_config.json`.
+    With `training_state` it also holds optimizers, schedulers, samplers, scaler, registered objects and random states
+    of `accelerator`. So `accelerator.load_state(path)` and `vembed_async_ckpt.load(path, ...)` resume from it. The
+    weights file has a second name, `{prefix or "model"}_state_dict.safetensors`. If `step` is None, it is the last
+    integer in the name of `path`, if any. `training_state` may be a mapping, as newer versions of vembed pass it; it is
+    also saved, as `training_state.json`.
 
-    Of an adapter only its own weights are saved. With `base_model` the whole state_dict is too, as `model.safetensors`, for
-    `accelerator.load_state` where nobody calls `integrations.accelerate.attach(accelerator)`. Not for a model that writes a file
-    of that name itself.
+    Of an adapter only its own weights are saved. With `base_model` the whole state_dict is saved too, as
+    `model.safetensors`. It is for `accelerator.load_state` if nobody calls
+    `integrations.accelerate.attach(accelerator)`. Do not use it for a model that writes a file of that name itself.
 
-    Under DDP every rank calls it: the first writes, and the random states of all are in the directory. Where only the first rank
-    calls it, the checkpoint is saved without the random states of the others, after one warning.
+    Under DDP every rank calls it. The first rank writes, and the directory has the random states of all ranks. If only
+    the first rank calls it, the checkpoint is saved without the random states of the others, after one warning.
 
-    An existing directory is replaced at once by the new one; files in it that are not ours stay with it. The saves of one parent
-    directory share one checkpointer, which is drained by `accelerator.end_training()` and at interpreter exit; `checkpointer`
-    names another one, whose root must be that parent.
+    An existing directory is replaced atomically by the new one; files in it that are not ours are kept. The saves of
+    one parent directory share one checkpointer. It is drained by `accelerator.end_training()` and at interpreter exit.
+    `checkpointer` selects another one, whose root must be that parent.
 
-    An `accelerator` that is not accelerate's (a stand-in in somebody's test) gets the calls of the original, at once, and the
-    handle returned is done. Raises what `AsyncCheckpointer.save` raises.
+    If `accelerator` is not one of accelerate's (a stand-in in a test), the calls of the original function are made at
+    once, and the returned handle is done. Raises what `AsyncCheckpointer.save` raises.
     """
     root, directory = os.path.split(os.path.realpath(os.fspath(path)))
     if not directory or directory.startswith(names.WORK):
@@ -123,7 +125,7 @@ def _is_accelerator(accelerator: Any) -> bool:
 
 
 def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All of the config, with the keys that readers expect at the top level."""
+    """Return the whole config, with the keys that readers expect at the top level."""
     complete = {**CONFIG_DEFAULTS, **config}
     complete["topk_tokens"] = int(complete["topk_tokens"] or 0)
     return complete
@@ -145,7 +147,7 @@ def _save_at_once(
     training_state: bool | Mapping[str, Any] | None,
     step: int | None,
 ) -> SaveHandle:
-    """The original's sequence, for what only looks like an accelerator."""
+    """Save as the original function does, for an object that only looks like an accelerator."""
     begun = time.perf_counter()
     handle = SaveHandle(step, Path(path), lambda callback: callback())
     main = getattr(accelerator, "is_main_process", None)
