@@ -1,6 +1,4 @@
-"""What `save()` returns: a handle that tells the state and the outcome of a save, and ways to wait for it with a
-deadline.
-"""
+"""The handle that `save()` returns. It tells the state and the outcome of a save, and can wait for it with a deadline."""
 
 from __future__ import annotations
 

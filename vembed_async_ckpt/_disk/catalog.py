@@ -33,13 +33,13 @@ class Entry:
 
 
 def scan(root: str) -> list[Entry]:
-    """Return every directory under `root` that is a checkpoint or claims to be one: broken ones first, then oldest to
-    newest.
+    """Return every directory under `root` that is a checkpoint or claims to be one.
 
-    A directory claims to be a checkpoint by its name (`names.parse_checkpoint`) or by holding a manifest. On file
-    systems without exchange, the replacement of a checkpoint may have been interrupted. Such a checkpoint is listed as
-    broken until the next start brings it back. A root that does not exist is empty. Raises `CheckpointError` if the
-    root cannot be listed: then its content is unknown.
+    Broken ones come first, then the others from oldest to newest. A directory claims to be a checkpoint by its name
+    (`names.parse_checkpoint`) or by holding a manifest. On file systems without exchange, the replacement of a
+    checkpoint may have been interrupted. Such a checkpoint is listed as broken until the next start brings it back. A
+    root that does not exist is empty. Raises `CheckpointError` if the root cannot be listed: then its content is
+    unknown.
     """
     try:
         with os.scandir(root) as found:
@@ -52,8 +52,9 @@ def scan(root: str) -> list[Entry]:
 
 
 def interrupted(root: str) -> Iterator[Entry]:
-    """Yield the checkpoints that were moved away for a replacement that was never published, under their original
-    paths.
+    """Yield checkpoints that were moved away for a replacement that was never published.
+
+    Each entry has the path that the checkpoint had.
     """
     replaced = names.replaced_directory(root)
     for name in list_replaced(root):

@@ -78,7 +78,7 @@ def refuse_non_directory(target: str) -> None:
 def carry_over(fs: Filesystem, target: str, work: str) -> None:
     """Put into `work` the files of `target` that its manifest does not name: as hard links, else as synced copies.
 
-    Files whose names a plan of ours can make are left out: they would be read as part of the new checkpoint.
+    Files with a name that one of our plans can make are left out: they would be read as part of the new checkpoint.
     """
     for relative, source in foreign_files(target):
         if names.is_plan_name(relative):
@@ -167,8 +167,9 @@ def _publish_without_exchange(fs: Filesystem, root: str, name: str, work: str, s
 
 
 def _is_published(target: str, save_id: str) -> bool:
-    """Return whether the save is published although the rename reported an error: over a network the answer can be
-    lost.
+    """Return whether the save is published although the rename reported an error.
+
+    Over a network the answer of a successful rename can be lost.
     """
     try:
         return read(target).save_id == save_id

@@ -1,5 +1,4 @@
-"""Deletes directories: those that were replaced, those that retention does not keep, and those that a crash left
-behind.
+"""Deletes directories that were replaced, that retention does not keep, or that a crash left behind.
 
 Only what we wrote is deleted. A file that the manifest does not name stays; if its directory is deleted, the file stays
 in `replaced/`.
@@ -146,8 +145,8 @@ def prune(
     """Delete the checkpoints that `policy` does not keep. Each is moved to the trash first. Returns their names.
 
     `committed`: (path, manifest) of the checkpoints; the newest must be durable. These are never deleted: the newest
-    complete checkpoint, an incomplete one, one whose manifest a reader has locked, and a directory whose name is not
-    one of ours. `allowed` is called before each deletion and raises if nothing may be deleted any more. Raises the
+    complete checkpoint, incomplete ones, one with a manifest that a reader has locked, and directories with names that
+    are not ours. `allowed` is called before each deletion and raises if nothing may be deleted any more. Raises the
     first OSError after all others were tried.
     """
     manifests_of = dict(committed)
@@ -167,8 +166,9 @@ def prune(
 
 
 def discard(fs: Filesystem, root: str, name: str, save_id: str) -> None:
-    """Delete the checkpoint `root/name` that save `save_id` made: move it to the trash, then delete what we wrote of
-    it.
+    """Delete the checkpoint `root/name` that save `save_id` made.
+
+    It is moved to the trash first. Then what we wrote of it is deleted.
     """
     # Delete a predecessor that still waits for deletion first. Otherwise the next start would bring it back, as if it
     # had never been replaced.

@@ -219,8 +219,9 @@ class FileWriter:
 
 
 def part_of(slot: FileSlot, start: int, end: int) -> tuple[int, int]:
-    """Return the part of a file that the plan's range [start, end) holds: (from, to) in bytes from the file's start,
-    whole pages.
+    """Return the part of a file that is in the plan's range [start, end).
+
+    The result is (from, to) in bytes from the file's start, in whole pages.
     """
     return max(start - slot["start"], 0), min(end - slot["start"], pages(slot["size"]))
 

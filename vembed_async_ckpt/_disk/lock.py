@@ -23,7 +23,7 @@ from ..errors import CheckpointerBusy, CheckpointError, CommitError
 from ..events import logger
 from .filesystem import LocalFilesystem, make_directories_durable, parent_of
 
-ORPHAN_PATIENCE = 60.0  # seconds to wait for a writer whose trainer is dead
+ORPHAN_PATIENCE = 60.0  # seconds to wait for the writer of a dead trainer
 # seconds that a living holder gets: a reader that tests the lock holds it for a moment
 _GRACE = 2.0
 _POLL = 0.05
@@ -53,8 +53,10 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The holder that a lock file names: the trainer, its writer process if there is one, and where these process ids
-    are valid.
+    """The holder that a lock file names.
+
+    `trainer`, `writer`: its processes; `writer` is None if there is none. `where`: the host and the process id
+    namespace in which their ids are valid.
     """
 
     trainer: Process
@@ -66,8 +68,9 @@ class Holder:
         return ids if self.where == _here() else f"{ids} in {self.where}"
 
     def may_live(self) -> bool:
-        """Return whether the trainer lives, or cannot be seen from here because it is on another host or in another
-        container.
+        """Return whether the trainer lives or may live.
+
+        It may live if it cannot be seen from here, because it is on another host or in another container.
         """
         return self.where != _here() or self.trainer.alive()
 
@@ -168,8 +171,10 @@ class RootLock:
         return self._is_at(self.work)
 
     def refuse_if_lost(self) -> None:
-        """Before something is deleted: raise `CommitError` if the lock has lost its name. Nothing is made again: whoever removed it
-        may not be done yet."""
+        """Raise `CommitError` before something is deleted, if the locked file no longer has its name.
+
+        The lock file is not made again here: somebody may still be removing the root.
+        """
         if not self.is_held():
             raise CommitError("its lock file is gone or is another one, so nothing is deleted")
 
@@ -283,7 +288,7 @@ def _write(fd: int, content: bytes) -> None:
 
 
 def wait_for_orphan(root: str, patience: float = ORPHAN_PATIENCE) -> None:
-    """If a writer whose trainer is dead still works on `root`, wait for it, up to `patience` seconds, and log that.
+    """If the writer of a dead trainer still works on `root`, wait for it, up to `patience` seconds, and log that.
 
     Returns at once if nobody holds the lock or the holder's trainer lives. Raises `CheckpointerBusy` if the writer is
     still working afterwards.

@@ -45,8 +45,9 @@ def other_program(directory: str) -> str:
 
 
 def refuse_checkpoint(root: str) -> None:
-    """Raise `CheckpointError` if `root` is a checkpoint, or the path of a deleted one, and not a directory of
-    checkpoints.
+    """Raise `CheckpointError` if `root` is a checkpoint, or the path of a deleted one.
+
+    A root must be a directory of checkpoints.
     """
     path = os.path.abspath(root)
     parent = os.path.dirname(path)

@@ -21,7 +21,7 @@ _MOMENT = 0.05
 
 
 class Gone(CheckpointError):
-    """A checkpoint was deleted, by retention or by somebody, or it was replaced again and again while it was read."""
+    """A checkpoint was deleted, by retention or by another program, or it was replaced again and again while it was read."""
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Assemble a save: the bytes other than the model's and the optimizers' tensors, their offsets in the arena, and the
-job.
+"""Assemble a save: its small files, the offsets of everything in the arena, and the job.
 
-The job is the JSON that describes the whole save to the writer.
+The tensors of models and optimizers are placed by the plan already. The job is the JSON that describes the whole save
+to the writer.
 """
 
 from __future__ import annotations

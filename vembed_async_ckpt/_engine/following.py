@@ -33,8 +33,7 @@ class Following:
     def join(
         self, directory: str, step: int | None, of_every_rank: bool, render: Callable[[], Files], heard: Heard
     ) -> None:
-        """Add the files that `render` returns to the first rank's save, and report the save's states to `heard` until
-        it ends.
+        """Add the files that `render` returns to the first rank's save, and report its states to `heard` until it ends.
 
         Both are called on the ranks' thread. If `render` raises, the save fails on every rank.
         """

@@ -162,7 +162,7 @@ class Leader:
     def _fail(
         self, handle: SaveHandle, save_id: str, begun: float, exchange: RankExchange, error: StageError | WriteError
     ) -> None:
-        """The save failed during its call, which does not raise."""
+        """End a save that failed during its call. The call does not raise: the handle has the failure."""
         self._save_ended(handle, error)
         handle._move(SaveState.FAILED, error=error)
         exchange.say(SaveState.FAILED, error=error)

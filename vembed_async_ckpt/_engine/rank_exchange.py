@@ -206,8 +206,7 @@ class _Say:
 
 
 class _Forget:
-    """Removes what the store holds for a save that has ended, once the ranks that take part in it have read how it
-    ended.
+    """Removes what the store holds for a save, once the save has ended and the ranks in it know the outcome.
 
     The outcome itself stays in the store for ranks that come later.
     """

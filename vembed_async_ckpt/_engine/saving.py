@@ -1,5 +1,6 @@
-"""The steps of one save: from a request and an arena to a job for the writer, and from the writer's reply to the
-handle.
+"""The steps of one save.
+
+They lead from a request and an arena to a job for the writer, and from the writer's reply to the handle.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Session:
             return self.ledger.in_flight()
 
     def refuse_to_delete(self) -> None:
-        """Raise `CommitError` if this process does not hold the lock of the root: then nothing there is its to delete."""
+        """Raise `CommitError` if this process does not hold the root's lock: then it may delete nothing there."""
         self.engine.refuse_to_delete()
 
     # -- the end

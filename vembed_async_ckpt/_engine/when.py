@@ -12,8 +12,9 @@ from .steps import StepClock
 
 
 def refuse_for_ranks(policy: SavePolicy | None, world_size: int) -> None:
-    """Raise ValueError if ranks could get different answers from the policy: one would save and wait for the others in
-    vain.
+    """Raise ValueError if ranks could get different answers from the policy.
+
+    Then one rank would save and wait in vain for the others.
     """
     wrong = [] if policy is None or world_size == 1 else [part for part in policy.parts() if not part.agreed]
     if wrong:

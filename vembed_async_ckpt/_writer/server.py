@@ -353,8 +353,9 @@ class Server:
             covered = wave[1]
 
     def _tidy(self, pending: _Pending, replaced: str | None) -> None:
-        """Clean up after the commit: first the replaced directory and leftovers, then the checkpoints that retention
-        does not keep.
+        """Clean up after the commit.
+
+        First the replaced directory and leftovers are deleted, then the checkpoints that retention does not keep.
         """
         job = pending.job
         pruned: dict[str, int] = {}
@@ -418,7 +419,7 @@ class Server:
                 )
             self._send(fd=self._lock.fd, event="warning", message=done)  # from here on the trainer may delete again
         except Taken as error:
-            self._taken = error  # for good: the root now belongs to that process
+            self._taken = error  # permanently: the root now belongs to that process
             raise
 
     def _note(self, save_ids: Iterable[str]) -> None:

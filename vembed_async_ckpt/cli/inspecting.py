@@ -198,9 +198,7 @@ def _dtype(name: str) -> Any:
 
 
 def _blocks(directory: str, stored: StoredTensor) -> Iterator[Any]:
-    """Yield the elements of a tensor in float64 or complex128, in blocks of limited size, so that memory use stays
-    small.
-    """
+    """Yield the elements of a tensor in float64 or complex128, block by block, so that little memory is used."""
     import torch
 
     dtype = _dtype(stored.dtype)

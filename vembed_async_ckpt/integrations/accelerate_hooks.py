@@ -1,9 +1,8 @@
-"""The points where accelerate calls us: its load and save hooks, and two methods of `Accelerator` that wait for pending
-saves.
+"""The points where accelerate calls us: its load and save hooks, and two methods of `Accelerator`.
 
-An accelerator gets only load hooks, which are functions of this module. So it can be pickled, copied and freed as
-before. The two methods are wrapped on the class, because another accelerator of the process may load what this one
-saves.
+The two methods wait for pending saves. They are wrapped on the class, because another accelerator of the process may
+load what this one saves. An accelerator itself gets only load hooks, which are functions of this module. So it can be
+pickled, copied and freed as before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapts Lightning to a plugin whose checkpoints are directories that appear later.
+"""Adapts Lightning to our plugin: its checkpoints are directories, and they appear some time after the call.
 
 It adapts each of the packages `lightning` and `pytorch_lightning` that is loaded.
 """

@@ -1,5 +1,6 @@
-"""Converts the values in Lightning's checkpoints to values that `extra` takes, and back: exactly, and without reading a
-pickle.
+"""Converts the values in Lightning's checkpoints to values that `extra` takes, and back.
+
+The conversion is exact, and reading never uses pickle.
 
 `extra` takes dicts, lists, tuples, JSON scalars, tensors, arrays and bytes. Any other value of a checkpoint is written
 as a dict with the one key `MARK`. Its value is a list: the kind, and what the kind needs. The tensors of `state_dict`
