@@ -76,6 +76,49 @@ def test_sizes(root: Path) -> None:
                 AsyncCheckpointer(root, **{option: value})
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        *((name, value, "use one of '") for name in ("when_busy", "on_error", "staging", "writer") for value in ("no", 1, [])),
+        *(("sinks", value, "use a list of functions") for value in (print, None, 3, [print, "events.jsonl"], "events")),
+        *(("retention", value, "use KeepLast") for value in (3, "KeepLast(3)")),
+        *(("policy", value, "vembed_async_ckpt.policies") for value in (500, "every")),
+        *((name, "yes", "use True or False") for name in ("save_original_format", "latest_link", "progress")),
+        *(("max_in_flight", value, "use a whole number from 1 to 16") for value in (0, 17, True, "2", 1.0)),
+        *(("max_shard_size", value, "use at least one byte") for value in (0, -1, "0GB")),
+        *(("max_host_bytes", value, "at least 16777216 are needed") for value in (0, -1, "1MB")),
+        *(("root", value, "use the path of a directory") for value in (None, 5, "", b"", "a\0b", ["runs"])),
+    ],
+)  # fmt: skip
+def test_wrong_options(tmp_path: Path, option: str, value: Any, said: str) -> None:
+    """Refused by the constructor before it makes anything, with the option, its value and what it may be."""
+    options = {"root": tmp_path / "root", option: value}
+    with pytest.raises((TypeError, ValueError)) as refused:
+        AsyncCheckpointer(**options)  # type: ignore[arg-type]
+    message = str(refused.value)
+    assert message.startswith(f"{option} is ")
+    assert repr(value) in message
+    assert said in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_roots_of_every_kind_of_path(root: Path) -> None:
+    """Bytes are a path too."""
+    for path in (root, str(root), bytes(root)):
+        with AsyncCheckpointer(path, writer="thread") as checkpointer:  # type: ignore[arg-type]
+            assert checkpointer.root == root
+
+
+def test_a_shard_size_as_people_write_it(root: Path) -> None:
+    """Saved by it, though transformers itself does not know the spelling."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
+    with AsyncCheckpointer(root, writer="thread", max_shard_size="8 kib") as checkpointer:
+        path = checkpointer.save(1, model=BertModel(config)).result(60).path
+    assert len(list(path.glob("model-*.safetensors"))) > 1
+
+
 def test_a_message_says_the_path_once(root: Path) -> None:
     """A file has the name of the checkpoint."""
     with AsyncCheckpointer(root, writer="thread", on_error="warn") as checkpointer:

@@ -91,3 +91,13 @@ def test_a_batch_is_a_function_of_pairs_seed_and_step():
             assert torch.equal(one, other)
     assert not torch.equal(first[0][0], first[2][0]), "the next epoch has an order of its own"
     assert digest(pairs) != digest(pairs[::-1])
+
+
+@pytest.mark.parametrize("out", ["/proc/runs", "/dev/null", "/dev/null/runs"])
+def test_a_directory_that_cannot_be_written_is_refused_in_one_line(out: str):
+    """Before anything is trained."""
+    command = [sys.executable, "-m", "vembed_async_ckpt", "demo", "--out", out, "--steps", "1000000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"vembed-ckpt demo: --out {out}: cannot be written (")
+    assert len(done.stderr.splitlines()) == 1

@@ -98,7 +98,7 @@ class AsyncCheckpointer:
             max_host_bytes=max_host_bytes,
             max_shard_size=max_shard_size,
             save_original_format=save_original_format,
-            sinks=tuple(sinks),
+            sinks=sinks,
             policy=policy,
             latest_link=latest_link,
             progress=progress,

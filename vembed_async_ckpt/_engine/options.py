@@ -46,7 +46,8 @@ class Options:
             ("staging", Staging),
             ("writer", WriterKind),
         ):
-            if getattr(self, name) not in get_args(allowed):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in get_args(allowed):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, get_args(allowed)))}"
                 )
@@ -56,7 +57,7 @@ class Options:
             raise TypeError(
                 f"retention is {self.retention!r}; use KeepLast, KeepEvery, KeepBest, combined with |, or None"
             )
-        for name in ("latest_link", "progress"):
+        for name in ("latest_link", "progress", "save_original_format"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; use True or False")
         if self.policy is not None and not isinstance(self.policy, SavePolicy):
@@ -65,16 +66,32 @@ class Options:
             )
         if type(self.max_in_flight) is not int or not 1 <= self.max_in_flight <= 16:
             raise ValueError(f"max_in_flight is {self.max_in_flight!r}; use a whole number from 1 to 16")
-        size_in_bytes("max_shard_size", self.max_shard_size)
+        if not callable(getattr(self.sinks, "__iter__", None)) or not all(map(callable, self.sinks)):
+            raise TypeError(
+                f"sinks is {self.sinks!r}; use a list of functions that take an Event, or of vembed_async_ckpt.sinks"
+            )
+        object.__setattr__(self, "sinks", tuple(self.sinks))
+        shard_size = size_in_bytes("max_shard_size", self.max_shard_size)
+        if shard_size < 1:
+            raise ValueError(f"max_shard_size is {self.max_shard_size!r}; use at least one byte")
+        object.__setattr__(self, "max_shard_size", shard_size)
         if self.max_host_bytes is not None:
-            object.__setattr__(self, "max_host_bytes", size_in_bytes("max_host_bytes", self.max_host_bytes))
-        if self.max_host_bytes is not None and self.max_host_bytes < MIN_HOST_BYTES:
-            raise ValueError(f"max_host_bytes is {self.max_host_bytes}; at least {MIN_HOST_BYTES} are needed, or None")
+            host_bytes = size_in_bytes("max_host_bytes", self.max_host_bytes)
+            if host_bytes < MIN_HOST_BYTES:
+                raise ValueError(
+                    f"max_host_bytes is {self.max_host_bytes!r}; at least {MIN_HOST_BYTES} are needed, or None"
+                )
+            object.__setattr__(self, "max_host_bytes", host_bytes)
 
 
 MIN_HOST_BYTES = 16 << 20  # the smallest arena through which a large state can pass in parts
 
 
 def root_path(root: Any) -> str:
-    """Return the root as an absolute path without symbolic links. Raises TypeError if `root` is not a path."""
-    return str(os.path.realpath(os.fspath(root)))
+    """Return the root as an absolute path without symbolic links. Raises TypeError or ValueError if `root` is not a path."""
+    if not isinstance(root, str | bytes | os.PathLike):
+        raise TypeError(f"root is {root!r}; use the path of a directory")
+    path = os.fsdecode(root)
+    if not path or "\0" in path:
+        raise ValueError(f"root is {root!r}; use the path of a directory, '.' for the current one")
+    return os.path.realpath(path)

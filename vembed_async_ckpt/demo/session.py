@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def run(
     are not to be resumed.
     """
     _check(steps, save_every, size, crash_at)
+    _refuse_unwritable(out)
     console = console or Console()
     newest = _newest(out, resume)
     if resume and newest is None:
@@ -84,6 +86,14 @@ def _check(steps: int, save_every: int, size: str, crash_at: int | None) -> None
         raise Refused(f"steps and save-every must be at least 1, not {steps} and {save_every}")
     if crash_at is not None and not 1 <= crash_at <= steps:
         raise Refused(f"crash-at must be a step of the training, 1 to {steps}, not {crash_at}")
+
+
+def _refuse_unwritable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise Refused(f"--out {out}: cannot be written ({error.strerror or error}); choose another one") from error
 
 
 def _newest(out: Path, resume: bool) -> Path | None:
