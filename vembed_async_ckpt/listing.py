@@ -70,9 +70,11 @@ def best(root: str | os.PathLike[str], metric: str, mode: Literal["min", "max"] 
 def delete(path: str | os.PathLike[str]) -> None:
     """Delete the checkpoint `path`: move it into the work directory, then delete the files that its manifest names.
 
-    Files that this library did not write are kept in `_vembed_async_ckpt/replaced/` under the root. Raises
-    `CorruptCheckpoint` if the manifest cannot be read; then nothing proves that the files are ours, and nothing is
-    deleted. Raises `CheckpointerBusy` if a training saves in the same root, or if somebody is loading this checkpoint.
+    Files that this library did not write are kept in `_vembed_async_ckpt/replaced/` under the root.
+
+    Raises `CorruptCheckpoint` if the manifest cannot be read; then nothing proves that the files are ours, and nothing
+    is deleted. Raises `CheckpointerBusy` if a training saves in the same root, or if somebody is loading this
+    checkpoint. Raises `CommitError` if the lock file of the root was removed meanwhile; nothing is deleted then.
     """
     directory = os.path.abspath(path)
     root, name = os.path.split(directory)

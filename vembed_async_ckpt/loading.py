@@ -194,7 +194,7 @@ def _restore(source: Tensors, planned: _Planned) -> Restored:
 
 @contextlib.contextmanager
 def _making_sense(directory: str) -> Iterator[None]:
-    """Turn the errors that inconsistent data causes into `CheckpointError`.
+    """Context manager: turn the errors that inconsistent data causes into `CheckpointError`.
 
     A well-formed checkpoint may still contain a contradiction: a tensor that is in no file, or a list in the place of a
     name.

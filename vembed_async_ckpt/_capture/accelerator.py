@@ -1,8 +1,9 @@
-"""What an `accelerate.Accelerator` knows of a training besides models, optimizers, schedulers, scaler and registered objects: how
-many micro-batches it has accumulated, and where its dataloaders are.
+"""Captures what an `accelerate.Accelerator` knows beyond its models, optimizers, schedulers, scaler and registered
+objects.
 
-`accelerator.load_state` restores the first of the two, and of dataloaders only stateful ones; the order in which the others go on
-follows from their epoch, their sampler's seed, and the state of its generator.
+That is its counter of accumulated micro-batches, and the positions of its dataloaders. `accelerator.load_state`
+restores the counter, and the positions of stateful dataloaders only. How the other dataloaders continue follows from
+their epoch, the seed of their sampler, and the state of its generator.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..errors import warn
 
 
 def state(accelerator: Any) -> dict[str, Any]:
-    """All of it as nested data."""
+    """Return all of it as nested data."""
     return {
         "step": accelerator.step,
         "dataloaders": [_position(dataloader) for dataloader in accelerator._dataloaders],
@@ -23,7 +24,8 @@ def state(accelerator: Any) -> dict[str, Any]:
 
 
 def restore(accelerator: Any, saved: dict[str, Any]) -> None:
-    """Put back what `state` gave. Dataloaders are matched by their order."""
+    """Restore what `state` returned. Dataloaders are matched by their order. Warns, and leaves them as they are, if
+    their number differs."""
     accelerator.step = saved["step"]
     if len(saved["dataloaders"]) != len(accelerator._dataloaders):
         warn(
@@ -39,7 +41,7 @@ def _position(dataloader: Any) -> dict[str, Any]:
     position: dict[str, Any] = {}
     epoch = getattr(dataloader, "iteration", None)
     if epoch is not None:
-        # While its last batch is worked on, what comes next is the next epoch.
+        # While the last batch of an epoch is processed, the next batch belongs to the next epoch.
         position["epoch"] = epoch + (dataloader.end_of_dataloader and _is_iterated(dataloader))
     sampler = _sampler(dataloader)
     if hasattr(sampler, "initial_seed"):
@@ -71,7 +73,7 @@ def _is_iterated(dataloader: Any) -> bool:
 
 
 def _sampler(dataloader: Any) -> Any:
-    """The sampler of single items, below whatever puts them into batches and divides these among ranks."""
+    """Return the sampler of single items, below the samplers that form batches and divide them among ranks."""
     from torch.utils.data import BatchSampler
 
     sampler: Any = getattr(dataloader, "sampler", None)

@@ -1,4 +1,4 @@
-"""Arguments as people have them, made what is meant, or refused by what they are."""
+"""Converts arguments in their various forms to one type, or refuses them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..errors import PlanError
 
 
 def step_number(step: Any) -> int:
-    """A step as an int: from an int, an integer of numpy, or a tensor of one integer without dimensions.
+    """Return a step as an int. Accepts an int, a numpy integer, or a tensor of one integer without dimensions.
 
-    Raises `PlanError` for anything else; a bool is no step.
+    Raises `PlanError` for anything else, including a bool and a negative number.
     """
     dtype = str(getattr(step, "dtype", ""))
     try:
@@ -27,7 +27,8 @@ def step_number(step: Any) -> int:
 
 
 def size_in_bytes(option: str, value: Any) -> int:
-    """Bytes of a whole number, or of a text like "8GB" or "512MiB". Raises ValueError naming the option."""
+    """Return a size in bytes, from a whole number or a text such as "8GB" or "512MiB". Raises ValueError naming the
+    option."""
     if isinstance(value, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower())
         if found is not None and (found[2] or not found[3]):

@@ -1,4 +1,5 @@
-"""`vembed_config.json`: what of a config is data. Live objects and secrets stay out, and are named once."""
+"""Renders `vembed_config.json`: the parts of a config that are data. Live objects and secrets are left out, with one
+warning."""
 
 from __future__ import annotations
 
@@ -24,10 +25,11 @@ _SPECIAL_TOKEN = re.compile(
 
 
 def render(config: Any) -> bytes:
-    """The config as JSON with indent 2.
+    """Return the config as JSON with indent 2.
 
-    JSON values stay; paths, dtypes, devices, enums, dataclasses and objects with `to_dict` are converted; everything else, and
-    keys that look like secrets (token, secret, password, api_key), is left out with one warning that names them.
+    JSON values stay. Paths, dtypes, devices, enums, dataclasses and objects with `to_dict` are converted. Everything
+    else is left out, and so are keys that look like secrets (token, secret, password, api_key); one warning names them.
+    Raises TypeError if the config is not a mapping, a dataclass or an object with `to_dict`.
     """
     dropped: list[str] = []
     body = _convert(config, "", dropped)
@@ -84,7 +86,10 @@ def _convert_mapping(value: Mapping[Any, Any], where: str, dropped: list[str]) -
 
 
 def _looks_secret(key: str, value: Any) -> bool:
-    """A key like `hub_token` or `apiKey` with a text behind it; not a count of tokens, and not a tokenizer's special token."""
+    """Return whether a key like `hub_token` or `apiKey` has a value that may be secret.
+
+    A number is not secret, so a count of tokens is kept. The special tokens of a tokenizer are kept too.
+    """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).replace("-", "_").lower()
     number = value is None or isinstance(value, bool | int | float)
     return not number and bool(_SECRET.search(words)) and not _SPECIAL_TOKEN.search(words)

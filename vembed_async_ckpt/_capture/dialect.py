@@ -1,4 +1,4 @@
-"""What other programs resume from, beside our own files: under which names, and how they keep random states.
+"""The files that other programs resume from, in addition to our own: their names, and their form of the random states.
 
 Sources: `accelerate/checkpointing.py` (save_accelerator_state), `transformers/trainer.py` (_save_rng_state).
 """
@@ -15,7 +15,7 @@ from .random_state import of_devices
 
 
 class Dialect(ABC):
-    """Names by the object's number, in the order given to `save()`."""
+    """The files of one program. An object is named by its index in the order given to `save()`."""
 
     @abstractmethod
     def optimizer(self, index: int) -> str: ...
@@ -25,16 +25,18 @@ class Dialect(ABC):
 
     @abstractmethod
     def random_states(self, rank: int, world_size: int) -> str | None:
-        """None: no such file."""
+        """Return the name of the file with the random states of a rank, or None if there is no such file."""
 
     @abstractmethod
     def random_values(self, state: dict[str, Any], world_size: int) -> dict[str, Any]:
-        """What is pickled under that name, from what `random_state.capture` captured, its tensors put back."""
+        """Return what is pickled into that file. `state` comes from `random_state.capture`, with its tensors put
+        back."""
 
 
 @dataclass(frozen=True)
 class Accelerate(Dialect):
-    """`step`: the accelerator's own counter of micro-batches, by which it knows where gradients are accumulated."""
+    """The files of accelerate. `step`: the accelerator's own micro-batch counter, with which it schedules gradient
+    accumulation."""
 
     step: int = 0
 
@@ -61,8 +63,11 @@ class Accelerate(Dialect):
 
 @dataclass(frozen=True)
 class Trainer(Dialect):
-    """transformers' Trainer, which has one optimizer and one scheduler. `device`: the CUDA device of this process, None for the
-    state of all devices, as under torchrun. `random`: whether it is given random states (not with `save_only_model`)."""
+    """The files of transformers' Trainer, which has one optimizer and one scheduler.
+
+    `device`: the index of this process's CUDA device. None saves the state of all devices, as under torchrun.
+    `random`: whether random states are saved (not with `save_only_model`).
+    """
 
     device: int | None = 0
     random: bool = True
@@ -85,7 +90,7 @@ class Trainer(Dialect):
 
 @dataclass(frozen=True)
 class Own(Dialect):
-    """No other program: only our own `load` resumes from it."""
+    """No other program: only our own `load` resumes from the checkpoint."""
 
     def optimizer(self, index: int) -> str:
         return names.optimizer(index)

@@ -1,4 +1,4 @@
-"""What was true of a module when it was learned, and whether it still is."""
+"""Detects whether a module has changed since its plan was made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .settings import Settings
 
 
 class Fingerprint:
-    """What was true of a module when it was learned. Looked at before every save, so all of it in loops that run in C."""
+    """A record of a module's structure, tensors and settings, and a check whether they are still the same.
+
+    The check runs before every save, so its loops run in C.
+    """
 
     def __init__(
         self,
@@ -24,7 +27,14 @@ class Fingerprint:
         left_out: Sequence[torch.Tensor],
         ties: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
-        """`watched` are stored, `divided` are those of them that are stored in parts, `left_out` are frozen and not stored."""
+        """Record the module.
+
+        `watched`: the tensors that are stored.
+        `divided`: those of them that are stored in parts.
+        `empty`: tensors without elements.
+        `left_out`: frozen parameters that are not stored.
+        `ties`: pairs of tensors that share memory.
+        """
         modules = list(module.modules())
         holders: list[dict[Any, Any]] = [h for m in modules for h in (m._modules, m._parameters, m._buffers)]
         holders += [hooks for m in modules for hooks in (m._state_dict_hooks, m._state_dict_pre_hooks)]
@@ -53,7 +63,7 @@ class Fingerprint:
         self.stable = not _decides_anew(module) and self._settings.unchanged()
 
     def matches(self) -> bool:
-        """Whether structure, identity, shape, dtype, ties and configuration are still those that were learned."""
+        """Return whether structure, identity, shape, dtype, ties and configuration are still as recorded."""
         return (
             all(map(is_, map(dict.get, self._holders, self._keys), self._values))
             and not any(self._vacant)
@@ -78,21 +88,24 @@ _DTYPE = attrgetter("dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
-# What the `save_pretrained` of transformers and PEFT look at, besides tensors and structure.
+# Attributes that `save_pretrained` of transformers and PEFT reads, besides tensors and structure.
 _READ = (
     "config", "generation_config", "peft_config", "hf_quantizer", "hf_device_map", "all_tied_weights_keys",
     "_tied_weights_keys", "_keys_to_ignore_on_save", "_weight_conversions", "_hf_peft_config_loaded", "_auto_class",
 )  # fmt: skip
-# What decides what a state_dict holds, where somebody replaces it for one module or in a class.
+# Methods that decide what a state_dict contains. A program may replace them on one module or in a class.
 _REPLACED = ("state_dict", "_save_to_state_dict")
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {"training"}
 _KNOWN = ("transformers", "peft")
-_LOOK_AT_NOTHING_ELSE = ("torch", *_KNOWN)  # packages whose own methods decide by what is looked at here
+_LOOK_AT_NOTHING_ELSE = ("torch", *_KNOWN)  # packages with methods that depend only on what is recorded here
 
 
 def _settings_of(module: torch.nn.Module) -> Settings:
-    """The data that a `save_pretrained` in the module writes: the configs of models, PEFT's active adapters, and where one is
-    neither transformers' nor PEFT's, the attributes of all modules that are not theirs either."""
+    """Record the data that `save_pretrained` of the module, or of a module inside it, writes.
+
+    That is the configs of models and PEFT's active adapters. If a `save_pretrained` is neither transformers' nor
+    PEFT's, it is also the attributes of all modules whose classes are not theirs either.
+    """
     settings = Settings()
     foreign = False
     for part in module.modules():
@@ -121,7 +134,7 @@ def _package(value: Any) -> str:
 
 
 def _decides_anew(module: torch.nn.Module) -> bool:
-    """Whether somebody's own function or method decides at each call what the state_dict holds."""
+    """Return whether a function or method of the program decides at each call what the state_dict contains."""
     for kind in set(map(type, module.modules())):
         if any(_package(getattr(kind, name)) not in _LOOK_AT_NOTHING_ELSE for name in _REPLACED):
             return True

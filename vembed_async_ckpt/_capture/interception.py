@@ -1,7 +1,7 @@
-"""`save_pretrained` run with the disk taken away: what it would have written as safetensors, and what it pickles.
+"""Runs `save_pretrained` without writing weights: records what it would write as safetensors, and what it pickles.
 
-safetensors', PEFT's and torch's functions are replaced once per process; only the thread that is collecting, while it is
-collecting, gets anything else than the originals.
+Functions of safetensors, PEFT and torch are replaced once per process. Only a thread that is collecting gets other
+behaviour; all other threads get the original functions.
 """
 
 from __future__ import annotations
@@ -23,13 +23,20 @@ from torch.overrides import TorchFunctionMode
 from ..errors import PlanError
 
 Files = dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]
-Pickle = tuple[Any, tuple[Any, ...], dict[str, Any]]  # the object given to torch.save, and its other arguments
+Pickle = tuple[Any, tuple[Any, ...], dict[str, Any]]  # the object given to torch.save, and the other arguments
 
 
 @dataclass
 class Captured:
-    """What one `save_pretrained` wrote. Paths are those it used; `serialized` are the addresses of the storages that it wrote into
-    whatever file; `looked`: it turned tensors into numbers or pickled them without torch.save, and may have written those."""
+    """What one call of `save_pretrained` wrote. Paths are those that it used.
+
+    `files`: the safetensors files, as (tensors, metadata) by path.
+    `pickles`: what it gave to `torch.save`, by path.
+    `serialized`: addresses of the storages that it wrote to any file.
+    `looked`: whether it turned tensors into numbers, or pickled them without `torch.save`. It may then have written
+        their values.
+    `in_torch_save`: whether a `torch.save` is running now.
+    """
 
     files: Files = field(default_factory=dict)
     pickles: dict[str, Pickle] = field(default_factory=dict)
@@ -39,8 +46,11 @@ class Captured:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes which storages somebody asks for, as everything does that writes or pickles a tensor. With `in_place`, `contiguous()`
-    gives the tensor itself: whatever its strides are, staging copies it into contiguous memory."""
+    """Records which storages the code asks for. Everything that writes or pickles a tensor does so.
+
+    With `in_place`, `contiguous()` returns the tensor itself. Staging copies it into contiguous memory, whatever its
+    strides are.
+    """
 
     def __init__(self, captured: Captured, *, in_place: bool) -> None:
         super().__init__()
@@ -63,7 +73,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_pickling(frame: FrameType | None) -> bool:
-    """Whether torch asks for a storage because a tensor is being pickled."""
+    """Return whether torch asks for a storage because it pickles a tensor."""
     callers = [frame, None if frame is None else frame.f_back]
     return any(caller is not None and caller.f_code.co_name == "_reduce_ex_internal" for caller in callers)
 
@@ -72,7 +82,8 @@ _LOOKS = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.
 
 
 class Interceptor:
-    """Stands in safetensors.torch between `save_file` and the disk. Threads that are not collecting pass through."""
+    """Intercepts `save_file` of safetensors.torch before it writes to disk. Threads that are not collecting are not
+    affected."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -80,7 +91,8 @@ class Interceptor:
         self._local = threading.local()
 
     def install(self) -> None:
-        """Put it in place, once per process. Raises `PlanError` if this version of safetensors has no such place."""
+        """Replace the functions, once per process. Raises `PlanError` if this version of safetensors does not have
+        them."""
         with self._lock:
             self._take_peft_off_the_network()
             if self._installed:
@@ -123,8 +135,11 @@ class Interceptor:
             self._installed = True
 
     def _take_peft_off_the_network(self) -> None:
-        """PEFT asks the hub for the base model's vocabulary size, to learn whether embeddings must be saved. On a thread that
-        is collecting it asks the copy in the hub's local cache instead; without one, nobody."""
+        """Keep PEFT from using the network while a thread is collecting.
+
+        PEFT asks the hub for the vocabulary size of the base model, to decide whether embeddings must be saved. While
+        collecting, it gets the answer from the local cache of the hub, or no answer if the model is not cached.
+        """
         original = getattr(sys.modules.get("peft.utils.save_and_load"), "get_peft_model_state_dict", None)
         if original is None or hasattr(original, "_vembed_async_ckpt"):
             return
@@ -147,7 +162,7 @@ class Interceptor:
 
     @contextlib.contextmanager
     def collecting(self, *, in_place: bool) -> Iterator[Captured]:
-        """Collect what this thread saves. `in_place`: `contiguous()` makes no copies meanwhile."""
+        """Context manager: record what this thread saves. With `in_place`, `contiguous()` makes no copies."""
         captured = self._local.captured = Captured()
         try:
             with torch.no_grad(), _quiet_progress_bars(), _Watch(captured, in_place=in_place):
@@ -160,7 +175,8 @@ class Interceptor:
 
 @contextlib.contextmanager
 def _base_model_from_cache(config: Any) -> Iterator[None]:
-    """Let `config` name the base model's directory in the hub's cache, or none, for a while; a local path stays."""
+    """Context manager: let `config` name the base model's directory in the cache of the hub, or None. A local path
+    stays as it is."""
     name = getattr(config, "base_model_name_or_path", None)
     if not name or os.path.exists(os.path.join(name, "config.json")):
         yield

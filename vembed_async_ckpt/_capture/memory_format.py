@@ -1,8 +1,8 @@
-"""Memory formats: the strides of dense tensors, and the order in which their elements lie in memory.
+"""Memory formats: the strides of dense tensors, and the order of their elements in memory.
 
-A tensor is *dense* if its elements fill its memory without gaps and none lies in the place of another: contiguous, channels_last,
-transposed. Its strides are kept exactly. Any other tensor (a slice with gaps, an expanded one) is kept with the strides that
-`clone()` would give it.
+A tensor is *dense* if its elements fill its memory without gaps and without overlap: contiguous, channels_last,
+transposed. The strides of a dense tensor are kept exactly. Any other tensor (a slice with gaps, an expanded one) gets
+the strides that `clone()` would give it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Strides = tuple[int, ...]
 
 
 def contiguous(shape: Sequence[int]) -> Strides:
-    """The strides of a contiguous tensor of this shape."""
+    """Return the strides of a contiguous tensor of this shape."""
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)
@@ -25,7 +25,7 @@ def contiguous(shape: Sequence[int]) -> Strides:
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements of a tensor with these strides fill its memory, each in a place of its own."""
+    """Return whether the elements of a tensor with these strides fill its memory without gaps and without overlap."""
     if 0 in shape:
         return True
     expected = 1
@@ -37,7 +37,7 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def kept(tensor: torch.Tensor) -> Strides | None:
-    """The strides with which `tensor` is kept; None for those of a contiguous tensor."""
+    """Return the strides with which `tensor` is saved, or None if they are those of a contiguous tensor."""
     strides = tensor.stride()
     if not is_dense(tensor.shape, strides):
         strides = torch.empty_like(tensor, device="meta").stride()
@@ -45,20 +45,21 @@ def kept(tensor: torch.Tensor) -> Strides | None:
 
 
 def checked(shape: Sequence[int], strides: Any) -> Strides:
-    """Strides that were read from a file. Raises `ValueError` or `TypeError` if no dense tensor of this shape has them."""
+    """Check strides that were read from a file. Raises `ValueError` or `TypeError` if no dense tensor of this shape has
+    them."""
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in strides) or not is_dense(shape, strides):
         raise ValueError(f"its strides are {str(strides)[:60]}")
     return tuple(strides)
 
 
 def order(strides: Sequence[int]) -> Strides:
-    """The dimensions from the outermost in memory to the innermost: a dense tensor with these strides, permuted so, is
+    """Return the dimensions from the outermost in memory to the innermost. A dense tensor permuted in this order is
     contiguous."""
     return tuple(sorted(range(len(strides)), key=lambda dimension: -strides[dimension]))
 
 
 def restored(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
-    """`tensor` with these strides: itself if it has them, else a copy."""
+    """Return `tensor` with these strides: the tensor itself if it has them, else a copy."""
     if tensor.stride() == tuple(strides):
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

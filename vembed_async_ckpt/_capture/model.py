@@ -1,8 +1,10 @@
-"""Models: which files `save_pretrained` would write, under which names, and where each tensor of them lives.
+"""Models: which files `save_pretrained` would write, with which names, and where each tensor in them lives in the
+model.
 
-Learned once on the caller's thread, by letting `save_pretrained` run with safetensors' writer replaced by a sink for that thread,
-and replayed until structure, identity, dtype or shape changes. What does not resolve to live storage was computed by the save
-itself (conversions between formats): such a model is read anew for every save.
+This is learned once, on the caller's thread. `save_pretrained` runs while the writer of safetensors is replaced for
+that thread. The result is reused until structure, identity, dtype or shape changes. A tensor that does not resolve to
+live storage was computed by the save itself (a conversion between formats). A model with such tensors is read again for
+every save.
 """
 
 from __future__ import annotations
@@ -44,12 +46,15 @@ from .wrappers import innermost, unwrapped_inside
 
 @dataclass(frozen=True)
 class ModelState:
-    """A model as it will stand on disk. `contents` is the same object as long as nothing but values changed.
+    """A model as it will be on disk.
 
-    `tensors`, `labels`, `owners` run in parallel, in the order of the contents: the tensor to copy, its name in errors, and the
-    parameter or buffer it belongs to (None: computed for this save). `volatile`: ids of owners that forward itself changes.
-    `names`: what the manifest keeps so that `load` finds the way back. `files`: (name, bytes) of files that hold values of this
-    moment.
+    `contents`: the files with a known layout. It is the same object as long as only values changed.
+    `tensors`: the tensors to copy, in the order of the contents.
+    `labels`: the name of each tensor in errors.
+    `owners`: the parameter or buffer of each tensor; None if the tensor was computed for this save.
+    `volatile`: ids of owners that the forward pass changes.
+    `names`: what the manifest records so that `load` finds the place of each tensor.
+    `files`: (name, bytes) of files that hold values as they are now.
     """
 
     contents: tuple[Content, ...]
@@ -62,7 +67,8 @@ class ModelState:
 
 
 def unwrap(model: Any) -> torch.nn.Module:
-    """The module inside DistributedDataParallel, torch.compile and the like. Raises `PlanError` for what is no module."""
+    """Return the module inside DistributedDataParallel, torch.compile and similar wrappers. Raises `PlanError` if it is
+    no module."""
     if isinstance(model, torch.nn.Module):
         return innermost(model)
     raise PlanError(f"model: a {type(model).__module__}.{type(model).__qualname__} is not a torch.nn.Module")
@@ -70,12 +76,17 @@ def unwrap(model: Any) -> torch.nn.Module:
 
 @dataclass
 class _Learned:
-    """What holds for every save as long as the `fingerprint` does.
+    """What stays valid for every save as long as the `fingerprint` matches.
 
-    `owners` and `tensors` run in the order of the contents: the live tensor or None, and what is to be copied, to be replaced by
-    a fresh view where `parts` says so: (place among the tensors, place among `divided`, part). `files` hold values of this very
-    call; `replays` make them anew. `lasting`: holds for later saves too; otherwise values of this call are in `tensors` or in
-    files that only `save_pretrained` can make.
+    `contents`, `labels`, `names`, `volatile`: as in `ModelState`.
+    `owners`: the live tensor, or None, in the order of the contents.
+    `tensors`: the tensors to copy, in the same order. Where `parts` says so, a new view replaces the tensor.
+    `parts`: (index in `tensors`, index in `divided`, part) of each such tensor.
+    `divided`: the live tensors that are stored in parts.
+    `fingerprint`: None if the result is valid for this save only. Then `tensors` contains values of this call, or only
+        `save_pretrained` can make a file again.
+    `files`: (name, bytes) of files that hold values of this call.
+    `replays`: make these files again for later saves.
     """
 
     contents: tuple[Content, ...]
@@ -91,7 +102,7 @@ class _Learned:
     replays: list[tuple[str, Replay]]
 
     def says_the_same(self, other: _Learned) -> bool:
-        """Whether nothing but values is different."""
+        """Return whether nothing but values differs."""
         return (
             self.contents == other.contents
             and self.names == other.names
@@ -102,7 +113,7 @@ class _Learned:
 
 
 class ModelReader:
-    """Reads one model again and again. Holds on to nothing of a model that is gone."""
+    """Reads one model repeatedly. Keeps nothing of a model that has been deleted."""
 
     def __init__(
         self,
@@ -113,8 +124,10 @@ class ModelReader:
         *,
         as_it_is: bool = True,
     ) -> None:
-        """`prefix`: directory of its files inside the checkpoint, "" for the top. `state_dict_file`: not what `save_pretrained`
-        would write, but the state_dict, in this one file; `as_it_is`: with the names that wrappers give."""
+        """`prefix`: directory of the model's files inside the checkpoint, "" for the top.
+        `state_dict_file`: if given, save the state_dict to this one file instead of what `save_pretrained` writes.
+        `as_it_is`: keep the names that wrappers give in that state_dict.
+        """
         self._prefix = prefix
         self._state_dict_file = state_dict_file
         self._as_it_is = as_it_is
@@ -124,7 +137,7 @@ class ModelReader:
         self._learned: _Learned | None = None
 
     def read(self, model: Any) -> ModelState:
-        """The model as it is now. Raises `PlanError` naming the tensor that cannot be saved."""
+        """Return the model as it is now. Raises `PlanError` naming the tensor that cannot be saved."""
         module = unwrap(model)
         learned = self._learned if self._model is not None and self._model() is module else None
         if self._state_dict_file is not None and (self._wrapped is None or self._wrapped() is not model):
@@ -156,7 +169,7 @@ class ModelReader:
             learned.contents = before.contents
 
         def forget(model: Any) -> None:
-            if self._model is model:  # and not one that was read before it
+            if self._model is model:  # the deleted model is the current one, not an earlier one
                 self._learned = None
 
         self._model = weakref.ref(module, forget)
@@ -166,7 +179,7 @@ class ModelReader:
 
 
 def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], plain: Files | None = None) -> _Learned:
-    """`plain`: these files and no others, instead of what `save_pretrained` writes."""
+    """Learn the files of a model. `plain`: these files and no others, instead of what `save_pretrained` writes."""
     live = list(live_tensors(module))
     for item in live:
         if is_lazy(item.tensor):
@@ -236,7 +249,8 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
 
 
 def _is_transformers_own(module: torch.nn.Module) -> bool:
-    """Whether `save_pretrained` is transformers' and writes the whole model, so that `from_pretrained` brings it back."""
+    """Return whether `save_pretrained` is that of transformers and writes the whole model, so that `from_pretrained`
+    can restore it."""
     transformers = sys.modules.get("transformers.modeling_utils")
     return (
         transformers is not None
@@ -248,10 +262,10 @@ def _is_transformers_own(module: torch.nn.Module) -> bool:
 
 
 def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[Captured, tuple[BytesContent, ...]]:
-    """What `save_pretrained` of a model saves, by the names of its files, and the files that it wrote itself.
+    """Return what `save_pretrained` of a model saves, and the files that it wrote itself.
 
-    A `save_pretrained` that is not transformers' or PEFT's may write what it likes, in its own pickles too: it runs on this
-    thread, and all it writes but safetensors is taken as it is.
+    A `save_pretrained` that is neither transformers' nor PEFT's may write anything, including its own pickles. It runs
+    on this thread. Safetensors files are intercepted; every other file is taken as it wrote it.
     """
     save_pretrained = getattr(module, "save_pretrained", None)
     if not callable(save_pretrained):
@@ -259,15 +273,15 @@ def _files_of(module: torch.nn.Module, options: Mapping[str, Any]) -> tuple[Capt
     accepted = inspect.signature(save_pretrained).parameters
     chosen = {key: value for key, value in options.items() if key in accepted or "kwargs" in accepted}
     if "save_original_format" not in accepted:
-        chosen.pop("save_original_format", None)  # only the newer transformers know it
+        chosen.pop("save_original_format", None)  # older versions of transformers do not have it
     INTERCEPTOR.install()
     try:
         try:
             captured, side_files = _captured(save_pretrained, chosen, in_place=True)
             compute = _parts_would_be_sharded(captured.files, options["max_shard_size"])
         except RuntimeError:
-            compute = True  # a conversion needed the contiguous copy that was withheld
-        if compute:  # at the price of doing so for every save
+            compute = True  # a conversion needed the contiguous copy, which `in_place` does not make
+        if compute:  # this must then be done again for every save
             captured, side_files = _captured(save_pretrained, chosen, in_place=False)
     except CheckpointError:
         raise
@@ -297,8 +311,10 @@ def _captured(
 
 
 def _parts_would_be_sharded(files: Files, max_shard_size: str | int) -> bool:
-    """Whether some of the tensors are parts of one and there are several shards: transformers puts what shares memory into
-    one shard, which copies would not have done."""
+    """Return whether several tensors share memory and the files have several shards.
+
+    transformers puts tensors that share memory into one shard. It would not do so with copies of them.
+    """
     from transformers.utils.hub import convert_file_size_to_int
 
     tensors = [tensor for file, _ in files.values() for tensor in file.values() if tensor.numel()]
@@ -308,14 +324,14 @@ def _parts_would_be_sharded(files: Files, max_shard_size: str | int) -> bool:
 
 
 def _holds_values(content: BytesContent) -> bool:
-    """Whether a file that `save_pretrained` wrote itself holds weights as they were at the call."""
+    """Return whether a file that `save_pretrained` wrote itself contains weights as they were at the call."""
     return content.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle", ".npz", ".npy", ".h5", ".msgpack"))
 
 
 def _plain_file(
     module: torch.nn.Module, model: torch.nn.Module, *, as_it_is: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The state_dict of `model`, whose wrappers (if any) are around `module`, as (tensors, metadata)."""
+    """Return the state_dict of `model` as (tensors, metadata). `model` may be `module` inside wrappers."""
     if not as_it_is:
         with unwrapped_inside(module):
             return _plain_state(module), {"format": "pt"}
@@ -325,7 +341,8 @@ def _plain_file(
 
 
 def _plain_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state_dict of a module, each memory once: of names that share all of it the first is kept, as accelerate does."""
+    """Return the state_dict of a module, with each memory once. Of names that share all of it the first is kept, as
+    accelerate does."""
     kept: dict[str, torch.Tensor] = {}
     seen: set[Any] = set()
     for name, tensor in module.state_dict().items():

@@ -1,4 +1,4 @@
-"""torch's modes, out of the way of our own work."""
+"""Disables torch's modes while our own code runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _T = TypeVar("_T")
 
 @contextlib.contextmanager
 def neutral() -> Iterator[None]:
-    """Meanwhile this thread's modes are off: a default device, whether set or by `with torch.device(...)`, every other function or
-    dispatch mode (FakeTensorMode too), inference mode, and autocast. They are all back afterwards.
+    """Context manager: disable the modes of this thread, and restore them afterwards.
 
-    So tensors are made where we say, are real, and are no inference tensors. The default dtype, which all threads share, stays:
-    our own code names dtypes.
+    The modes are: the default device (from `set_default_device` or `with torch.device(...)`), every other function or
+    dispatch mode (FakeTensorMode too), inference mode, and autocast. So tensors made inside are on the device that we
+    name, are real, and are not inference tensors. The default dtype stays, because all threads share it; our code
+    always names the dtype.
     """
     with contextlib.ExitStack() as stack:
         if torch._C._len_torch_dispatch_stack():
@@ -45,7 +46,7 @@ def _push(functions: list[Any]) -> None:
 
 
 def in_neutral_modes(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Let a function run in `neutral()` modes, and outside of what torch.compile records where it is called in such a region."""
+    """Decorate a function to run in `neutral()` modes. Inside a torch.compile region the call is not traced."""
 
     def neutrally(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         with _signals.held(), neutral():
@@ -57,7 +58,7 @@ def in_neutral_modes(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        recording = "torch._dynamo" in sys.modules  # loading it takes a second
+        recording = "torch._dynamo" in sys.modules  # importing it takes a second
         return (not_recorded() if recording else neutrally)(*args, **kwargs)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]

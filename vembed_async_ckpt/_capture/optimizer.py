@@ -1,4 +1,5 @@
-"""Optimizers: `optimizer.bin` as torch would write it, and the same state for our own `load`, which never unpickles."""
+"""Optimizers: captures `optimizer.bin` as torch would write it, and the same state for our own `load`, which never
+unpickles."""
 
 from __future__ import annotations
 
@@ -26,13 +27,20 @@ from .values import Node
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """An optimizer as it will stand on disk.
+    """An optimizer as it will be on disk.
 
-    `tensors` are as their bytes lie in the file: what is not contiguous is permuted so that it is (see `memory_format.order`).
-    `tensors`, `keys`, `labels` (names in errors) and `owned` run in parallel; `owned` is what only a step of the `optimizer`
-    changes (a scheduler may write to a tensor `lr`, a wrapper to what it keeps beside the state). `parameters`: see
-    `parameters.Described`; None if there are none. `tree` is the captured state_dict; `pickled()` makes
-    `data.pkl` of it. `arrays`: copies of what was no tensor but a numpy array: in the pickle they stand as such, by value.
+    `content`: the layout of the file.
+    `optimizer`: the optimizer without accelerate's wrapper.
+    `tensors`: each in the order of its bytes in the file. A tensor that is not contiguous is permuted so that it is
+        (see `memory_format.order`).
+    `keys`, `labels`: the key of each tensor, and its name in errors.
+    `owned`: whether only a step of the `optimizer` changes the tensor. A scheduler may write to a tensor `lr`, and a
+        wrapper to what it keeps beside the state.
+    `kinds`: dtype, shape and strides of each tensor.
+    `tree`: the captured state_dict, from which `pickled()` makes `data.pkl`.
+    `parameters`: see `parameters.Described`; None if there are none.
+    `arrays`: copies of the numpy arrays. The pickle contains them by value.
+    `state_pickle`: the pickle of the "state" part, or None if that part must be pickled for every save.
     `rough_size`: an upper bound for `rest()`, in bytes of JSON.
     """
 
@@ -51,16 +59,17 @@ class OptimizerState:
 
     @property
     def owners(self) -> list[Any]:
-        """Of each tensor: the optimizer, or None."""
+        """For each tensor the optimizer, or None if something else may change it too."""
         return [self.optimizer if owned else None for owned in self.owned]
 
     def parameter_ids(self) -> set[int] | None:
-        """Of the parameters that the optimizer steps; None if it has no groups of them."""
+        """Return the ids of the parameters that the optimizer steps; None if it has no parameter groups."""
         groups = groups_of(self.optimizer)
         return None if groups is None else {id(parameter) for group in groups for parameter in group["params"]}
 
     def pickled(self) -> bytes:
-        """`data.pkl`: torch's own pickle of this state_dict, its tensors being the records 0, 1, ... of the file."""
+        """Return `data.pkl`: torch's own pickle of this state_dict, in which the tensors are the records 0, 1, ... of
+        the file."""
         refs = dict(zip(self.keys, enumerate(self.kinds), strict=True))
         if self.state_pickle is None:
             return optimizer_pickle.dumps(self.tree, refs, self.arrays)
@@ -68,7 +77,8 @@ class OptimizerState:
         return optimizer_pickle.state_dict(self.state_pickle, groups)
 
     def table(self, offsets: Sequence[int]) -> dict[str, Any]:
-        """{key: [dtype, shape, offset in the file]} for the manifest, and the strides of what is not contiguous."""
+        """Return {key: [dtype, shape, offset in the file]} for the manifest. A tensor that is not contiguous also has
+        its strides."""
         return {
             key: [
                 _dtype_name(kind.dtype),
@@ -80,12 +90,12 @@ class OptimizerState:
         }
 
     def described(self) -> dict[str, Any]:
-        """What the training state says of it, as JSON."""
+        """Return the entry of the optimizer in the training state, as JSON."""
         known = {} if self.parameters is None else {"parameters": self.parameters}
         return {"file": self.content.name, "rest": self.rest(), "class": kind_of(self.optimizer), **known}
 
     def rest(self) -> Any:
-        """Everything but the tensors that are direct entries of a parameter's state: those stand in the table."""
+        """Return everything except the tensors that are direct entries of a parameter's state. The table has those."""
         if not has_torchs_layout(self.tree):
             return tree.encode(self.tree)
         captured = dict(self.tree)
@@ -95,13 +105,17 @@ class OptimizerState:
 
 
 def _without_tensors(index: Any, entry: Mapping[Any, Any]) -> dict[Any, Any]:
-    """What of a parameter's state does not stand in the table. Beside other values a None keeps the place of a tensor."""
+    """Return the part of a parameter's state that is not in the table. Beside other values, None marks the place of a
+    tensor."""
     rest = {key: None if is_direct(index, key, value) else value for key, value in entry.items()}
     return rest if any(not is_direct(index, key, value) for key, value in entry.items()) else {}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' name where it says as much as torch's: its shapes of F4 count numbers, torch's pairs of them."""
+    """Return safetensors' name of a dtype, or torch's name if that says more.
+
+    For F4, safetensors counts single 4-bit numbers in a shape, and torch counts pairs of them. So F4 gets torch's name.
+    """
     name = FROM_TORCH.get(dtype)
     return str(dtype).removeprefix("torch.") if name is None or name == "F4" else name
 
@@ -112,8 +126,10 @@ _DTYPE = attrgetter("dtype")
 
 
 def unwrap(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's own wrapper, whose state_dict is that of the optimizer. Any other wrapper may have state
-    of its own and is left as it is."""
+    """Return the optimizer inside accelerate's own wrapper, which has the same state_dict.
+
+    Any other wrapper may have state of its own and is returned as it is.
+    """
     accelerate = sys.modules.get("accelerate.optimizer")
     while accelerate is not None and isinstance(optimizer, accelerate.AcceleratedOptimizer):
         if type(optimizer).state_dict is not accelerate.AcceleratedOptimizer.state_dict or "state_dict" in vars(
@@ -125,12 +141,12 @@ def unwrap(optimizer: Any) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """The name of an object's class, as it stands in checkpoints and messages."""
+    """Return the name of an object's class, as used in checkpoints and messages."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def call_state_dict(what: str, owner: Any, ask: Callable[[Any], Any] = lambda owner: owner.state_dict()) -> Any:
-    """What `state_dict()` of an object gives. Raises `PlanError` if it fails."""
+    """Return what `state_dict()` of an object returns. Raises `PlanError` if the call fails."""
     try:
         return ask(owner)
     except Exception as error:
@@ -144,7 +160,7 @@ def _looks(tensors: Sequence[torch.Tensor]) -> Any:
 
 
 class OptimizerReader:
-    """Reads one optimizer again and again; remembers only names, shapes and the pickle that describes them."""
+    """Reads one optimizer repeatedly. It keeps only names, shapes and the pickle that describes them."""
 
     def __init__(self, file: str) -> None:
         self._file = file
@@ -155,14 +171,15 @@ class OptimizerReader:
         self._keys: list[str] = []
         self._labels: list[str] = []
         self._kinds: list[Kind] = []
-        self._orders: list[tuple[int, memory_format.Strides]] = []  # place and dimensions of what is not contiguous
+        self._orders: list[tuple[int, memory_format.Strides]] = []  # (index, dimensions) of each non-contiguous tensor
         self._owned: list[bool] = []
         self._plain: PlainState | None = None
         self._numbers = Numbers()
         self._described = Described()
 
     def read(self, optimizer: Any, names: Names = _NO_NAMES) -> OptimizerState:
-        """The optimizer as it is now; `names` has those of its parameters. Raises `PlanError` naming what cannot be saved."""
+        """Return the optimizer as it is now. `names` has the names of its parameters. Raises `PlanError` naming what
+        cannot be saved."""
         inner = unwrap(optimizer)
         if not callable(getattr(inner, "state_dict", None)):
             raise PlanError(f"optimizer: a {kind_of(inner)} has no state_dict()")
@@ -186,9 +203,9 @@ class OptimizerReader:
             groups = _capture_groups(state["param_groups"], put)
             captured, small = {"state": plain.refs, "param_groups": groups}, [groups]
         self._plain = plain
-        beside = len(keys) if plain is None else len(keys) - len(plain.keys)  # tensors and arrays in what is small
+        beside = len(keys) if plain is None else len(keys) - len(plain.keys)  # number of tensors and arrays in `small`
         arrays = {name: tensors[keys.index(name)] for name in _arrays(small)} if beside else {}
-        # When what is pickled with the tensors has grown to twice its size, the file gets more room for it.
+        # When the pickled values have grown to twice their size, the file gets more room for them.
         rough_size = tree.rough_size(small) + (0 if plain is None else 24 * len(plain.indices))
         layout = (rough_size.bit_length(), keys)
         if self._content is None or layout != self._layout or not self._look_as_learned(tensors):
@@ -251,7 +268,7 @@ class OptimizerReader:
         self._kinds = list(map(Kind.of, tensors))
         strided = [(place, kind.strides) for place, kind in enumerate(self._kinds) if kind.strides is not None]
         self._orders = [(place, memory_format.order(strides)) for place, strides in strided]
-        # What the state of an unknown layout belongs to, nobody knows.
+        # In a state of unknown layout, the owner of a tensor is not known.
         known = has_torchs_layout(captured)
         self._owned = [known and not key.startswith((_GROUP, "state_dict.")) for key in keys]
         if self._plain is not None:
@@ -265,10 +282,10 @@ class OptimizerReader:
 
 
 class RegisteredReader(OptimizerReader):
-    """Reads the state of any object with a `state_dict()`, again and again, into a file as `torch.save` would write it."""
+    """Reads the state of any object with a `state_dict()` repeatedly, into a file as `torch.save` would write it."""
 
     def read(self, registered: Any, names: Any = None) -> OptimizerState:
-        """The object as it is now; nothing of it is copied late. Raises `PlanError` naming what cannot be saved."""
+        """Return the object as it is now. None of it is copied late. Raises `PlanError` naming what cannot be saved."""
         return self._read(None, registered.state_dict(), None)
 
     def _plain_state(self, state: Any, tensors: list[torch.Tensor]) -> None:
@@ -279,13 +296,13 @@ class RegisteredReader(OptimizerReader):
 
 
 def _arrays(captured: Any) -> Iterator[str]:
-    """The names of what was a numpy array."""
+    """Yield the names of the values that were numpy arrays."""
     if isinstance(captured, Ref):
         if captured.numpy:
             yield captured.name
     elif isinstance(captured, dict):
         for key, value in captured.items():
-            if key != "params":  # numbers, thousands of them
+            if key != "params":  # only numbers, possibly thousands
                 yield from _arrays(value)
     elif isinstance(captured, list | tuple):
         for value in captured:
@@ -319,7 +336,10 @@ def _capture_groups(groups: Sequence[Mapping[str, Any]], put: tree.Put) -> list[
 
 
 def _capture_option(where: str, key: str, value: Any, put: tree.Put) -> Any:
-    """A number that numpy computed becomes python's: numpy's cannot be unpickled with `weights_only`, which accelerate demands."""
+    """Capture one option of a parameter group. A numpy scalar becomes a Python number.
+
+    `weights_only`, which accelerate requires, cannot unpickle numpy scalars.
+    """
     if key == "params":
         return list(value)
     return tree.capture(value.item() if isinstance(value, np.generic) else value, where, put)

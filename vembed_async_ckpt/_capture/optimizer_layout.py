@@ -1,5 +1,7 @@
-"""How torch's own optimizers lay out their state: parameters by number, each with a dict of tensors. What says only names is made
-once and used for every save."""
+"""The state layout of torch's own optimizers: parameters by number, each with a dict of tensors.
+
+Values that contain only names are made once and reused for every save.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +15,29 @@ from .tree import Ref
 
 
 def direct_key(index: Any, key: Any) -> str:
-    """Name in the table of the tensor `state[index][key]`."""
+    """Return the name of the tensor `state[index][key]` in the table."""
     return f"{index}.{key}"
 
 
 def is_direct(index: Any, key: Any, value: Any) -> bool:
-    """Whether `value` in a captured `state[index][key]` stands for the tensor of that name."""
+    """Return whether `value` in a captured `state[index][key]` is the reference to the tensor of that name."""
     return isinstance(value, Ref) and type(key) is str and type(index) is int and value.name == direct_key(index, key)
 
 
 def has_groups(state: Any) -> bool:
-    """Whether a state_dict has parameter groups as torch's have."""
+    """Return whether a state_dict has parameter groups like those of torch."""
     groups = state.get("param_groups")
     return type(groups) is list and all(type(group) is dict and type(group.get("params")) is list for group in groups)
 
 
 def has_torchs_layout(state: Any) -> bool:
-    """Whether a state_dict is `{"state": {number: ...}, "param_groups": [...]}`, with whatever else."""
+    """Return whether a state_dict is `{"state": {number: ...}, "param_groups": [...]}`, possibly with more keys."""
     return isinstance(state, dict) and isinstance(state.get("state"), dict) and has_groups(state)
 
 
 class Numbers:
-    """The numbers of an optimizer's parameters in its state_dict, which stay as long as the same ones stand in the same places."""
+    """The numbers of an optimizer's parameters in its state_dict. They stay valid while the same parameters are in the
+    same places."""
 
     def __init__(self) -> None:
         self._grouped: list[list[int]] = []  # ids
@@ -43,18 +46,19 @@ class Numbers:
         self._of_keys: list[Any] = []
 
     def state_dict(self, inner: Any) -> Any:
-        """`inner.state_dict()`, which looks at every parameter, or the same made of the numbers known."""
+        """Return `inner.state_dict()`. If the numbers are known, build the same result without looking at every
+        parameter."""
         if not _packs_as_torch(inner):
             return inner.state_dict()
         grouped = [list(map(id, group["params"])) for group in inner.param_groups]
         keys = list(map(id, inner.state))
         if (grouped, keys) != (self._grouped, self._keys):
             state = inner.state_dict()
-            self._grouped = []  # an interruption leaves nothing that is half known
+            self._grouped = []  # after an interruption the numbers count as unknown
             self._of_groups = [group["params"] for group in state["param_groups"]]
             self._of_keys = list(state["state"])
             self._keys = keys
-            if len(self._of_keys) == len(keys):  # no key stands for two
+            if len(self._of_keys) == len(keys):  # every parameter has its own key
                 self._grouped = grouped
             return state
         return {
@@ -76,29 +80,32 @@ def _packs_as_torch(optimizer: Any) -> bool:
         and "state_dict" not in vars(optimizer)
         and not vars(optimizer).get(
             "_optimizer_state_dict_pre_hooks", True
-        )  # absent where super().__init__ was not called
+        )  # absent if super().__init__ was not called
         and not vars(optimizer).get("_optimizer_state_dict_post_hooks", True)
     )
 
 
 @dataclass
 class PlainState:
-    """The state of torch's own optimizers: parameters by number, each with a dict of tensors and nothing else.
+    """A state of torch's own optimizers that contains only tensors: parameters by number, each with a dict of tensors.
 
-    Its captured form and its pickle say only names and shapes, so they are made once and used for every save.
+    Its captured form and its pickle contain only names and shapes, so they are made once and reused for every save.
     """
 
     indices: list[int]
-    counts: list[int]  # of the tensors of each parameter
-    names: list[str]  # of these tensors, one parameter's after the other's
+    counts: list[int]  # number of tensors of each parameter
+    names: list[str]  # names of these tensors, parameter by parameter
     keys: list[str]
     refs: dict[int, dict[str, Ref]]
     pickled: bytes | None = None
 
     @classmethod
     def of(cls, state: Any, known: PlainState | None, tensors: list[torch.Tensor]) -> PlainState | None:
-        """`known` if it still describes `state`, else a new one, and the tensors of `state` in the order of `keys`. None and no
-        tensors if this state is not of that kind."""
+        """Return `known` if it still describes `state`, else a new one. Append the tensors of `state` to `tensors`, in
+        the order of `keys`.
+
+        Returns None and appends nothing if this state contains anything else.
+        """
         if not has_torchs_layout(state) or len(state) != 2:
             return None
         entries = state["state"]

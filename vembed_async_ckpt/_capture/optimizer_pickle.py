@@ -1,4 +1,4 @@
-"""The pickle in `optimizer.bin`: protocol 2, as torch.serialization writes it for tensors on the CPU."""
+"""Writes the pickle in `optimizer.bin`: protocol 2, as torch.serialization writes it for tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from . import memory_format, tree
 
 @dataclass(frozen=True)
 class Kind:
-    """What the pickle says of a tensor, which has a dense storage of its own. `strides`: None if it is contiguous."""
+    """What the pickle says about a tensor with a dense storage of its own. `strides` is None if the tensor is
+    contiguous."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -35,7 +36,7 @@ class _Storage:
 
 
 class _Tensor:
-    """Pickles as a tensor that is all of its own storage (`Tensor.__reduce_ex__`)."""
+    """Pickles as a tensor that uses all of its own storage (`Tensor.__reduce_ex__`)."""
 
     def __init__(self, key: str, kind: Kind) -> None:
         self._key = key
@@ -70,8 +71,11 @@ def dumps(
     refs: Mapping[str, tuple[int, Kind]],
     arrays: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> bytes:
-    """`captured` with a tensor in the place of each `Ref`: `refs` has its number in the file and its kind, `arrays` what stands in
-    the pickle itself."""
+    """Pickle `captured`, with a tensor in the place of each `Ref`.
+
+    `refs`: number in the file and kind of each tensor.
+    `arrays`: the values that the pickle itself contains.
+    """
     tensors: dict[str, Any] = {key: _Tensor(str(index), kind) for key, (index, kind) in refs.items()}
     tensors |= arrays
     buffer = io.BytesIO()
@@ -80,12 +84,12 @@ def dumps(
 
 
 def inner(pickled: bytes) -> bytes:
-    """A pickle without its PROTO opcode and its STOP, to be put inside another."""
+    """Return a pickle without its PROTO and STOP opcodes, to be put inside another pickle."""
     return pickled[2:-1]
 
 
 def state_dict(state: bytes, groups: bytes) -> bytes:
-    """The pickle of {"state": ..., "param_groups": ...}, of the `inner` pickles of the two."""
+    """Return the pickle of {"state": ..., "param_groups": ...}, made of the `inner` pickles of both values."""
     return b"\x80\x02}(" + _text("state") + state + _text("param_groups") + groups + b"u."
 
 

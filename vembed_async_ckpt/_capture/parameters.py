@@ -1,7 +1,7 @@
-"""The parameters that an optimizer steps: what the models call them, their shapes and strides.
+"""The parameters that an optimizer steps: their names in the models, their shapes and strides.
 
-They are saved beside the optimizer's state, which itself knows parameters by number only, so that `load` finds for each parameter
-here the state of the one of that name.
+An optimizer's state knows parameters by number only. So the names are saved beside it, and `load` finds the state of
+each parameter by its name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from . import memory_format
 from .tensor_map import live_tensors, shown
 from .wrappers import spellings, unwrapped_inside
 
-Parameter = list[Any]  # [name or None, shape], and the strides if it is not contiguous; as it stands in JSON
+Parameter = list[Any]  # in JSON: [name or None, shape], and the strides if it is not contiguous
 
 
 class Names:
-    """What the models of a save call their parameters. Looked up anew only after a model has changed."""
+    """The names of the parameters in the models of a save. They are looked up again only after a model has changed."""
 
     def __init__(self) -> None:
         self._models: list[tuple[str, torch.nn.Module]] = []
@@ -29,7 +29,10 @@ class Names:
         self.version = 0
 
     def update(self, models: Sequence[tuple[str, torch.nn.Module]], tokens: Sequence[Any]) -> None:
-        """The models of this save by name. `tokens`: an object for each, the same one as long as the model's structure is."""
+        """Set the models of this save, by name.
+
+        `tokens`: one object per model. It must be the same object as long as the structure of the model is the same.
+        """
         if len(tokens) != len(self._tokens) or not all(map(is_, tokens, self._tokens)):
             self._tokens = list(tokens)
             self._names = None
@@ -37,7 +40,7 @@ class Names:
         self._models = list(models)
 
     def forget_models(self) -> None:
-        """Hold no module any longer."""
+        """Release the modules."""
         self._models = []
 
     def of(self, parameter: torch.Tensor) -> str | None:
@@ -49,8 +52,11 @@ class Names:
 
 
 def names_of(models: Sequence[tuple[str, torch.nn.Module]]) -> dict[str, torch.nn.Parameter]:
-    """Every parameter of these models by its name, one with several names by each: first by those that the state_dict shows, where
-    hooks of it rename. A model that has a name itself puts it before those of its parameters."""
+    """Return every parameter of these models by name. A parameter with several names appears under each.
+
+    Names that the state_dict shows come first, if hooks rename it. A model that has a name puts it before those of its
+    parameters.
+    """
     return {
         f"{model}/{name}" if model else name: parameter
         for model, module in models
@@ -68,8 +74,11 @@ def _names_in(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def given_names(group: Mapping[str, Any]) -> list[str | None]:
-    """The names that an optimizer itself was given for the parameters of a group, without the parts of wrappers; None for each
-    if it was given none."""
+    """Return the names that the optimizer itself was given for the parameters of a group, without the parts added by
+    wrappers.
+
+    Returns None for each parameter if it was given no names.
+    """
     names = group.get("param_names")
     if names is None:
         return [None] * len(group["params"])
@@ -77,7 +86,7 @@ def given_names(group: Mapping[str, Any]) -> list[str | None]:
 
 
 def groups_of(optimizer: Any) -> list[Mapping[str, Any]] | None:
-    """The parameter groups of an optimizer, or of what looks like one; None if it has none."""
+    """Return the parameter groups of an optimizer or a similar object; None if it has none."""
     groups = getattr(optimizer, "param_groups", None)
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) and "params" in group for group in groups):
         return None
@@ -85,14 +94,15 @@ def groups_of(optimizer: Any) -> list[Mapping[str, Any]] | None:
 
 
 class Described:
-    """Describes the parameters of one optimizer for save after save; what has not changed is the same object."""
+    """Describes the parameters of one optimizer for every save. The result is the same object until something
+    changes."""
 
     def __init__(self) -> None:
         self._key: Any = None
         self._groups: list[list[Parameter]] = []
 
     def read(self, optimizer: Any, names: Names) -> list[list[Parameter]] | None:
-        """Group by group, in their order; None if it has no groups."""
+        """Return the description of each parameter, group by group, in their order; None if there are no groups."""
         groups = groups_of(optimizer)
         if groups is None:
             return None

@@ -1,4 +1,4 @@
-"""Pickles of a foreign `save_pretrained`, made again for every save without running it again."""
+"""Makes the pickles of a foreign `save_pretrained` again for every save, without running it again."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .scratch import in_scratch
 
 
 class Replay:
-    """A `torch.save` of live tensors in plain containers, under a name on which its bytes depend."""
+    """A recorded `torch.save` of live tensors in plain containers. The bytes also depend on the name of the file."""
 
     def __init__(self, name: str, pickle: Pickle, find: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-        """`find` gives the live tensor that a tensor is an alias of. Raises `ValueError` for what holds anything but such."""
+        """`find` returns the live tensor of which a tensor is an alias, or None. Raises `ValueError` if anything else
+        is pickled."""
         self._name = os.path.basename(name)
         obj, self._args, self._kwargs = pickle
         self._found: dict[int, _Live] = {}
@@ -26,7 +27,7 @@ class Replay:
         self._found.clear()
 
     def bytes(self) -> bytes:
-        """What torch.save would write now."""
+        """Return what `torch.save` would write now."""
 
         def render(directory: str) -> bytes:
             path = os.path.join(directory, self._name)
@@ -41,7 +42,7 @@ class Replay:
             if owner is not None:
                 return self._found.setdefault(id(value), _Live(owner))
         if isinstance(value, dict):
-            bones = copy.copy(value)  # with what a state_dict has beside its items
+            bones = copy.copy(value)  # a copy keeps the attributes that a state_dict has
             for key, item in value.items():
                 bones[key] = self._bones(item, find)
             return bones
@@ -51,7 +52,7 @@ class Replay:
 
 
 class _Live:
-    """Where an alias of a live tensor belongs."""
+    """Marks the place of an alias of a live tensor."""
 
     def __init__(self, owner: torch.Tensor) -> None:
         self.owner = owner

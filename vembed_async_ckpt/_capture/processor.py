@@ -1,4 +1,4 @@
-"""The files a processor or tokenizer writes, whatever their names, kept as bytes until it changes."""
+"""The files that a processor or tokenizer writes, whatever their names. The bytes are kept until it changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .settings import Settings
 
 
 class ProcessorFiles:
-    """Renders an object with `save_pretrained(directory)`. On the caller's thread: transformers changes it on the way."""
+    """Renders an object with `save_pretrained(directory)`, on the caller's thread, because transformers modifies the
+    object meanwhile."""
 
     def __init__(self) -> None:
         self._seen: Any = None
@@ -22,14 +23,15 @@ class ProcessorFiles:
         self._files: tuple[BytesContent, ...] = ()
 
     def contents(self, processor: Any, *, older_readers: bool = False) -> tuple[BytesContent, ...]:
-        """Its files; rendered again only when the object or anything that they are rendered from has changed.
+        """Return its files. They are rendered again only after the object or its settings have changed.
 
-        Looked at are the attributes of the processor and of all its parts, whatever their names: init kwargs, special and added
-        tokens, chat templates, padding, truncation, the tokenizer's components, the settings of image, audio and feature
-        processors. `Settings` lists what is not noticed. Rendering each time is no way out: it holds the GIL for 0.4 s where a
-        vocabulary has 150,000 entries.
+        The settings are the attributes of the processor and of all its parts, whatever their names: init kwargs,
+        special and added tokens, chat templates, padding, truncation, the components of the tokenizer, and the settings
+        of image, audio and feature processors. `Settings` lists the changes that it does not notice. Rendering every
+        time is too slow: with a vocabulary of 150,000 entries it holds the GIL for 0.4 s.
 
-        With `older_readers` also what transformers 4 wrote beside them. Raises `PlanError` if it has no `save_pretrained`.
+        With `older_readers`, also return the files that transformers 4 wrote beside them. Raises `PlanError` if the
+        object has no `save_pretrained`, or if that fails.
         """
         same = processor is self._seen and older_readers == self._older_readers
         if not same or self._settings is None or not self._settings.unchanged():
@@ -43,7 +45,7 @@ class ProcessorFiles:
 
 
 def _settings_of(processor: Any) -> Settings | None:
-    """All that it is rendered from; None if it does not say."""
+    """Return everything from which the files are rendered, or None if that is unknown."""
     if not hasattr(processor, "__dict__"):
         return None
     settings = Settings(of_processor=True)
@@ -71,7 +73,7 @@ def _render(processor: Any) -> tuple[BytesContent, ...]:
 
 
 def _for_older_readers(processor: Any) -> tuple[BytesContent, ...]:
-    """preprocessor_config.json and special_tokens_map.json, of the parts that have them."""
+    """Return preprocessor_config.json and special_tokens_map.json, if the processor has the parts for them."""
     files: list[BytesContent] = []
     image_processor = getattr(processor, "image_processor", None)
     if callable(getattr(image_processor, "save_pretrained", None)):
@@ -87,5 +89,5 @@ def _for_older_readers(processor: Any) -> tuple[BytesContent, ...]:
 
 
 def read_files(directory: str) -> tuple[BytesContent, ...]:
-    """Every file below `directory`, with its bytes."""
+    """Return every file below `directory`, with its bytes."""
     return tuple(BytesContent(name, read_regular(entry.path)) for name, entry in walk_files(directory))

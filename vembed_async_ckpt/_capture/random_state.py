@@ -1,4 +1,5 @@
-"""The state of every random number generator of the process: captured at the call, cheap; serialized later."""
+"""The state of every random number generator of the process. Captured at the call, which is cheap, and serialized
+later."""
 
 from __future__ import annotations
 
@@ -17,8 +18,11 @@ _warned: set[str] = set()
 
 
 def capture(put: tree.Put) -> dict[str, Any]:
-    """The generators of python, numpy, torch and its accelerators, as a captured tree; tensors go to `put`. Those of a type of
-    device stand under its name, one for each device."""
+    """Return the states of the generators of python, numpy, torch and its accelerator, as a captured tree. Tensors go
+    to `put`.
+
+    The states for a type of device are under its name, one for each device.
+    """
     kind, keys, *rest = np.random.get_state()
     put("rng.numpy", torch.from_numpy(keys))
     put("rng.torch", torch.get_rng_state())
@@ -37,7 +41,7 @@ def capture(put: tree.Put) -> dict[str, Any]:
 
 
 def of_devices(state: dict[str, Any]) -> dict[str, Any]:
-    """By the type of device, the states of its generators."""
+    """Return the generator states of devices, by the type of the device."""
     return {kind: value for kind, value in state.items() if kind not in _OF_THE_HOST}
 
 
@@ -62,7 +66,7 @@ def _states(kind: str) -> Sequence[torch.Tensor]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Set every generator that `state`, as decoded, has and this process has too. Warns of the devices that it has not."""
+    """Set every generator in the decoded `state` that this process has too. Warns if the number of devices differs."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

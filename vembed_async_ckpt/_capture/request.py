@@ -1,4 +1,4 @@
-"""One request: everything that a save will put on disk, as it was at the call."""
+"""Builds the request: everything that a save will put on disk, as it was at the call."""
 
 from __future__ import annotations
 
@@ -33,10 +33,16 @@ from .training_state import TrainingState, torch_save
 
 @dataclass(frozen=True)
 class Request:
-    """`contents` describe the files whose layout is known before any value is; `parts` and `tensors` run in their order.
+    """Everything that one save will put on disk.
 
-    `volatile`: ids of owners that change without an optimizer step. `state`: what is small. `files`: (name, bytes) of further
-    files. `links`: [file, further name of it]. `directory`: name of the checkpoint under the root.
+    `directory`: name of the checkpoint under the root.
+    `contents`: the files with a layout that is known before their values.
+    `parts`, `tensors`: the models and optimizers, and their tensors, in the order of the contents.
+    `volatile`: ids of owners that change without an optimizer step.
+    `state`: the small values.
+    `files`: (name, bytes) of further files.
+    `links`: [file, second name of it].
+    `manifest`: values for the manifest.
     """
 
     directory: str
@@ -53,15 +59,15 @@ class Request:
     manifest: dict[str, Any]
 
     def labels(self) -> list[str]:
-        """The name of each tensor, in errors."""
+        """Return the name of each tensor in errors."""
         return list(chain.from_iterable(part.labels for part in self.parts))
 
     def owners(self) -> list[Any]:
-        """For each tensor the parameter, buffer or optimizer it belongs to (None: computed for this save)."""
+        """Return the parameter, buffer or optimizer of each tensor; None if the tensor was computed for this save."""
         return list(chain.from_iterable(part.owners for part in self.parts))
 
     def release_tensors(self) -> None:
-        """Hold no live tensor any longer."""
+        """Release all live tensors."""
         for part in self.parts:
             part.tensors.clear()
         self.parts.clear()
@@ -71,19 +77,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Objects:
-    """What a caller hands over to be saved, as `AsyncCheckpointer.save` has it.
+    """The objects that a caller passes to be saved, as in `AsyncCheckpointer.save`.
 
-    `files`: further files by name, as bytes, or what gives them. `weights_name`: a second name for the weights file, if there is
-    just one. `older_readers`: also write the processor files that transformers 4 wrote and older readers open.
-
-    `state_dicts`: models (one, or a mapping) whose whole state_dict is to be saved as `accelerator.save_state` does, under the
-    names of the state_dict, at the top, or a `StateDict` in the place of a model; or what gives them, asked after `files`. With
-    `clean_names` what wrappers add to the names is left out. `tensors`: a state_dict without its module, to be saved under its
-    names as the weights file at the top; all of it is copied before the call returns.
-
-    `accelerator`: whose registered objects, places in dataloaders and count of micro-batches are saved too. `dialect`: which
-    program, beside our `load`, the training state is written for. `of_every_rank`: whether the state of every rank of a
-    distributed training is saved; otherwise only that of the first.
+    `files`: further files as bytes by name, or a function that returns them.
+    `weights_name`: a second name for the weights file, used if there is exactly one.
+    `older_readers`: also write the processor files that transformers 4 wrote and that older readers open.
+    `state_dicts`: models (one, or a mapping) whose whole state_dict is saved at the top, under its own names, as
+        `accelerator.save_state` does. A `StateDict` may take the place of a model. A function that returns all this is
+        called after `files`.
+    `clean_names`: leave out what wrappers add to the names in `state_dicts`.
+    `tensors`: a state_dict without its module, saved under its names as the weights file at the top. All of it is
+        copied before the call returns.
+    `accelerator`: save its registered objects, dataloader positions and micro-batch counter too.
+    `dialect`: the program, beside our `load`, for which the training state is written.
+    `of_every_rank`: whether the state of every rank of a distributed training is saved, or only that of the first.
     """
 
     model: Any = None
@@ -109,7 +116,7 @@ class Objects:
         return list((self.files() if callable(self.files) else self.files).items())
 
     def refuse_shares(self) -> None:
-        """Raise `PlanError` if this process holds only a share of a model. Calls nothing on the models."""
+        """Raise `PlanError` if this process holds only a share of a model. Calls no method of the models."""
         models = [] if callable(self.state_dicts) else named("model", self.state_dicts).values()
         refuse_shares([*named("model", self.model).values(), *models, *getattr(self.accelerator, "_models", ())])
 
@@ -119,7 +126,7 @@ class Objects:
 
 
 class RequestReader:
-    """Turns the arguments of `save()` into a request; keeps what it learned of each model and optimizer, by name."""
+    """Turns the arguments of `save()` into a request. Keeps what it learned about each model and optimizer, by name."""
 
     def __init__(
         self, max_shard_size: str | int, save_original_format: bool, world_size: int = 1, scratch: Scratch | None = None
@@ -137,8 +144,11 @@ class RequestReader:
         self._processor = ProcessorFiles()
 
     def read(self, directory: str, step: int | None, objects: Objects) -> Request:
-        """The request as of now, to be published as `directory`. Raises `PlanError` in the caller's stack for what cannot be
-        saved, and `WriteError` if no disk has room to render files; touches no checkpoint."""
+        """Return the request as of now, to be published as `directory`. Touches no checkpoint.
+
+        Raises `PlanError` in the caller's stack for what cannot be saved, and `WriteError` if no disk has room to
+        render files.
+        """
         with self._scratch.in_use():
             return self._read(directory, step, objects)
 
@@ -234,7 +244,8 @@ class RequestReader:
         return reader.read(optimizer, self._names)
 
     def _read_registered(self, index: int, value: Any, files: list[tuple[str, bytes]]) -> OptimizerState | None:
-        """None, and a pickle among the `files`, if it is more than data."""
+        """Return the state of a registered object. If it is not plain data, add a pickle of it to `files`, warn, and
+        return None."""
         file = names.custom_checkpoint(index)
         reader = self._registered.setdefault(file, RegisteredReader(file))
         try:
@@ -254,7 +265,10 @@ VERSIONS = {"python": platform.python_version()} | {
 
 
 def named(what: str, value: Any) -> dict[str, Any]:
-    """One object, a mapping of names to objects, or None, as a mapping; a single object is named ""."""
+    """Return one object, a mapping of names to objects, or None as a mapping. A single object is named "".
+
+    Raises `PlanError` for a name that cannot be a directory.
+    """
     if value is None:
         return {}
     if not isinstance(value, Mapping) or isinstance(value, torch.nn.Module):

@@ -1,4 +1,5 @@
-"""Gradient scalers of torch, read without waiting for their device: `state_dict()` fetches two numbers from it."""
+"""Reads torch's gradient scalers without waiting for their device. Their `state_dict()` would wait, to fetch two
+numbers."""
 
 from __future__ import annotations
 
@@ -7,11 +8,14 @@ from typing import Any
 
 import torch
 
-_KEYS = {"scale": "_scale", "_growth_tracker": "_growth_tracker"}  # key in the state_dict: attribute
+_KEYS = {"scale": "_scale", "_growth_tracker": "_growth_tracker"}  # {key in the state_dict: attribute}
 
 
 def numbers_on_device(scaler: Any) -> dict[str, torch.Tensor]:
-    """The tensors on a device that stand as numbers in the scaler's state_dict, by key; none if it is another's or has none."""
+    """Return the device tensors that are numbers in the scaler's state_dict, by key.
+
+    Returns {} if the scaler is not torch's own, is disabled, or has no such tensors.
+    """
     of_torch = isinstance(scaler, torch.amp.GradScaler) and type(scaler).state_dict is torch.amp.GradScaler.state_dict
     if not of_torch or not scaler.is_enabled():
         return {}
@@ -21,7 +25,7 @@ def numbers_on_device(scaler: Any) -> dict[str, torch.Tensor]:
 
 
 def without_numbers(scaler: torch.amp.GradScaler) -> dict[str, Any]:
-    """Its state_dict, with None for those numbers."""
+    """Return the state_dict of the scaler, with None in place of these numbers."""
     return {
         "scale": None,
         "growth_factor": scaler.get_growth_factor(),
@@ -32,5 +36,5 @@ def without_numbers(scaler: torch.amp.GradScaler) -> dict[str, Any]:
 
 
 def with_numbers(state: Mapping[str, Any], numbers: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The state_dict, the numbers in their places."""
+    """Return the state_dict with the numbers put in."""
     return {**state, **{key: value.item() for key, value in numbers.items()}}

@@ -1,4 +1,5 @@
-"""A directory to render files in: `save_pretrained`, `torch.save` and save hooks can write to paths only."""
+"""A temporary directory in which files are rendered: `save_pretrained`, `torch.save` and save hooks can write only to
+paths."""
 
 from __future__ import annotations
 
@@ -23,17 +24,20 @@ _TRIAL = 1 << 20  # bytes
 
 
 class Scratch:
-    """Where one process renders what it saves to `root`: in the temporary directory of the system (TMPDIR). Where that is missing,
-    full or cannot be written, in the work directory of `root` from then on, with one warning."""
+    """The place where one process renders the files of its saves to `root`.
+
+    It is the temporary directory of the system (TMPDIR). If that is missing, full or not writable, the work directory
+    of `root` is used from then on, and one warning says so.
+    """
 
     def __init__(self, root: str | None = None) -> None:
-        """Without a `root` there is the temporary directory only."""
+        """Without a `root`, only the temporary directory is used."""
         self._root = root
         self._moved = False
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let `in_scratch` use this one in this thread."""
+        """Context manager: let `in_scratch` use this place in this thread."""
         token = _CURRENT.set(self)
         try:
             yield
@@ -59,20 +63,20 @@ class Scratch:
             raise WriteError(f"{why}; {error}") from error
 
 
-_CURRENT: ContextVar[Scratch] = ContextVar("scratch", default=Scratch())  # noqa: B039  # it never moves
+_CURRENT: ContextVar[Scratch] = ContextVar("scratch", default=Scratch())  # noqa: B039  # without a root it never changes
 
 
 def in_scratch(render: Callable[[str], T]) -> T:
-    """What `render(directory)` returns for an empty directory, which is removed afterwards.
+    """Call `render` with an empty directory and return its result. The directory is removed afterwards.
 
-    `render` is called again, in another directory, if the first one's disk is full or fails otherwise on the way. Raises what
-    `render` raises, and `WriteError` naming the directories if none can be written.
+    If the disk of the directory is full or fails otherwise, `render` is called again with another directory. Raises
+    what `render` raises, and `WriteError` naming the directories if none can be written.
     """
     return _CURRENT.get().run(render)
 
 
 class _Unusable(WriteError):
-    """The directory could not be made, or its disk failed: the fault is not that of what is rendered."""
+    """The directory could not be made, or its disk failed. What is rendered is not at fault."""
 
 
 def _in_temporary(render: Callable[[str], T]) -> T:
@@ -86,7 +90,10 @@ def _in_temporary(render: Callable[[str], T]) -> T:
 
 
 def _in_work_directory(root: str, render: Callable[[str], T]) -> T:
-    """A scratch directory of a crashed process is swept with the rest; that of a living one is locked."""
+    """Call `render` with a directory inside the work directory of `root`.
+
+    The directory is locked while this process lives. If the process crashes, the next sweep removes the directory.
+    """
     directory = names.scratch_directory(root, os.urandom(16).hex())
     where = os.path.dirname(directory)
     try:
@@ -95,7 +102,7 @@ def _in_work_directory(root: str, render: Callable[[str], T]) -> T:
     except OSError as error:
         raise _Unusable(f"{where} cannot be used ({error.strerror or error})") from error
     try:
-        with contextlib.suppress(OSError):  # a file system without locks for directories: then a sweep may come between
+        with contextlib.suppress(OSError):  # a file system that cannot lock directories: a sweep may interfere
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return _in(directory, where, render)
     finally:
@@ -114,14 +121,17 @@ def _in(directory: str, where: str, render: Callable[[str], T]) -> T:
         try:
             shutil.rmtree(directory)
         except FileNotFoundError:
-            pass  # somebody cleans up there
+            pass  # another program removed it
         except OSError as error:
             logger.warning("%s could not be removed: %s", directory, error)
 
 
 def _fault_of_disk(directory: str, error: BaseException) -> str:
-    """Why `directory` cannot take what is written to it, if `error` comes from that; else empty. Writers that are not in Python
-    say it in words only, or not at all."""
+    """Return why `directory` cannot be written, if `error` comes from that; else "".
+
+    A writer that is not in Python reports the cause only in the text of its error, or not at all. In the latter case a
+    trial write decides.
+    """
     link: BaseException | None = error
     seen: set[int] = set()
     while link is not None and id(link) not in seen:

@@ -1,4 +1,4 @@
-"""The data that files beside the weights are rendered from, and whether it is still what it was."""
+"""Detects changes of the data from which the files beside the weights are rendered."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SCALARS = (str, bool, int, float, bytes, type(None))
 _INERT = (*_SCALARS, type, torch.nn.Module, types.FunctionType, types.MethodType, types.ModuleType)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _SMALL_ARRAY = 64 << 10  # bytes
-_SAMPLES = 64  # entries of a vocabulary that are compared
-_LARGE = 10_000  # entries up to which a container inside a processor is compared as a whole
-_MANY = 5_000  # containers inside a processor
+_SAMPLES = 64  # how many entries of a vocabulary are compared
+_LARGE = 10_000  # up to this many entries, a container inside a processor is compared as a whole
+_MANY = 5_000  # containers that are followed inside a processor
 _MODEL_OPTIONS = (
     "unk_token", "dropout", "byte_fallback", "fuse_unk", "ignore_merges", "continuing_subword_prefix",
     "end_of_word_suffix", "max_input_chars_per_word",
@@ -25,24 +25,24 @@ _MODEL_OPTIONS = (
 
 
 class Settings:
-    """Remembers data, and tells whether any of it was changed, at whatever depth.
+    """Records data and detects changes of it, at any depth.
 
-    Data are scalars, containers, dataclasses, namespaces, arrays up to 64 KiB, and objects that have `to_dict` or
-    `save_pretrained`; all other objects are compared by identity. A tokenizer of the tokenizers library is compared by its added
-    tokens, padding, truncation, normalizer, pre-tokenizer, post-processor and decoder, the options of its model, and its
-    vocabulary's size and 64 samples.
+    Data are scalars, containers, dataclasses, namespaces, arrays up to 64 KiB, and objects with `to_dict` or
+    `save_pretrained`. All other objects are compared by identity. A tokenizer of the tokenizers library is compared by
+    its added tokens, padding, truncation, normalizer, pre-tokenizer, post-processor and decoder, by the options of its
+    model, and by the size and 64 samples of its vocabulary.
 
-    Not noticed: a vocabulary or merges of equal size replaced inside the same tokenizer where none of the samples differs;
-    changes inside larger arrays, and inside objects that are compared by identity (modules, functions, objects without
-    `__dict__`); and files on disk that a `save_pretrained` copies.
+    These changes are not noticed: a vocabulary or merges of equal size that are replaced in the same tokenizer, if no
+    sample differs; changes inside larger arrays; changes inside objects that are compared by identity (modules,
+    functions, objects without `__dict__`); and changes of files on disk that a `save_pretrained` copies.
     """
 
     def __init__(self, *, of_processor: bool = False) -> None:
-        """`of_processor`: look into every object that has a `__dict__`, up to 5,000 containers; and compare containers of more
-        than 10,000 entries, such as vocabularies, by their length only."""
+        """`of_processor`: look into every object with a `__dict__`, up to 5,000 containers, and compare containers with
+        more than 10,000 entries, such as vocabularies, by their length only."""
         self._of_processor = of_processor
         self._attributes: list[tuple[weakref.ref[Any], str, Any]] = []
-        self._holders: list[dict[str, Any]] = []  # of single entries, in parallel with keys and values
+        self._holders: list[dict[str, Any]] = []  # the dicts of single entries, parallel to keys and values
         self._keys: list[str] = []
         self._values: list[Any] = []
         self._containers: list[tuple[Any, Any, list[Any]]] = []
@@ -52,27 +52,27 @@ class Settings:
         self._tokens: list[Any] = []
         self._texts: list[str] = []
         self._tokenizers: list[tuple[Any, Any]] = []
-        self._known: dict[int, Any] = {}  # what was followed already, held so that no other object gets its id
+        self._known: dict[int, Any] = {}  # what was followed already; held, so that no other object gets its id
 
     def follow_attribute(self, holder: Any, name: str) -> None:
-        """Remember an attribute of an object, or that it has none. The object itself is not held."""
+        """Record an attribute of an object, or that it has none. The object itself is not held."""
         value = getattr(holder, name, None)
         self._attributes.append((weakref.ref(holder), name, value))
         self.follow(value)
 
     def follow_entry(self, holder: dict[str, Any], key: str) -> None:
-        """Remember an entry of a dict."""
+        """Record an entry of a dict."""
         self._holders.append(holder)
         self._keys.append(key)
         self._values.append(holder.get(key))
         self.follow(holder.get(key))
 
     def follow_length(self, holder: dict[str, Any]) -> None:
-        """Remember how many entries a dict has."""
+        """Record how many entries a dict has."""
         self._lengths.append((holder, len(holder)))
 
     def follow(self, value: Any) -> None:
-        """Remember a value and the data inside it."""
+        """Record a value and the data inside it."""
         waiting = [value]
         while waiting:
             value = waiting.pop()
@@ -81,7 +81,7 @@ class Settings:
                 waiting += self._note(value)
 
     def _note(self, value: Any) -> tuple[Any, ...]:
-        """Remember one value; returns what lies inside it."""
+        """Record one value. Return what is inside it."""
         if isinstance(value, _CONTAINERS):
             if len(value) > _LARGE and self._of_processor:
                 self._lengths.append((value, len(value)))
@@ -109,7 +109,7 @@ class Settings:
         return ()
 
     def unchanged(self) -> bool:
-        """Whether all of it is as it was."""
+        """Return whether everything is still as recorded."""
         try:
             return (
                 all(map(is_, map(dict.get, self._holders, self._keys), self._values))
@@ -121,12 +121,12 @@ class Settings:
                 and list(map(repr, self._tokens)) == self._texts
                 and all(_state_of_tokenizer(tokenizer) == state for tokenizer, state in self._tokenizers)
             )
-        except Exception:  # what cannot be compared may be another; saving it will say what is wrong
+        except Exception:  # what cannot be compared counts as changed; saving it will report the error
             return False
 
 
 def _is_data(value: Any) -> bool:
-    """Whether an object is looked into: its attributes are what is written of it."""
+    """Return whether to look into an object, because its attributes decide what is written for it."""
     kind = type(value)
     return hasattr(value, "__dict__") and (
         dataclasses.is_dataclass(kind)
@@ -137,7 +137,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _order_and_types(value: Any) -> list[Any]:
-    """What `==` does not compare: the order of keys, and 1 against True."""
+    """Return what `==` does not compare: the order of keys, and types (1 == True)."""
     if isinstance(value, dict):
         return [*value, *map(type, value.values())]
     return list(map(type, value))

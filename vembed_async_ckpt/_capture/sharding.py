@@ -1,7 +1,7 @@
-"""Models of which this process holds only a share.
+"""Detects models of which this process holds only a share.
 
-They are recognised by the classes of their modules and tensors, before anything is called on them: under FSDP2 `state_dict()` on
-one rank alone changes what that rank holds, and the next step hangs on all.
+They are recognised by the classes of their modules and tensors, before any method is called on them. Under FSDP2,
+`state_dict()` on one rank alone changes what that rank holds, and then the next step hangs on all ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from ..errors import PlanError
 
-# Wrappers and engines, whoever ships them: torch, torch_xla, fairscale, DeepSpeed, Megatron, ColossalAI, SageMaker, torchrec.
+# Wrappers and engines of torch, torch_xla, fairscale, DeepSpeed, Megatron, ColossalAI, SageMaker and torchrec.
 _WRAPPERS = frozenset(
     {
         "FSDPModule",
@@ -27,13 +27,13 @@ _WRAPPERS = frozenset(
         "DistributedModelParallel",
     }
 )
-# Layers of which each rank has a part, as plain tensors, if there are several ranks: Megatron, fairscale.
+# Layers of Megatron and fairscale. With several ranks, each rank holds a part of them as plain tensors.
 _LAYERS = frozenset({"ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding", "ParallelEmbedding"})
 _TENSORS = frozenset({"DTensor", "ShardedTensor", "FlatParameter", "LocalShardsWrapper"})
 
 
 def share_of(module: torch.nn.Module) -> str | None:
-    """What of a module this process holds only a share of, and why; None if it holds the whole."""
+    """Return which part of a module this process holds only a share of, and why; None if it holds the whole module."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     several = several and torch.distributed.get_world_size() > 1
     holders = _WRAPPERS | _LAYERS if several else _WRAPPERS
@@ -44,7 +44,7 @@ def share_of(module: torch.nn.Module) -> str | None:
         kind = known[type(part)]
         if kind is not None:
             return f"{path or 'the model'} is sharded by {kind}"
-        # transformers' tensor parallelism keeps plain tensors in plain layers
+        # With tensor parallelism, transformers keeps plain tensors in plain layers.
         size = vars(part).get("_tp_size")
         if isinstance(size, int) and size > 1:
             return f"{path or 'the model'} is divided among {size} ranks by tensor parallelism"
@@ -72,7 +72,7 @@ def refuse_share(module: torch.nn.Module) -> None:
 
 
 def refuse_shares(models: Iterable[Any]) -> None:
-    """`refuse_share` for those of the objects that are modules."""
+    """Call `refuse_share` for those of the objects that are modules."""
     for model in models:
         if isinstance(model, torch.nn.Module):
             refuse_share(model)

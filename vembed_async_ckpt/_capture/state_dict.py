@@ -1,4 +1,4 @@
-"""State_dicts that a host hands over as plain mappings: there is no module to look into, only names and tensors."""
+"""State_dicts that a caller passes as plain mappings. There is no module to look into, only names and tensors."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from .model import ModelState
 
 @dataclass(frozen=True)
 class StateDict:
-    """The state_dict of a model, given in the place of the model."""
+    """The state_dict of a model, passed in the place of the model."""
 
     tensors: Mapping[str, torch.Tensor]
 
 
 class MappingReader:
-    """Reads one state_dict again and again; the content stays the same object as long as names, dtypes and shapes do."""
+    """Reads one state_dict repeatedly. The content is the same object as long as names, dtypes and shapes are the
+    same."""
 
     def __init__(self, file: str = names.WEIGHTS) -> None:
         self._file = file
         self._content = TensorContent(file, ())
 
     def read(self, tensors: Mapping[str, torch.Tensor]) -> ModelState:
-        """The tensors as they are now, in one file; tied ones once, under their first name. Raises `PlanError` naming the
-        tensor that cannot be saved."""
+        """Return the tensors as they are now, in one file. Tied tensors are stored once, under their first name.
+
+        Raises `PlanError` naming the tensor that cannot be saved.
+        """
         specs = {name: spec(name, tensor, file=self._file) for name, tensor in tensors.items()}
         first: dict[object, str] = {}
         ties = {}
@@ -60,7 +63,7 @@ class MappingReader:
 
 
 def _place(name: str, tensor: torch.Tensor) -> object:
-    """Equal for tensors that are the same elements of the same memory."""
+    """Return a value that is equal for tensors with the same elements of the same memory."""
     if tensor.numel() == 0:
         return name
     return (

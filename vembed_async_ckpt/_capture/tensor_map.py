@@ -1,4 +1,5 @@
-"""Where in a model the tensors of its files live, and what of it is in none of them."""
+"""Maps the tensors in the files of a model to the model's tensors, and finds tensors of the model that are in no
+file."""
 
 from __future__ import annotations
 
@@ -15,13 +16,17 @@ from .interception import Pickle
 from .pickles import Replay
 from .wrappers import named_parts
 
-Part = tuple[torch.Size, tuple[int, ...], int]  # size, stride, offset in elements from the owner's first
+Part = tuple[torch.Size, tuple[int, ...], int]  # size, stride, offset in elements from the owner's first element
 
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """A parameter or buffer, its name in the whole module without what wrappers add to it, and the module that it belongs to
-    directly."""
+    """A parameter or buffer of a model.
+
+    `name`: its name in the whole module, without what wrappers add.
+    `tensor`: the live tensor.
+    `owner`: the module to which it belongs directly.
+    """
 
     name: str
     tensor: torch.Tensor
@@ -37,7 +42,7 @@ def live_tensors(module: torch.nn.Module) -> Iterator[ModelTensor]:
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether it is torch's stand-in for a tensor, without values."""
+    """Return whether it is a FakeTensor, which has no values."""
     return type(tensor).__name__ == "FakeTensor"
 
 
@@ -51,7 +56,7 @@ def has_no_storage(tensor: torch.Tensor) -> bool:
 
 
 def by_storage(live: Iterable[ModelTensor]) -> dict[int, list[ModelTensor]]:
-    """Those that have memory, by the address of their storage."""
+    """Return the tensors that have memory, by the address of their storage."""
     found: dict[int, list[ModelTensor]] = {}
     for item in live:
         if item.tensor.layout is torch.strided and not item.tensor.is_meta and not has_no_storage(item.tensor):
@@ -62,20 +67,24 @@ def by_storage(live: Iterable[ModelTensor]) -> dict[int, list[ModelTensor]]:
 def resolve(
     name: str, tensor: torch.Tensor, by_storage: Mapping[int, list[ModelTensor]]
 ) -> tuple[ModelTensor, Part | None] | None:
-    """The live tensor that `tensor` is all of (None) or a strided part of; None if it lives in none of them."""
+    """Find the live tensor whose memory `tensor` uses. Return it with None if `tensor` is all of it, or with the
+    strided part.
+
+    Returns None if `tensor` uses the memory of no live tensor.
+    """
     if has_no_storage(tensor) or tensor.is_conj() or tensor.is_neg():
         return None
     candidates = [
         item for item in by_storage.get(tensor.untyped_storage().data_ptr(), ()) if item.tensor.dtype is tensor.dtype
     ]
-    candidates.sort(key=lambda item: item.name != name)  # of tied names, the one that the file has
+    candidates.sort(key=lambda item: item.name != name)  # of tied names, prefer the one in the file
     view = (tensor.shape, tensor.stride(), tensor.storage_offset())
     for item in candidates:
         if (item.tensor.shape, item.tensor.stride(), item.tensor.storage_offset()) == view:
             return item, None
     for item in candidates:
         if not item.tensor.is_contiguous():
-            continue  # where a part lies must not depend on the strides of this moment: `load` may meet others
+            continue  # the place of a part must not depend on strides, which may differ at `load`
         offset = view[2] - item.tensor.storage_offset()
         if offset >= 0 and offset + _extent(view[0], view[1]) <= _extent(item.tensor.shape, item.tensor.stride()):
             return item, (view[0], view[1], int(offset))
@@ -83,7 +92,8 @@ def resolve(
 
 
 def shown(module: torch.nn.Module) -> dict[str, tuple[str, Part | None]]:
-    """For each name in the module's state_dict the parameter or buffer that it shows, and which part of it (None: all)."""
+    """Return, for each name in the module's state_dict, the parameter or buffer that it shows, and which part of it
+    (None: all)."""
     tensors = list(live_tensors(module))
     known, storages = {item.name for item in tensors}, by_storage(tensors)
     found: dict[str, tuple[str, Part | None]] = {}
@@ -98,14 +108,17 @@ def shown(module: torch.nn.Module) -> dict[str, tuple[str, Part | None]]:
 
 
 def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to the last one of a strided tensor, both included."""
+    """Return the number of elements from the first to the last one of a strided tensor, both included."""
     return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
 
 
 def ties_of(
     live: Sequence[ModelTensor], stored: set[str]
 ) -> tuple[dict[str, str], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Names that are not stored because they share memory with one that is; and the pairs, to notice when they part."""
+    """Return the names that are not stored because they share memory with a stored name, mapped to that name.
+
+    Also returns the pairs of tied tensors, to notice when they no longer share memory.
+    """
     owner = {_memory(item): item for item in live if item.name in stored}
     aliases, pairs = {}, []
     for item in live:
@@ -117,14 +130,16 @@ def ties_of(
 
 
 def changed_by_forward(item: ModelTensor) -> bool:
-    return getattr(item.owner, "max_norm", None) is not None  # Embedding(max_norm) renormalizes its weight in forward
+    return getattr(item.owner, "max_norm", None) is not None  # Embedding(max_norm) renormalizes its weight in forward()
 
 
 class TensorMap:
-    """The tensors of the files, one after the other, and where in the model each of them lives.
+    """The tensors of all files, in order, and the place of each in the model.
 
-    `computed`: for each file the names that live nowhere. `renamed`: for each file {name: [its name in the model, part or None]}
-    where it is not that name. `covered`: names of the live tensors that are in the files as a whole.
+    `computed`: for each file, the names of tensors that use no memory of the model.
+    `renamed`: for each file, {name: [name in the model, part or None]} where the two names differ or the tensor is a
+        part.
+    `covered`: names of the live tensors of which all elements are in the files.
     """
 
     def __init__(self, live: Sequence[ModelTensor], where: str) -> None:
@@ -139,13 +154,13 @@ class TensorMap:
         self.computed: dict[str, list[str]] = {}
         self.renamed: dict[str, dict[str, Any]] = {}
         self.covered: set[str] = set()
-        self._numbers: dict[int, int] = {}  # id of a tensor: its place in `divided`
+        self._numbers: dict[int, int] = {}  # {id of a tensor: its index in `divided`}
         self._by_storage = by_storage(live)
-        self._filled: dict[str, dict[Part, int]] = {}  # elements of a live tensor that its parts in the files cover
+        self._filled: dict[str, dict[Part, int]] = {}  # number of elements in each stored part of a live tensor
         self._empty = {item.name for item in live if not item.tensor.numel()}
 
     def add_file(self, file: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        """Enter a file with its tensors by name. Raises `PlanError` for a tensor that cannot be saved."""
+        """Add a file with its tensors by name. Raises `PlanError` for a tensor that cannot be saved."""
         file = self.where + file
         self.file_names.append(file)
         self.contents.append(
@@ -179,7 +194,8 @@ class TensorMap:
             self.renamed.setdefault(file, {})[name] = [item.name, described]
 
     def replay(self, content: BytesContent, pickles: Mapping[str, Pickle]) -> Replay | None:
-        """What makes this file again for every save, if it is a pickle of live tensors and nothing else."""
+        """Return a `Replay` that makes this file again for every save. Returns None unless it is a pickle of live
+        tensors only."""
         pickle = pickles.get(content.name.removeprefix(self.where))
         if pickle is None:
             return None
@@ -208,13 +224,14 @@ class TensorMap:
 def uncovered(
     module: torch.nn.Module, live: Sequence[ModelTensor], covered: set[str], serialized: set[int]
 ) -> tuple[list[ModelTensor], list[ModelTensor]]:
-    """Of what belongs to a module's state and is in none of its safetensors files: what must be saved besides them so that
-    `load` can bring the module back without unpickling, and what its `save_pretrained` leaves out on purpose.
+    """Find the state of a module that is in none of its safetensors files. Return (missing, left_out).
 
-    Left out on purpose is what is frozen and appears in no other file either, and the buffers of a model that PEFT freezes
-    (they may be quantized weights) unless they are running statistics.
+    `missing`: must be saved in addition, so that `load` can restore the module without unpickling.
+    `left_out`: what its `save_pretrained` omits on purpose. These are frozen parameters that are in no other file
+        either, and the buffers of a model that PEFT freezes (they may be quantized weights) unless they are running
+        statistics.
     """
-    everything = type(module).state_dict(module)  # not one that shows a part of it, put in its place on the instance
+    everything = type(module).state_dict(module)  # not a replacement on the instance, which may show only a part
     state = {name: value for name, value in everything.items() if isinstance(value, torch.Tensor)}
     storages = {value.untyped_storage().data_ptr() for value in state.values() if not has_no_storage(value)}
     ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())

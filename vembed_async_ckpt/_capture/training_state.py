@@ -1,8 +1,8 @@
-"""What is small and changes with every save: step, RNG, scheduler, scaler, dataloader position, extra.
+"""The small values that change with every save: step, RNG, scheduler, scaler, dataloader position, extra.
 
-Captured by value at the call; rendered to files later, off the training thread. For our own `load` it is one JSON file with its
-tensors beside it in safetensors, and one small JSON file for each further rank; for other programs the same values stand in the
-files that they read (see `dialect`).
+They are captured by value at the call and rendered to files later, off the training thread. Our own `load` reads one
+JSON file, with the tensors beside it in a safetensors file, and one small JSON file for each further rank. For other
+programs the same values are in the files that they read (see `dialect`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,17 @@ from .optimizer import OptimizerState, call_state_dict, kind_of
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Captured values. `registered`: by name of its file, what was registered with an accelerator, None where only a pickle of it
-    was possible. `accelerator`: what else an accelerator knows (see `accelerator.state`). `classes`: names of those of the
-    schedulers and the scaler. `tensors` are those found in the values, by name: they are copied before `save()` returns, and then
-    let go. `copies` are copies of those that pickles for other programs need later. `layout` is the file that holds the tensors.
-    `scaler_numbers`: keys of the scaler's state that are tensors on a device now and numbers in the files."""
+    """The captured values.
+
+    `registered`: the objects registered with an accelerator, by file name; None if only a pickle of the object was
+        possible.
+    `accelerator`: what else an accelerator knows (see `accelerator.state`).
+    `classes`: class names of the schedulers and the scaler.
+    `tensors`: the tensors found in the values, by name. They are copied before `save()` returns and then released.
+    `copies`: copies of those tensors that pickles for other programs need later.
+    `layout`: the layout of the file with the tensors.
+    `scaler_numbers`: keys of the scaler's state that are tensors on a device now and numbers in the files.
+    """
 
     dialect: Dialect
     world_size: int
@@ -53,14 +59,17 @@ class TrainingState:
     scaler_numbers: Sequence[str]
 
     def file_names(self) -> list[str]:
-        """Names of all files that hold the training state."""
+        """Return the names of all files that hold the training state."""
         schedulers = [self.dialect.scheduler(index) for index in range(len(self.schedulers))]
         scaler = [] if self.scaler is None else [names.SCALER]
         ranks = [self.dialect.random_states(rank, self.world_size) for rank in range(self.world_size)]
         return [names.TRAINING_TENSORS, names.TRAINING_STATE, *schedulers, *scaler, *filter(None, ranks)]
 
     def render(self) -> list[tuple[str, bytes]]:
-        """(name, bytes) of every file but the tensors'. Pickles in them are for other programs; our `load` reads the JSON."""
+        """Return (name, bytes) of every file except the one with the tensors.
+
+        The pickles among them are for other programs. Our `load` reads the JSON.
+        """
 
         def get(name: str) -> torch.Tensor:
             return self.copies[name]
@@ -73,7 +82,8 @@ class TrainingState:
         return files + _pickled_random_states(self.dialect, tree.refill(self.rng, get), 0, self.world_size)
 
     def find_numbers(self, staged: Mapping[str, torch.Tensor]) -> None:
-        """`staged` are the tensors as they will be in host memory when `render` is called."""
+        """Take the numbers of the scaler from `staged`: the tensors in host memory, filled by the time `render` is
+        called."""
         self.copies.update({name: staged[name] for name in (f"scaler.{key}" for key in self.scaler_numbers)})
 
     def _whole_scaler(self) -> Any:
@@ -111,7 +121,7 @@ def capture(
     registered: Mapping[str, OptimizerState | None],
     accelerator: Any,
 ) -> TrainingState:
-    """Everything as it is now. Raises `PlanError` naming the value that cannot be saved."""
+    """Capture everything as it is now. Raises `PlanError` naming the value that cannot be saved."""
     tensors: dict[str, torch.Tensor] = {}
     copies: dict[str, torch.Tensor] = {}
 
@@ -168,7 +178,8 @@ def _scaler_state(scaler: Any, numbers: Mapping[str, torch.Tensor]) -> Any:
 
 
 def unwrap_scheduler(scheduler: Any) -> Any:
-    """The scheduler inside accelerate's own wrapper, whose state_dict is that of the scheduler; any other object itself."""
+    """Return the scheduler inside accelerate's own wrapper, which has the same state_dict. Any other object is returned
+    as it is."""
     accelerate = sys.modules.get("accelerate.scheduler")
     while accelerate is not None and isinstance(scheduler, accelerate.AcceleratedScheduler):
         scheduler = scheduler.scheduler
@@ -191,7 +202,7 @@ def _state_dict(what: str, owner: Any) -> Any:
 
 @dataclass(frozen=True)
 class RankState:
-    """What a rank that does not write adds to the checkpoint: its random states and its place in its data."""
+    """What a rank that writes no checkpoint adds to it: its random states and its dataloader position."""
 
     dialect: Dialect
     rng: Any
@@ -199,7 +210,7 @@ class RankState:
     tensors: Mapping[str, torch.Tensor]
 
     def render(self, rank: int, world_size: int) -> list[tuple[str, bytes]]:
-        """(name, bytes) of the rank's files."""
+        """Return (name, bytes) of the rank's files."""
         body = {
             "rng": tree.encode(self.rng),
             "dataloader": tree.encode(self.dataloader),
@@ -213,7 +224,7 @@ class RankState:
 
 
 def capture_rank(dialect: Dialect, dataloader: Any) -> RankState:
-    """The state of this rank as it is now. Raises `PlanError` naming the value that cannot be saved."""
+    """Capture the state of this rank as it is now. Raises `PlanError` naming the value that cannot be saved."""
     tensors: dict[str, torch.Tensor] = {}
 
     def put(name: str, tensor: torch.Tensor) -> None:
@@ -228,7 +239,7 @@ def capture_rank(dialect: Dialect, dataloader: Any) -> RankState:
 
 
 def parse_rank(body: Any) -> tuple[Any, Any]:
-    """(random states, dataloader position) of a rank, from the JSON of its file. Raises `CorruptCheckpoint`."""
+    """Return (random states, dataloader position) of a rank from the JSON of its file. Raises `CorruptCheckpoint`."""
     try:
         tensors = {name: _outline(*entry) for name, entry in body["tensors"].items()}
         return tree.decode(body["rng"], tensors.__getitem__), tree.decode(body["dataloader"], tensors.__getitem__)
@@ -256,14 +267,14 @@ def _pickled_random_states(
 
 
 def torch_save(value: Any) -> bytes:
-    """`value` as `torch.save` writes it."""
+    """Return the bytes that `torch.save` writes for `value`."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def rough_size(state: TrainingState, further: Sequence[bytes]) -> int:
-    """An upper bound, in bytes, for what `render` will give and for the `further` files."""
+    """Return an upper bound, in bytes, for what `render` will return plus the `further` files."""
     values = [state.schedulers, state.scaler, state.dataloader, state.extra, state.accelerator]
     captured = tree.rough_size(values)
     captured += sum(o.rough_size for o in (*state.optimizers.values(), *filter(None, state.registered.values())))

@@ -1,11 +1,19 @@
-"""Nested Python values as JSON, exactly, and back: no pickle on the way in.
+"""Encodes nested Python values as JSON without loss, and decodes them. Reading uses no pickle.
 
-`capture` copies the containers at the call and refuses what cannot be saved; `encode` makes JSON of the copy later, off the
-training thread. JSON has no tuples, bytes, NaN, and no keys but strings; what it lacks is written as an object with one key that
-starts with `$`: {"$tuple": [...]}, {"$dict": [[key, value], ...]}, {"$counter": [[key, count], ...]}, {"$bytes": base64},
-{"$float": "nan"}, {"$tensor": name}, {"$numpy": name}; of a tensor or array that is not contiguous {"$strided": [that, strides]};
-of a type that `values` knows {its tag: [what says which value it is, the values in it]}. Tensors are handed to the caller, who
-stores them under that name.
+`capture` copies the containers at the call and refuses what cannot be saved. `encode` makes JSON of the copy later, off
+the training thread. JSON lacks tuples, bytes, NaN, and keys that are not strings. These are written as an object with
+one key that starts with `$`:
+
+- {"$tuple": [...]}
+- {"$dict": [[key, value], ...]}
+- {"$counter": [[key, count], ...]}
+- {"$bytes": base64}
+- {"$float": "nan"}
+- {"$tensor": name} and {"$numpy": name}
+- {"$strided": [one of these two, strides]} for a tensor or array that is not contiguous
+- {tag: [data, the values in it]} for a type that `values` knows
+
+Tensors are passed to the caller, who stores them under that name.
 """
 
 from __future__ import annotations
@@ -33,8 +41,11 @@ _MAX_DEPTH = 200
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Stands for a tensor in a captured tree. `numpy`: it was an array, and becomes one again. `strides`: None if it is
-    contiguous."""
+    """Stands for a tensor in a captured tree.
+
+    `numpy`: the value was a numpy array and becomes one again.
+    `strides`: None if the tensor is contiguous.
+    """
 
     name: str
     numpy: bool = False
@@ -42,11 +53,12 @@ class Ref:
 
 
 def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
-    """A copy of `value` with a `Ref` for each tensor and array, which `put(name, tensor)` takes; later changes to the
-    containers do not show in it. `where` names it in errors and tensors.
+    """Return a copy of `value` with a `Ref` for each tensor and array. Later changes of the containers do not affect
+    it.
 
-    Raises `PlanError` naming the key for anything that is not a nested dict, list or tuple of JSON scalars, tensors, numpy
-    arrays, bytes and what `values` knows.
+    `put(name, tensor)` gets each tensor. `where` is the start of their names, and of names in errors. Raises
+    `PlanError` naming the key for anything that is not a nested dict, list or tuple of JSON scalars, tensors, numpy
+    arrays, bytes and the types in `values`.
     """
     kind = type(value)
     if kind in SCALARS:
@@ -57,7 +69,7 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
         return kind([capture(item, f"{where}.{n}", put, depth + 1) for n, item in enumerate(value)])
     if kind is dict or kind is Counter:
         items = {_key(key, where): capture(item, f"{where}.{key}", put, depth + 1) for key, item in value.items()}
-        return Counter(items) if kind is Counter else items  # MultiStepLR asks a Counter for its elements
+        return Counter(items) if kind is Counter else items  # MultiStepLR calls Counter.elements()
     if isinstance(value, torch.Tensor):
         put(where, value)
         return _with_grad(value, Ref(where, strides=_strides(value)))
@@ -104,11 +116,12 @@ def _key(key: Any, where: str) -> Any:
 
 
 def _strides(tensor: torch.Tensor) -> memory_format.Strides | None:
-    return memory_format.kept(tensor) if tensor.layout is torch.strided else None  # else refused by who stores it
+    return memory_format.kept(tensor) if tensor.layout is torch.strided else None  # refused when it is stored
 
 
 def _from_numpy(value: Any) -> torch.Tensor | None:
-    """A copy, as the array may change before it is staged; None if torch has no such numbers."""
+    """Return a copy, because the array may change before it is staged. Returns None if torch does not have the
+    dtype."""
     try:
         return torch.from_numpy(np.array(value, order="K"))
     except (TypeError, ValueError):
@@ -116,7 +129,7 @@ def _from_numpy(value: Any) -> torch.Tensor | None:
 
 
 def _raw(value: Any, where: str, put: Put) -> Node:
-    """An array of texts, dates or numbers that torch does not know, as its bytes."""
+    """Capture an array of strings, dates or numbers with a dtype that torch does not have, as its bytes."""
     dtype = value.dtype
     if dtype.hasobject or dtype.names is not None or dtype.str.startswith("|V"):
         raise PlanError(f"{where}: a numpy array of {dtype} cannot be saved; convert it to numbers")
@@ -125,7 +138,7 @@ def _raw(value: Any, where: str, put: Put) -> Node:
 
 
 def encode(captured: Any) -> Any:
-    """A captured tree as JSON values."""
+    """Return a captured tree as JSON values."""
     if isinstance(captured, Ref):
         named = {"$numpy" if captured.numpy else "$tensor": captured.name}
         return named if captured.strides is None else {"$strided": [named, list(captured.strides)]}
@@ -149,7 +162,7 @@ def encode(captured: Any) -> Any:
 
 
 def decode(value: Any, get: Get) -> Any:
-    """The value that was captured; tensors come from `get(name)`.
+    """Return the value that was captured. Tensors come from `get(name)`.
 
     Raises `CorruptCheckpoint` for JSON that `encode` does not make.
     """
@@ -196,7 +209,7 @@ def _to_numpy(tensor: torch.Tensor) -> Any:
 
 
 def refill(captured: Any, get: Callable[[str], Any]) -> Any:
-    """A captured tree with its tensors put back, for a file that other programs unpickle."""
+    """Return a captured tree with its tensors put back, for a file that other programs unpickle."""
     if isinstance(captured, Ref):
         return _to_numpy(get(captured.name)) if captured.numpy else get(captured.name)
     if isinstance(captured, Node):
@@ -210,18 +223,18 @@ def refill(captured: Any, get: Callable[[str], Any]) -> Any:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A value as `decode` gives it, with its tensors on this device."""
+    """Return a value from `decode`, with its tensors on this device."""
     tensors: dict[str, torch.Tensor] = {}
     captured = capture(value, "", tensors.__setitem__)
     return refill(captured, lambda name: tensors[name].to(device))
 
 
 def rough_size(captured: Any) -> int:
-    """At least as many bytes as a captured tree takes as JSON or as a pickle."""
+    """Return an upper bound for the bytes that a captured tree takes as JSON or as a pickle."""
     kind = type(captured)
     if kind is dict:
         return 16 + sum(
-            # The numbers of a group's parameters may be thousands, and are numbers.
+            # A group may have thousands of parameter numbers; do not visit each.
             24 * len(value) if key == "params" and type(value) is list else rough_size(key) + rough_size(value)
             for key, value in captured.items()
         )

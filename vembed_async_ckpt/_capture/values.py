@@ -1,7 +1,8 @@
-"""Values that are data but not JSON: each type with what says which value it is, and how to make it again without a pickle.
+"""Encodes values that are data but not JSON: for each type, what identifies the value, and how to make it again without
+a pickle.
 
-Nothing is imported to make a value again. An enum, dataclass or namedtuple comes back as the class of that name in a module that
-the program has loaded already; its constructor is not called.
+Nothing is imported to make a value again. An enum, dataclass or namedtuple is found by its class name in a module that
+the program has loaded already. Its constructor is not called.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ from ..errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A value in a captured tree. `says`: JSON scalars; `holds`: the captured values in it."""
+    """A value in a captured tree.
+
+    `tag`: its type.
+    `says`: JSON scalars that identify the value.
+    `holds`: the captured values in it.
+    """
 
     tag: str
     says: tuple[Any, ...]
@@ -40,12 +46,14 @@ class Node:
 
 
 class NotData(Exception):
-    """Why a value cannot be saved."""
+    """Says why a value cannot be saved."""
 
 
 def taken_apart(value: Any) -> Node | None:
-    """`value` as a node whose `holds` is not captured yet; None for a type that is not known. Raises `NotData` for a value that
-    could not be made again."""
+    """Return `value` as a node with `holds` not captured yet; None for an unknown type.
+
+    Raises `NotData` for a value that could not be made again.
+    """
     kind = type(value)
     if kind in _LEAVES:
         tag, says = _LEAVES[kind]
@@ -67,8 +75,11 @@ def taken_apart(value: Any) -> Node | None:
 
 
 def put_together(tag: str, says: Any, holds: Any) -> Any:
-    """The value of a node. Raises `KeyError`, `TypeError`, `ValueError` and the like for what no node says, `CheckpointError` for a
-    class that is not loaded."""
+    """Return the value of a node.
+
+    Raises `KeyError`, `TypeError`, `ValueError` and similar errors for a malformed node, and `CheckpointError` for a
+    class that is not loaded.
+    """
     return _MAKERS[tag](says, holds)
 
 
@@ -159,7 +170,7 @@ _CONTAINERS: dict[type, tuple[str, Callable[[Any], tuple[tuple[Any, ...], Any]]]
 
 
 def _ordered(holds: Any) -> Any:
-    """With its attributes, if it has any: what `Module.state_dict()` gives has `_metadata`."""
+    """Make an OrderedDict, with its attributes if it has any. The result of `Module.state_dict()` has `_metadata`."""
     items, attributes = holds if isinstance(holds, list) else (holds, {})
     return _with_attributes(OrderedDict(items), attributes)
 
@@ -179,7 +190,8 @@ def _class_name(kind: type) -> tuple[str, str]:
 
 
 def _find(module: str, qualname: str) -> Any:
-    """A class of a module that is loaded, found without running any code of it; None if there is none of that name."""
+    """Return a class of a loaded module, found without running any of its code; None if there is no class of that
+    name."""
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
         attributes = getattr(found, "__dict__", {})
@@ -249,7 +261,7 @@ def _namedtuple(says: Any, holds: Any) -> Any:
     return tuple.__new__(kind, holds)
 
 
-# -- tensors that are more than their elements; in the place of a tensor a stand-in may come, to be pickled as one
+# -- tensors with further properties; `holds` may be a stand-in that is pickled as a tensor
 
 
 def _parameter(says: Any, holds: Any) -> Any:
@@ -305,5 +317,5 @@ _MAKERS: dict[str, Callable[[Any, Any], Any]] = {
     "$parameter": _parameter,
     "$requires_grad": _requiring_grad,
     "$raw_array": _raw_array,
-    "$array": lambda says, holds: np.asarray(holds),  # an array of no dimensions
+    "$array": lambda says, holds: np.asarray(holds),  # an array without dimensions
 }

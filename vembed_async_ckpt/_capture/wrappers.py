@@ -1,7 +1,7 @@
-"""Modules that wrap another one and add nothing to its state.
+"""Modules that wrap another module and add nothing to its state.
 
-Their part of a tensor's name is left out everywhere, so that a checkpoint fits the model whether torch.compile, activation
-checkpointing or DistributedDataParallel is around parts of it or not.
+The part that they add to a tensor's name is removed everywhere. So a checkpoint fits the model with or without
+torch.compile, activation checkpointing or DistributedDataParallel around parts of it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _MODULE = re.compile(r"(?<![^.])module\.")
 
 
 def inner_name(module: torch.nn.Module) -> str | None:
-    """The name under which a wrapper holds the module inside it; None if the module is no wrapper."""
-    held = module._modules  # not getattr: some models answer for their base
+    """Return the attribute under which a wrapper holds the module inside it; None if the module is no wrapper."""
+    held = module._modules  # not getattr: some models forward it to their base model
     for name in ("_orig_mod", "_checkpoint_wrapped_module"):
         if held.get(name) is not None:
             return name
-    kinds = type(module).__mro__  # isinstance takes long: the class of DistributedDataParallel is abstract
+    kinds = type(module).__mro__  # isinstance is slow for DistributedDataParallel, which has an abstract base class
     if torch.nn.parallel.DistributedDataParallel in kinds or torch.nn.DataParallel in kinds:
         return "module"
-    return "_original_module" if type(module).__name__ == "_FabricModule" else None  # Lightning Fabric's
+    return "_original_module" if type(module).__name__ == "_FabricModule" else None  # of Lightning Fabric
 
 
 def named_parts(module: torch.nn.Module, path: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
-    """Every module inside one, itself included, with its path; wrappers have that of the module inside them."""
+    """Yield every module inside one, itself included, with its path. A wrapper has the path of the module inside it."""
     yield path, module
     inner = inner_name(module)
     for name, part in module._modules.items():
@@ -38,7 +38,8 @@ def named_parts(module: torch.nn.Module, path: str = "") -> Iterator[tuple[str, 
 
 
 def spellings(name: str) -> Iterator[str]:
-    """A name as it stands in a checkpoint, then without the parts that wrappers added to it before they were left out."""
+    """Yield a name, and then the same name without the parts that wrappers add. Older checkpoints may contain these
+    parts."""
     yield name
     clean = _PARTS.sub("", name)
     yield clean
@@ -46,7 +47,7 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def innermost(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside all the wrappers, or the module itself."""
+    """Return the module inside all the wrappers, or the module itself."""
     while (name := inner_name(module)) is not None:
         module = module._modules[name]  # type: ignore[assignment]
     return module
@@ -54,8 +55,8 @@ def innermost(module: torch.nn.Module) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def unwrapped_inside(module: torch.nn.Module) -> Iterator[None]:
-    """Take the wrappers inside a module out of it for a while, for whoever writes or reads its state by names: they are then those
-    that it has without any."""
+    """Context manager that removes the wrappers inside a module, so that its tensors have the names that they have
+    without wrappers."""
     wrapped = [
         (part._modules, name, child)
         for part in module.modules()

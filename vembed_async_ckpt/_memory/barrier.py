@@ -173,14 +173,16 @@ class OverlapPolicy:
         """Divide the tensors of a save into those copied at once and those that may be copied late.
 
         `key`: equal as long as names, owners, dtypes, shapes and their order are the same.
+        `names`, `owners`: return the name of each tensor, and the parameter, buffer or optimizer to which it belongs.
+        `volatile`: ids of the parameters that the forward pass changes.
         `saved`: the optimizers that are saved.
 
-        These are copied at once: small tensors, buffers, frozen parameters, copies that no optimizer steps, computed
-        values, parameters in `volatile`, and host tensors that are not contiguous. So is everything of an optimizer
-        that has not been recorded, or whose step a CUDA graph replays. So are the parameters of a wrapper that has not
-        been recorded itself, because it may change them before or after the step that it wraps. So are the parameters
-        of an optimizer with `train()` and `eval()`, which change them between its steps; such a schedule-free optimizer
-        must be saved between `eval()` and `train()`.
+        These are copied at once: small tensors, buffers, frozen parameters, copies that no optimizer steps (EMA),
+        computed values, parameters in `volatile`, and host tensors that are not contiguous. So is everything of an
+        optimizer that has not been recorded, or whose step a CUDA graph replays. So are the parameters of a wrapper
+        that has not been recorded itself, because it may change them before or after the step that it wraps. So are the
+        parameters of an optimizer with `train()` and `eval()`, which change them between its steps; such a
+        schedule-free optimizer must be saved between `eval()` and `train()`.
         """
         seen = STEP_BARRIER.optimizers()
         groups = [group["params"] for optimizer in seen if not _switches(optimizer) for group in optimizer.param_groups]

@@ -118,7 +118,7 @@ class DeviceCopies:
 
     @contextlib.contextmanager
     def _side(self, device: torch.device) -> Iterator[Any]:
-        """Make the side stream of `device` current, and the device itself too.
+        """Context manager: make the side stream of `device` current, and the device itself too.
 
         Leaving a stream context makes the previous device current again. If that device had no context yet, this would
         create one.
