@@ -1,4 +1,4 @@
-"""One call that tells whether many tensors look as they did, in place of a loop for each of their properties."""
+"""Checks with one call whether many tensors look as they did, instead of with a loop for each property."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ import torch
 
 
 class TensorGuard:
-    """Whether tensors have the types, dtypes, devices, shapes and strides of those that it was made of, one by one, are conjugate,
-    negative or inference tensors where those were, and require gradients where those did. Holds none of them."""
+    """Records how tensors look, to check later tensors against it. Keeps none of the tensors.
+
+    It records type, dtype, device, shape and strides of each tensor, whether it is a conjugate, negative or inference
+    tensor, and whether it requires gradients.
+    """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._count = len(tensors)
         self._check = _make(tensors) if tensors else None
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """True if so. False may also mean that it cannot tell, as under autocast: look at the tensors themselves then."""
+        """Return True if each tensor looks like the recorded one in its place.
+
+        False may also mean that this cannot tell, for example under autocast. Then compare the tensors themselves.
+        """
         return self._check is not None and len(tensors) == self._count and bool(self._check(*tensors))
 
 
@@ -27,12 +33,12 @@ def _make(tensors: Sequence[torch.Tensor]) -> Any:
         return None
     try:
         return _GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    except Exception:  # it is torch's own and may refuse what it likes: then the loops look
+    except Exception:  # a private function of torch may refuse any tensor: then the loops are used
         return None
 
 
 def _working_guards() -> Any:
-    """torch's private `TensorGuards` if this version has it and it notices what it must; else None."""
+    """Return torch's private `TensorGuards`, or None if this version lacks it or it does not notice every difference."""
     try:
         make: Any = importlib.import_module("torch._C._dynamo.guards").TensorGuards
         with torch.device("cpu"):

@@ -52,11 +52,11 @@ def checkpoints(root: str | os.PathLike[str]) -> list[CheckpointEntry]:
 
 
 def best(root: str | os.PathLike[str], metric: str, mode: Literal["min", "max"] = "min") -> Path | None:
-    """Return the complete checkpoint under `root` with the smallest (`mode="min"`) or largest (`"max"`) value of
-    `metric`.
+    """Return the complete checkpoint under `root` with the best value of `metric`, or None.
 
-    Among equal values the newest wins. Checkpoints without the metric, or with NaN for it, are ignored. Returns None if
-    no other is left. Raises ValueError for any other `mode`, and `CheckpointError` if the root cannot be listed.
+    The best value is the smallest (`mode="min"`) or the largest (`"max"`). Among equal values the newest wins.
+    Checkpoints without the metric, or with NaN for it, are ignored. Raises ValueError for any other `mode`, and
+    `CheckpointError` if the root cannot be listed.
     """
     if mode not in ("min", "max"):
         raise ValueError(f"mode is {mode!r}; use 'min' or 'max'")

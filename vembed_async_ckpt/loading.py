@@ -51,8 +51,10 @@ class Restored:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A planned restore: do the moves, then the steps, then set the random states (`rng`). `config` and `extra` go to
-    the caller."""
+    """A planned restore: do the moves, then the steps, then set the random states (`rng`).
+
+    `config` and `extra` go to the caller.
+    """
 
     moves: list[Move]
     steps: list[Callable[[], None]]
@@ -75,8 +77,9 @@ def load(
     strict: bool = True,
     exclude: str | Iterable[str] = (),
 ) -> Restored:
-    """Restore a checkpoint into the given objects. Give them as they were given to `save()`: one object, or a mapping
-    of names.
+    """Restore a checkpoint into the given objects.
+
+    Give them as they were given to `save()`: one object, or a mapping of names.
 
     The random number generators are set too if anything but a model is given, so that the training continues exactly
     where it was.
@@ -155,8 +158,9 @@ def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict
 def _of_one_save(
     directory: str, verify: Verify, stack: contextlib.ExitStack, plan: Callable[[Tensors], _T]
 ) -> tuple[Tensors, _T]:
-    """Open a checkpoint and call `plan` on it. Everything comes from one save, even if another save replaces the
-    checkpoint meanwhile.
+    """Open a checkpoint and call `plan` on it.
+
+    Everything comes from one save, even if another save replaces the checkpoint meanwhile.
 
     Returns the open files, which `stack` will close, and what `plan` returned. If another save took the name while the
     files were opened, this starts again once. Raises what `plan` raises, `CorruptCheckpoint`, and `CheckpointError` if
@@ -303,8 +307,10 @@ def _not_without(source: Tensors, what: str, state: Any) -> Any:
 def _names(
     models: Mapping[str, torch.nn.Module], accelerator: Any, saved: Mapping[str, Any]
 ) -> Mapping[int, Sequence[str]]:
-    """Return the names of each parameter, by its id: its names in the given models, or in those of the accelerator if
-    none is given."""
+    """Return the names of each parameter, by its id.
+
+    These are its names in the given models, or in those of the accelerator if none is given.
+    """
     known: list[tuple[str, torch.nn.Module]] = list(models.items())
     if not known and accelerator is not None and len(accelerator._models) == len(saved):
         known = [(name, unwrap_model(model)) for name, model in zip(saved, accelerator._models, strict=True)]
@@ -322,8 +328,10 @@ def wait_for_copies() -> None:
 
 
 def _plan_accelerator(source: Tensors, saved: Mapping[str, Any], accelerator: Any) -> list[Callable[[], None]]:
-    """Return the steps that will restore registered objects, dataloaders and the step counter. Raises before anything
-    is changed."""
+    """Return the steps that will restore registered objects, dataloaders and the step counter.
+
+    Raises before anything is changed.
+    """
     known = tree.decode(saved.get("accelerator"), source.training_tensor)
     if known is None:
         return []
@@ -345,8 +353,10 @@ def _plan_accelerator(source: Tensors, saved: Mapping[str, Any], accelerator: An
 
 
 def _of_this_rank(source: Tensors, saved: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return (random states, dataloader position) of this rank. For a rank that was not saved, warn and return None for
-    both."""
+    """Return (random states, dataloader position) of this rank.
+
+    For a rank that was not saved, warn and return None for both.
+    """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     if world_size != source.manifest.world_size:

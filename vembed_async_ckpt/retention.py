@@ -1,5 +1,6 @@
-"""Decides which committed checkpoints are deleted. A policy names the checkpoints to keep; policies are combined with
-`|`.
+"""Decides which committed checkpoints are deleted.
+
+A policy names the checkpoints to keep; policies are combined with `|`.
 
 These are kept whatever the policy says: the newest complete checkpoint, a checkpoint that a reader holds, and an
 incomplete one.
@@ -64,11 +65,11 @@ class KeepEvery(Policy):
 
 @dataclass(frozen=True)
 class KeepBest(Policy):
-    """Keep the `n` checkpoints with the smallest (`mode="min"`) or largest (`"max"`) value of a metric given to
-    `save()`.
+    """Keep the `n` checkpoints with the best value of a metric given to `save()`.
 
-    A checkpoint is unrated if it lacks the metric or has NaN for it. `unrated="keep"` keeps all unrated checkpoints,
-    `"drop"` keeps none. While no checkpoint is rated, all are kept. Among equal values the newest is kept.
+    The best value is the smallest (`mode="min"`) or the largest (`"max"`). Among equal values the newest is kept. A
+    checkpoint is unrated if it lacks the metric or has NaN for it. `unrated="keep"` keeps all unrated checkpoints,
+    `"drop"` keeps none. While no checkpoint is rated, all are kept.
     """
 
     metric: str

@@ -1,7 +1,6 @@
-"""Captures what an `accelerate.Accelerator` knows beyond its models, optimizers, schedulers, scaler and registered
-objects.
+"""Captures the counter of accumulated micro-batches and the dataloader positions of an `accelerate.Accelerator`.
 
-That is its counter of accumulated micro-batches, and the positions of its dataloaders. `accelerator.load_state`
+Its models, optimizers, schedulers, scaler and registered objects are captured elsewhere. `accelerator.load_state`
 restores the counter, and the positions of stateful dataloaders only. How the other dataloaders continue follows from
 their epoch, the seed of their sampler, and the state of its generator.
 """
@@ -24,8 +23,10 @@ def state(accelerator: Any) -> dict[str, Any]:
 
 
 def restore(accelerator: Any, saved: dict[str, Any]) -> None:
-    """Restore what `state` returned. Dataloaders are matched by their order. Warns, and leaves them as they are, if
-    their number differs."""
+    """Restore what `state` returned.
+
+    Dataloaders are matched by their order. Warns, and leaves them as they are, if their number differs.
+    """
     accelerator.step = saved["step"]
     if len(saved["dataloaders"]) != len(accelerator._dataloaders):
         warn(

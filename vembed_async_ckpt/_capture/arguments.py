@@ -27,8 +27,10 @@ def step_number(step: Any) -> int:
 
 
 def size_in_bytes(option: str, value: Any) -> int:
-    """Return a size in bytes, from a whole number or a text such as "8GB" or "512MiB". Raises ValueError naming the
-    option."""
+    """Return a size in bytes, from a whole number or a text such as "8GB" or "512MiB".
+
+    Raises ValueError naming the option.
+    """
     if isinstance(value, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower())
         if found is not None and (found[2] or not found[3]):

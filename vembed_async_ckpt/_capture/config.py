@@ -1,5 +1,7 @@
-"""Renders `vembed_config.json`: the parts of a config that are data. Live objects and secrets are left out, with one
-warning."""
+"""Renders `vembed_config.json`: the parts of a config that are data.
+
+Live objects and secrets are left out, with one warning.
+"""
 
 from __future__ import annotations
 

@@ -29,14 +29,18 @@ class Dialect(ABC):
 
     @abstractmethod
     def random_values(self, state: dict[str, Any], world_size: int) -> dict[str, Any]:
-        """Return what is pickled into that file. `state` comes from `random_state.capture`, with its tensors put
-        back."""
+        """Return what is pickled into that file.
+
+        `state` comes from `random_state.capture`, with its tensors put back.
+        """
 
 
 @dataclass(frozen=True)
 class Accelerate(Dialect):
-    """The files of accelerate. `step`: the accelerator's own micro-batch counter, with which it schedules gradient
-    accumulation."""
+    """The files of accelerate.
+
+    `step`: the accelerator's own micro-batch counter, with which it schedules gradient accumulation.
+    """
 
     step: int = 0
 

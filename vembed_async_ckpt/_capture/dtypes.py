@@ -18,8 +18,10 @@ FROM_TORCH: dict[torch.dtype, str] = {dtype: name for name, dtype in TO_TORCH.it
 
 
 def spec(name: str, tensor: torch.Tensor, *, file: str) -> TensorSpec:
-    """Return the entry of `tensor` in a safetensors file. Raises `PlanError` for a tensor without dense storage of its
-    own."""
+    """Return the entry of `tensor` in a safetensors file.
+
+    Raises `PlanError` for a tensor without dense storage of its own.
+    """
     check_storage(name, tensor, file=file)
     dtype = FROM_TORCH.get(tensor.dtype)
     if dtype is None:

@@ -82,8 +82,10 @@ _LOOKS = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.
 
 
 class Interceptor:
-    """Intercepts `save_file` of safetensors.torch before it writes to disk. Threads that are not collecting are not
-    affected."""
+    """Intercepts `save_file` of safetensors.torch before it writes to disk.
+
+    Threads that are not collecting are not affected.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -91,8 +93,10 @@ class Interceptor:
         self._local = threading.local()
 
     def install(self) -> None:
-        """Replace the functions, once per process. Raises `PlanError` if this version of safetensors does not have
-        them."""
+        """Replace the functions, once per process.
+
+        Raises `PlanError` if this version of safetensors does not have them.
+        """
         with self._lock:
             self._take_peft_off_the_network()
             if self._installed:
@@ -175,8 +179,10 @@ class Interceptor:
 
 @contextlib.contextmanager
 def _base_model_from_cache(config: Any) -> Iterator[None]:
-    """Context manager: let `config` name the base model's directory in the cache of the hub, or None. A local path
-    stays as it is."""
+    """Context manager: let `config` name the base model's directory in the cache of the hub, or None.
+
+    A local path stays as it is.
+    """
     name = getattr(config, "base_model_name_or_path", None)
     if not name or os.path.exists(os.path.join(name, "config.json")):
         yield

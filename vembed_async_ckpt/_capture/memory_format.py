@@ -45,16 +45,20 @@ def kept(tensor: torch.Tensor) -> Strides | None:
 
 
 def checked(shape: Sequence[int], strides: Any) -> Strides:
-    """Check strides that were read from a file. Raises `ValueError` or `TypeError` if no dense tensor of this shape has
-    them."""
+    """Check strides that were read from a file.
+
+    Raises `ValueError` or `TypeError` if no dense tensor of this shape has them.
+    """
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in strides) or not is_dense(shape, strides):
         raise ValueError(f"its strides are {str(strides)[:60]}")
     return tuple(strides)
 
 
 def order(strides: Sequence[int]) -> Strides:
-    """Return the dimensions from the outermost in memory to the innermost. A dense tensor permuted in this order is
-    contiguous."""
+    """Return the dimensions from the outermost in memory to the innermost.
+
+    A dense tensor permuted in this order is contiguous.
+    """
     return tuple(sorted(range(len(strides)), key=lambda dimension: -strides[dimension]))
 
 

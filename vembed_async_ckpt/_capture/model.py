@@ -1,5 +1,4 @@
-"""Models: which files `save_pretrained` would write, with which names, and where each tensor in them lives in the
-model.
+"""Models: which files `save_pretrained` would write, and where each tensor in them lives in the model.
 
 This is learned once, on the caller's thread. `save_pretrained` runs while the writer of safetensors is replaced for
 that thread. The result is reused until structure, identity, dtype or shape changes. A tensor that does not resolve to
@@ -67,8 +66,10 @@ class ModelState:
 
 
 def unwrap(model: Any) -> torch.nn.Module:
-    """Return the module inside DistributedDataParallel, torch.compile and similar wrappers. Raises `PlanError` if it is
-    no module."""
+    """Return the module inside DistributedDataParallel, torch.compile and similar wrappers.
+
+    Raises `PlanError` if it is no module.
+    """
     if isinstance(model, torch.nn.Module):
         return innermost(model)
     raise PlanError(f"model: a {type(model).__module__}.{type(model).__qualname__} is not a torch.nn.Module")
@@ -249,8 +250,10 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
 
 
 def _is_transformers_own(module: torch.nn.Module) -> bool:
-    """Return whether `save_pretrained` is that of transformers and writes the whole model, so that `from_pretrained`
-    can restore it."""
+    """Return whether `save_pretrained` is that of transformers and writes the whole model.
+
+    `from_pretrained` can then restore the model.
+    """
     transformers = sys.modules.get("transformers.modeling_utils")
     return (
         transformers is not None
@@ -341,8 +344,10 @@ def _plain_file(
 
 
 def _plain_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state_dict of a module, with each memory once. Of names that share all of it the first is kept, as
-    accelerate does."""
+    """Return the state_dict of a module, with each memory once.
+
+    Of names that share all of it the first is kept, as accelerate does.
+    """
     kept: dict[str, torch.Tensor] = {}
     seen: set[Any] = set()
     for name, tensor in module.state_dict().items():

@@ -1,5 +1,7 @@
-"""Optimizers: captures `optimizer.bin` as torch would write it, and the same state for our own `load`, which never
-unpickles."""
+"""Optimizers: captures `optimizer.bin` as torch would write it, and the same state for our own `load`.
+
+Our `load` never unpickles.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +70,10 @@ class OptimizerState:
         return None if groups is None else {id(parameter) for group in groups for parameter in group["params"]}
 
     def pickled(self) -> bytes:
-        """Return `data.pkl`: torch's own pickle of this state_dict, in which the tensors are the records 0, 1, ... of
-        the file."""
+        """Return `data.pkl`: torch's own pickle of this state_dict.
+
+        The tensors in it are the records 0, 1, ... of the file.
+        """
         refs = dict(zip(self.keys, enumerate(self.kinds), strict=True))
         if self.state_pickle is None:
             return optimizer_pickle.dumps(self.tree, refs, self.arrays)
@@ -77,8 +81,10 @@ class OptimizerState:
         return optimizer_pickle.state_dict(self.state_pickle, groups)
 
     def table(self, offsets: Sequence[int]) -> dict[str, Any]:
-        """Return {key: [dtype, shape, offset in the file]} for the manifest. A tensor that is not contiguous also has
-        its strides."""
+        """Return {key: [dtype, shape, offset in the file]} for the manifest.
+
+        A tensor that is not contiguous also has its strides.
+        """
         return {
             key: [
                 _dtype_name(kind.dtype),
@@ -105,8 +111,10 @@ class OptimizerState:
 
 
 def _without_tensors(index: Any, entry: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the part of a parameter's state that is not in the table. Beside other values, None marks the place of a
-    tensor."""
+    """Return the part of a parameter's state that is not in the table.
+
+    Beside other values, None marks the place of a tensor.
+    """
     rest = {key: None if is_direct(index, key, value) else value for key, value in entry.items()}
     return rest if any(not is_direct(index, key, value) for key, value in entry.items()) else {}
 
@@ -178,8 +186,10 @@ class OptimizerReader:
         self._described = Described()
 
     def read(self, optimizer: Any, names: Names = _NO_NAMES) -> OptimizerState:
-        """Return the optimizer as it is now. `names` has the names of its parameters. Raises `PlanError` naming what
-        cannot be saved."""
+        """Return the optimizer as it is now.
+
+        `names` has the names of its parameters. Raises `PlanError` naming what cannot be saved.
+        """
         inner = unwrap(optimizer)
         if not callable(getattr(inner, "state_dict", None)):
             raise PlanError(f"optimizer: a {kind_of(inner)} has no state_dict()")

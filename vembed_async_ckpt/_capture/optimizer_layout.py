@@ -36,8 +36,10 @@ def has_torchs_layout(state: Any) -> bool:
 
 
 class Numbers:
-    """The numbers of an optimizer's parameters in its state_dict. They stay valid while the same parameters are in the
-    same places."""
+    """The numbers of an optimizer's parameters in its state_dict.
+
+    They stay valid while the same parameters are in the same places.
+    """
 
     def __init__(self) -> None:
         self._grouped: list[list[int]] = []  # ids
@@ -46,8 +48,10 @@ class Numbers:
         self._of_keys: list[Any] = []
 
     def state_dict(self, inner: Any) -> Any:
-        """Return `inner.state_dict()`. If the numbers are known, build the same result without looking at every
-        parameter."""
+        """Return `inner.state_dict()`.
+
+        If the numbers are known, build the same result without looking at every parameter.
+        """
         if not _packs_as_torch(inner):
             return inner.state_dict()
         grouped = [list(map(id, group["params"])) for group in inner.param_groups]
@@ -101,8 +105,9 @@ class PlainState:
 
     @classmethod
     def of(cls, state: Any, known: PlainState | None, tensors: list[torch.Tensor]) -> PlainState | None:
-        """Return `known` if it still describes `state`, else a new one. Append the tensors of `state` to `tensors`, in
-        the order of `keys`.
+        """Return `known` if it still describes `state`, else a new one.
+
+        Append the tensors of `state` to `tensors`, in the order of `keys`.
 
         Returns None and appends nothing if this state contains anything else.
         """

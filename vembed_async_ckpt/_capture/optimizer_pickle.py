@@ -17,8 +17,10 @@ from . import memory_format, tree
 
 @dataclass(frozen=True)
 class Kind:
-    """What the pickle says about a tensor with a dense storage of its own. `strides` is None if the tensor is
-    contiguous."""
+    """What the pickle says about a tensor with a dense storage of its own.
+
+    `strides` is None if the tensor is contiguous.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]

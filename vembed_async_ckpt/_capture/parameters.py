@@ -74,10 +74,9 @@ def _names_in(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def given_names(group: Mapping[str, Any]) -> list[str | None]:
-    """Return the names that the optimizer itself was given for the parameters of a group, without the parts added by
-    wrappers.
+    """Return the names that the optimizer itself was given for the parameters of a group.
 
-    Returns None for each parameter if it was given no names.
+    The parts that wrappers add are removed. Returns None for each parameter if it was given no names.
     """
     names = group.get("param_names")
     if names is None:
@@ -94,8 +93,10 @@ def groups_of(optimizer: Any) -> list[Mapping[str, Any]] | None:
 
 
 class Described:
-    """Describes the parameters of one optimizer for every save. The result is the same object until something
-    changes."""
+    """Describes the parameters of one optimizer for every save.
+
+    The result is the same object until something changes.
+    """
 
     def __init__(self) -> None:
         self._key: Any = None

@@ -18,8 +18,10 @@ class Replay:
     """A recorded `torch.save` of live tensors in plain containers. The bytes also depend on the name of the file."""
 
     def __init__(self, name: str, pickle: Pickle, find: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-        """`find` returns the live tensor of which a tensor is an alias, or None. Raises `ValueError` if anything else
-        is pickled."""
+        """`find` returns the live tensor of which a tensor is an alias, or None.
+
+        Raises `ValueError` if anything else is pickled.
+        """
         self._name = os.path.basename(name)
         obj, self._args, self._kwargs = pickle
         self._found: dict[int, _Live] = {}

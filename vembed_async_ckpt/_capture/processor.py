@@ -13,8 +13,10 @@ from .settings import Settings
 
 
 class ProcessorFiles:
-    """Renders an object with `save_pretrained(directory)`, on the caller's thread, because transformers modifies the
-    object meanwhile."""
+    """Renders an object with `save_pretrained(directory)`.
+
+    This runs on the caller's thread, because transformers modifies the object meanwhile.
+    """
 
     def __init__(self) -> None:
         self._seen: Any = None

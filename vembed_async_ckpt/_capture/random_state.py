@@ -1,5 +1,7 @@
-"""The state of every random number generator of the process. Captured at the call, which is cheap, and serialized
-later."""
+"""The state of every random number generator of the process.
+
+Captured at the call, which is cheap, and serialized later.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ _warned: set[str] = set()
 
 
 def capture(put: tree.Put) -> dict[str, Any]:
-    """Return the states of the generators of python, numpy, torch and its accelerator, as a captured tree. Tensors go
-    to `put`.
+    """Return the states of the generators of python, numpy, torch and its accelerator, as a captured tree.
+
+    Tensors go to `put`.
 
     The states for a type of device are under its name, one for each device.
     """

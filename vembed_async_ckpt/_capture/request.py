@@ -244,8 +244,10 @@ class RequestReader:
         return reader.read(optimizer, self._names)
 
     def _read_registered(self, index: int, value: Any, files: list[tuple[str, bytes]]) -> OptimizerState | None:
-        """Return the state of a registered object. If it is not plain data, add a pickle of it to `files`, warn, and
-        return None."""
+        """Return the state of a registered object.
+
+        If it is not plain data, add a pickle of it to `files`, warn, and return None.
+        """
         file = names.custom_checkpoint(index)
         reader = self._registered.setdefault(file, RegisteredReader(file))
         try:

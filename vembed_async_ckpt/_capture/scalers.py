@@ -1,5 +1,7 @@
-"""Reads torch's gradient scalers without waiting for their device. Their `state_dict()` would wait, to fetch two
-numbers."""
+"""Reads torch's gradient scalers without waiting for their device.
+
+Their `state_dict()` would wait, to fetch two numbers.
+"""
 
 from __future__ import annotations
 

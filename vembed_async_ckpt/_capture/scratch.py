@@ -1,5 +1,7 @@
-"""A temporary directory in which files are rendered: `save_pretrained`, `torch.save` and save hooks can write only to
-paths."""
+"""A temporary directory in which files are rendered.
+
+`save_pretrained`, `torch.save` and save hooks can write only to paths.
+"""
 
 from __future__ import annotations
 

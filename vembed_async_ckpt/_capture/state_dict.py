@@ -21,8 +21,10 @@ class StateDict:
 
 
 class MappingReader:
-    """Reads one state_dict repeatedly. The content is the same object as long as names, dtypes and shapes are the
-    same."""
+    """Reads one state_dict repeatedly.
+
+    The content is the same object as long as names, dtypes and shapes are the same.
+    """
 
     def __init__(self, file: str = names.WEIGHTS) -> None:
         self._file = file

@@ -1,5 +1,4 @@
-"""Maps the tensors in the files of a model to the model's tensors, and finds tensors of the model that are in no
-file."""
+"""Maps the tensors in the files of a model to the model's tensors, and finds tensors of the model that are in no file."""
 
 from __future__ import annotations
 
@@ -67,8 +66,9 @@ def by_storage(live: Iterable[ModelTensor]) -> dict[int, list[ModelTensor]]:
 def resolve(
     name: str, tensor: torch.Tensor, by_storage: Mapping[int, list[ModelTensor]]
 ) -> tuple[ModelTensor, Part | None] | None:
-    """Find the live tensor whose memory `tensor` uses. Return it with None if `tensor` is all of it, or with the
-    strided part.
+    """Find the live tensor whose memory `tensor` uses.
+
+    Return it with None if `tensor` is all of it, or with the strided part.
 
     Returns None if `tensor` uses the memory of no live tensor.
     """
@@ -92,8 +92,7 @@ def resolve(
 
 
 def shown(module: torch.nn.Module) -> dict[str, tuple[str, Part | None]]:
-    """Return, for each name in the module's state_dict, the parameter or buffer that it shows, and which part of it
-    (None: all)."""
+    """Return {name in the module's state_dict: (name of the parameter or buffer, part of it or None for all)}."""
     tensors = list(live_tensors(module))
     known, storages = {item.name for item in tensors}, by_storage(tensors)
     found: dict[str, tuple[str, Part | None]] = {}
@@ -194,8 +193,10 @@ class TensorMap:
             self.renamed.setdefault(file, {})[name] = [item.name, described]
 
     def replay(self, content: BytesContent, pickles: Mapping[str, Pickle]) -> Replay | None:
-        """Return a `Replay` that makes this file again for every save. Returns None unless it is a pickle of live
-        tensors only."""
+        """Return a `Replay` that makes this file again for every save.
+
+        Returns None unless it is a pickle of live tensors only.
+        """
         pickle = pickles.get(content.name.removeprefix(self.where))
         if pickle is None:
             return None

@@ -82,8 +82,10 @@ class TrainingState:
         return files + _pickled_random_states(self.dialect, tree.refill(self.rng, get), 0, self.world_size)
 
     def find_numbers(self, staged: Mapping[str, torch.Tensor]) -> None:
-        """Take the numbers of the scaler from `staged`: the tensors in host memory, filled by the time `render` is
-        called."""
+        """Take the numbers of the scaler from `staged`.
+
+        `staged` are the tensors in host memory. They are filled by the time `render` is called.
+        """
         self.copies.update({name: staged[name] for name in (f"scaler.{key}" for key in self.scaler_numbers)})
 
     def _whole_scaler(self) -> Any:
@@ -178,8 +180,10 @@ def _scaler_state(scaler: Any, numbers: Mapping[str, torch.Tensor]) -> Any:
 
 
 def unwrap_scheduler(scheduler: Any) -> Any:
-    """Return the scheduler inside accelerate's own wrapper, which has the same state_dict. Any other object is returned
-    as it is."""
+    """Return the scheduler inside accelerate's own wrapper, which has the same state_dict.
+
+    Any other object is returned as it is.
+    """
     accelerate = sys.modules.get("accelerate.scheduler")
     while accelerate is not None and isinstance(scheduler, accelerate.AcceleratedScheduler):
         scheduler = scheduler.scheduler

@@ -53,8 +53,9 @@ class Ref:
 
 
 def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
-    """Return a copy of `value` with a `Ref` for each tensor and array. Later changes of the containers do not affect
-    it.
+    """Return a copy of `value` with a `Ref` for each tensor and array.
+
+    Later changes of the containers do not affect it.
 
     `put(name, tensor)` gets each tensor. `where` is the start of their names, and of names in errors. Raises
     `PlanError` naming the key for anything that is not a nested dict, list or tuple of JSON scalars, tensors, numpy
@@ -120,8 +121,10 @@ def _strides(tensor: torch.Tensor) -> memory_format.Strides | None:
 
 
 def _from_numpy(value: Any) -> torch.Tensor | None:
-    """Return a copy, because the array may change before it is staged. Returns None if torch does not have the
-    dtype."""
+    """Return a copy, because the array may change before it is staged.
+
+    Returns None if torch does not have the dtype.
+    """
     try:
         return torch.from_numpy(np.array(value, order="K"))
     except (TypeError, ValueError):

@@ -1,8 +1,7 @@
-"""Encodes values that are data but not JSON: for each type, what identifies the value, and how to make it again without
-a pickle.
+"""Encodes values that are data but not JSON, and makes them again without a pickle.
 
-Nothing is imported to make a value again. An enum, dataclass or namedtuple is found by its class name in a module that
-the program has loaded already. Its constructor is not called.
+For each type it records what identifies the value. Nothing is imported to make a value again. An enum, dataclass or
+namedtuple is found by its class name in a module that the program has loaded already. Its constructor is not called.
 """
 
 from __future__ import annotations
@@ -190,8 +189,7 @@ def _class_name(kind: type) -> tuple[str, str]:
 
 
 def _find(module: str, qualname: str) -> Any:
-    """Return a class of a loaded module, found without running any of its code; None if there is no class of that
-    name."""
+    """Return a class of a loaded module, found without running any of its code; None if there is no class of that name."""
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
         attributes = getattr(found, "__dict__", {})

@@ -38,8 +38,10 @@ def named_parts(module: torch.nn.Module, path: str = "") -> Iterator[tuple[str, 
 
 
 def spellings(name: str) -> Iterator[str]:
-    """Yield a name, and then the same name without the parts that wrappers add. Older checkpoints may contain these
-    parts."""
+    """Yield a name, and then the same name without the parts that wrappers add.
+
+    Older checkpoints may contain these parts.
+    """
     yield name
     clean = _PARTS.sub("", name)
     yield clean
@@ -55,8 +57,10 @@ def innermost(module: torch.nn.Module) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def unwrapped_inside(module: torch.nn.Module) -> Iterator[None]:
-    """Context manager that removes the wrappers inside a module, so that its tensors have the names that they have
-    without wrappers."""
+    """Context manager: remove the wrappers inside a module.
+
+    Meanwhile its tensors have the names that they have without wrappers.
+    """
     wrapped = [
         (part._modules, name, child)
         for part in module.modules()

@@ -173,8 +173,10 @@ def parse_swap(name: str) -> tuple[str, str] | None:
 
 
 def kept_directory(root: str, save_id: str, name: str) -> str:
-    """Return where the rest of the replaced directory `name` is kept: files that we did not write and cannot carry
-    over."""
+    """Return where the rest of the replaced directory `name` is kept.
+
+    The rest are the files that we did not write and cannot carry over.
+    """
     return os.path.join(work_directory(root), REPLACED, f"kept-{save_id}.{name}")
 
 
@@ -208,8 +210,10 @@ def random_states(rank: int) -> str:
 
 
 def rank_state(rank: int) -> str:
-    """Return the name of the file from which `load` restores a rank other than the first. The first rank uses
-    `TRAINING_STATE`."""
+    """Return the name of the file from which `load` restores a rank other than the first.
+
+    The first rank uses `TRAINING_STATE`.
+    """
     return f"vembed_rank_state_{rank}.json"
 
 

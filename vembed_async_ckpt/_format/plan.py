@@ -125,8 +125,10 @@ def _place(
 
 
 def check_names(file_names: Iterable[str]) -> None:
-    """Raise `PlanError` if two files have the same name, if a name is both a file and a directory, or if a name leaves
-    the directory."""
+    """Raise `PlanError` if names of files clash, or if a name leaves the directory.
+
+    Names clash if two are equal, or if one is both a file and a directory.
+    """
     seen: set[str] = set()
     for name in file_names:
         if not is_safe_relative(name):

@@ -128,8 +128,10 @@ def _checked(tensors: Iterable[TensorSpec], file: str) -> list[TensorSpec]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor found in a file. `offset` is in bytes from the start of the file. `nbytes` was checked against the
-    shape."""
+    """One tensor found in a file.
+
+    `offset` is in bytes from the start of the file. `nbytes` was checked against the shape.
+    """
 
     dtype: str
     shape: tuple[int, ...]

@@ -1,10 +1,9 @@
-"""The container format of `optimizer.bin`: an uncompressed zip that `torch.load` reads, laid out before any byte is
-moved.
+"""The container format of `optimizer.bin`: an uncompressed zip that `torch.load` reads.
 
-The storages come first, each on a 64-byte boundary. `data.pkl`, `byteorder`, `version` and the central directory
-follow. So only the end of the file changes when the values in `param_groups` change. torch itself writes `data.pkl`
-first; then every tensor would move when a number gets one more digit. Format: PKWARE APPNOTE 6.3.10, sections 4.3 and
-4.5.3 (zip64).
+The file is laid out before any byte is moved. The storages come first, each on a 64-byte boundary. `data.pkl`,
+`byteorder`, `version` and the central directory follow. So only the end of the file changes when the values in
+`param_groups` change. torch itself writes `data.pkl` first; then every tensor would move when a number gets one more
+digit. Format: PKWARE APPNOTE 6.3.10, sections 4.3 and 4.5.3 (zip64).
 """
 
 from __future__ import annotations
@@ -52,8 +51,10 @@ class ZipLayout:
 
 
 def layout(sizes: Sequence[int]) -> ZipLayout:
-    """Lay out storages of `sizes` bytes as the records `data/0`, `data/1`, ... Their CRC fields are zero and must be
-    filled in."""
+    """Lay out storages of `sizes` bytes as the records `data/0`, `data/1`, ...
+
+    Their CRC fields are zero and must be filled in.
+    """
     position = 0
     data, pieces, crcs, centrals, central = [], [], [], [], bytearray()
     for index, size in enumerate(sizes):

@@ -71,8 +71,10 @@ class Arena:
                 self._pinned = pinning.pin(self.address, self.size)
 
     def forget(self) -> None:
-        """In a forked child: drop the memory, which belongs to the parent. Its descriptors are closed already (see
-        `map_arena`)."""
+        """In a forked child: drop the memory, which belongs to the parent.
+
+        Its descriptors are closed already (see `map_arena`).
+        """
         self.fd = -1
         self._pinned = False
         self._pinning = threading.Lock()  # a thread of the parent may have held the old one
@@ -93,10 +95,10 @@ class Arena:
 
 
 class ArenaPool:
-    """At most `count` arenas, which have at most `max_bytes` together (None: what the machine and its cgroup have
-    left).
+    """At most `count` arenas, with at most `max_bytes` together.
 
-    `added` and `dropped` are called with each arena that is made or dropped. They must not block.
+    If `max_bytes` is None, the limit is the memory that the machine and its cgroup have left. `added` and `dropped` are
+    called with each arena that is made or dropped. They must not block.
     """
 
     def __init__(
@@ -231,8 +233,10 @@ class ArenaPool:
 
 
 def available_memory() -> int:
-    """Return how many bytes can be allocated without swapping, on the machine and in every memory cgroup above this
-    process."""
+    """Return how many bytes can be allocated without swapping.
+
+    This respects the machine and every memory cgroup above this process.
+    """
     room = _meminfo_available()
     for limit, usage in _cgroup_limits():
         room = min(room, limit - usage)
@@ -248,8 +252,10 @@ def _meminfo_available() -> int:
 
 
 def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """Yield (limit, usage without reclaimable file cache) in bytes for the memory cgroups of this process, version 1
-    and 2."""
+    """Yield (limit, usage) in bytes for the memory cgroups of this process, version 1 and 2.
+
+    The usage does not count reclaimable file cache.
+    """
     try:
         with open("/proc/self/cgroup") as file:
             groups = [line.rstrip("\n").split(":", 2) for line in file]

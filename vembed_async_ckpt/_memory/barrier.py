@@ -80,8 +80,10 @@ class _StepBarrier:
             self.generation += 1
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return the recorded optimizers that still exist, except those whose step a CUDA graph replays without the
-        hook."""
+        """Return the recorded optimizers that still exist.
+
+        It leaves out an optimizer with a step that a CUDA graph replays, because the replay does not run the hook.
+        """
         with _signals.held(), self._lock:
             return [optimizer for optimizer in self.seen if optimizer not in self.captured]
 
@@ -153,8 +155,10 @@ class CopyPlan:
 
 
 class OverlapPolicy:
-    """Decides which tensors may be copied late: those that change only in the step of an optimizer recorded at the
-    barrier."""
+    """Decides which tensors may be copied late.
+
+    These are the tensors that change only in the step of an optimizer recorded at the barrier.
+    """
 
     def __init__(self) -> None:
         self._key: Any = None
@@ -205,8 +209,10 @@ class OverlapPolicy:
         return self._copy_plan
 
     def _still_divides(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether the tensors lie in memory as those for which the copy plan was made. Their dtypes and shapes
-        are the same."""
+        """Return whether the tensors lie in memory as those for which the copy plan was made.
+
+        Their dtypes and shapes are the same.
+        """
         if self._guard.holds(tensors):
             return True
         copy_plan = self._copy_plan

@@ -26,10 +26,10 @@ _relaxed = threading.local()
 
 
 def relax_captures(device: torch.device) -> None:
-    """Set this thread's capture mode to "relaxed", so that its CUDA calls do not disturb graphs that other threads
-    record.
+    """Set this thread's capture mode to "relaxed", once.
 
-    In torch's default mode these calls would invalidate such a graph.
+    Its CUDA calls then do not disturb graphs that other threads record. In torch's default mode they would invalidate
+    such a graph.
     """
     if device.type != "cuda" or getattr(_relaxed, "done", False):
         return
@@ -41,8 +41,10 @@ def relax_captures(device: torch.device) -> None:
 
 
 def _exchange_capture_mode() -> Callable[[Any], int] | None:
-    """Return `cudaThreadExchangeStreamCaptureMode` of the runtime that torch has loaded, or HIP's. torch itself does
-    not offer it."""
+    """Return `cudaThreadExchangeStreamCaptureMode` of the runtime that torch has loaded, or HIP's.
+
+    torch itself does not offer it.
+    """
     with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
         for path in {fields[5].rstrip() for fields in (line.split(maxsplit=5) for line in maps) if len(fields) == 6}:
             name = path.rpartition("/")[2]

@@ -1,5 +1,6 @@
-"""Copies from accelerators to an arena, on side streams that are ordered by events. There is no device-wide
-synchronization.
+"""Copies from accelerators to an arena, on side streams that are ordered by events.
+
+There is no device-wide synchronization.
 
 The copies of a save run after all work that the caller's streams had before the call, and before all work that they get
 after `hold_back`. The CPU waits only in `wait`. This works for every type of device whose torch module (`torch.cuda`,
@@ -67,8 +68,10 @@ def copy_async(destinations: list[torch.Tensor], sources: list[torch.Tensor]) ->
 
 
 class DeviceCopies:
-    """The copies of one save from all devices that hold its tensors. It keeps the source memory alive until `wait`
-    returns."""
+    """The copies of one save from all devices that hold its tensors.
+
+    It keeps the source memory alive until `wait` returns.
+    """
 
     def __init__(
         self,

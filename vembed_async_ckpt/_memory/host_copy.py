@@ -40,8 +40,10 @@ def is_small(tensor: torch.Tensor) -> bool:
 
 
 def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether tensors that were small may still be copied as bytes. Their dtypes and shapes must be
-    unchanged."""
+    """Return whether tensors that were small may still be copied as bytes.
+
+    Their dtypes and shapes must be unchanged.
+    """
     return (
         False not in map(_IS_CPU, tensors)
         and False not in map(torch.Tensor.is_contiguous, tensors)
@@ -75,8 +77,10 @@ class SmallPlaces:
 
 
 def groups(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Iterator[Group]:
-    """Yield a copy in parts of a few milliseconds each. Large contiguous tensors are split, small ones share a
-    group."""
+    """Yield a copy in parts of a few milliseconds each.
+
+    Large contiguous tensors are split, small ones share a group.
+    """
     to: list[torch.Tensor] = []
     of: list[torch.Tensor] = []
     size = 0

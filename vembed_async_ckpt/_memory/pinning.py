@@ -1,5 +1,7 @@
-"""Pins host memory for CUDA devices (and AMD devices, which torch also calls CUDA). Copies into it run asynchronously
-at full speed."""
+"""Pins host memory for CUDA devices (and AMD devices, which torch also calls CUDA).
+
+Copies into pinned memory run asynchronously at full speed.
+"""
 
 from __future__ import annotations
 

@@ -85,8 +85,10 @@ class DeferredCopy:
         return self._copy_plan.host_part(self._destinations), self._copy_plan.host_part(self.aliases)
 
     def moved(self) -> str | None:
-        """Return the name of a tensor whose storage was freed or resized since the call, or None. Its memory must not
-        be read."""
+        """Return the name of a tensor whose storage was freed or resized since the call, or None.
+
+        The memory of such a tensor must not be read.
+        """
         for name, before, now in zip(
             self.names, self._addresses, map(torch.Tensor.data_ptr, self.aliases), strict=True
         ):
@@ -102,8 +104,10 @@ class DeferredCopy:
         return None
 
     def check(self) -> str | None:
-        """Return the name of a tensor that changed between the call and the end of the copy, or None if no check shows
-        one."""
+        """Return the name of a tensor that changed between the call and the end of the copy, or None.
+
+        None is no proof: see the class.
+        """
         changed = self.changed_version()
         if changed is not None:
             return changed
@@ -142,8 +146,10 @@ class SharedCopy:
             raise self._error
 
     def help(self, threads: int) -> None:
-        """Start up to `threads` more threads for this copy, or as many as the process can have. They end with the
-        copy."""
+        """Start up to `threads` more threads for this copy, or as many as the process can have.
+
+        They end with the copy.
+        """
         for _ in range(threads if self._left else 0):
             try:
                 threading.Thread(target=self._copy, args=(copy_alone,), name="vembed-ckpt-copy", daemon=True).start()
@@ -174,8 +180,9 @@ class TornSnapshot(StageError):
 
 
 class Snapshot:
-    """One overlapped copy. The staging thread runs it; optimizers wait for it at the barrier until the last byte has
-    arrived.
+    """One overlapped copy.
+
+    The staging thread runs it; optimizers wait for it at the barrier until the last byte has arrived.
 
     `waited`: seconds for which it held up optimizer steps.
     `went_on`: when the last held-up step continued, as time.time().
@@ -215,8 +222,7 @@ class Snapshot:
             self._end()
 
     def _changed(self, late: DeferredCopy) -> str | None:
-        """Copy the tensors. Return the name of the first one that changed since `save()`, or None if no check shows
-        one."""
+        """Copy the tensors. Return the name of the first one that changed since `save()`, or None."""
         try:
             return late.moved() or self._copy(late)
         except StageError:
@@ -226,7 +232,7 @@ class Snapshot:
             return moved
 
     def _copy(self, late: DeferredCopy) -> str | None:
-        """Copy the tensors. Return the name of one that changed meanwhile, or None if no check shows one."""
+        """Copy the tensors. Return the name of one that changed meanwhile, or None."""
         if self._device is not None:
             self._device.issue(*late.device_part())
         self._host = SharedCopy(*late.host_part())
@@ -242,8 +248,10 @@ class Snapshot:
         return changed
 
     def abandon(self) -> None:
-        """Drop the snapshot of a save that failed before it was submitted: release the aliases, and let nobody wait for
-        it."""
+        """Drop the snapshot of a save that failed before it was submitted.
+
+        The aliases are released, and no optimizer waits for it.
+        """
         self._late = None
         self._end()
 

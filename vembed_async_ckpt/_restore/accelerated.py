@@ -15,8 +15,9 @@ def load_hooks(accelerator: Any) -> list[Callable[[list[Any], str], None]]:
 
 
 def models_to_load(accelerator: Any, saved: Mapping[str, Any], directory: str) -> dict[str, Any]:
-    """Call the load hooks as `accelerator.load_state` does. Return the models that the hooks leave, by their names in
-    `saved`.
+    """Call the load hooks as `accelerator.load_state` does.
+
+    Return the models that the hooks leave, by their names in `saved`.
 
     Raises `CheckpointError` for a model with no weights in the checkpoint that no hook takes.
     """
@@ -27,8 +28,10 @@ def models_to_load(accelerator: Any, saved: Mapping[str, Any], directory: str) -
 
 
 def by_name(models: Mapping[str, Any]) -> Any:
-    """Convert the result of `matched` to the form that `load` takes: a model saved without a name is given without a
-    mapping."""
+    """Convert the result of `matched` to the form that `load` takes.
+
+    A single model saved without a name is given without a mapping.
+    """
     return models[""] if list(models) == [""] else models
 
 

@@ -1,5 +1,4 @@
-"""Checks that a saved state belongs to the object into which it is loaded: by class if that is known, else by the
-keys."""
+"""Checks that a saved state belongs to the object into which it is loaded: by class if that is known, else by the keys."""
 
 from __future__ import annotations
 
@@ -33,8 +32,10 @@ def check_optimizer(directory: str, what: str, saved_class: str | None, state: A
 
 
 def check_scheduler(directory: str, what: str, saved_class: str | None, state: Any, scheduler: Any) -> None:
-    """Raise `CheckpointError` if `state` comes from another class of scheduler or has another number of parameter
-    groups."""
+    """Raise `CheckpointError` if `state` does not fit the scheduler.
+
+    It must come from the same class and have the same number of parameter groups.
+    """
     here = scheduler.state_dict()
     if not isinstance(state, Mapping) or not isinstance(here, Mapping):
         return
@@ -51,8 +52,7 @@ def check_scheduler(directory: str, what: str, saved_class: str | None, state: A
 
 
 def _check_nested(directory: str, what: str, state: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Compare the number of parameter groups, and check the schedulers inside a `SequentialLR` or
-    `ChainedScheduler`."""
+    """Compare the number of parameter groups, and check the schedulers inside a `SequentialLR` or `ChainedScheduler`."""
     for key in ("base_lrs", "_schedulers"):
         saved, live = state.get(key), here.get(key)
         if isinstance(saved, list) and isinstance(live, list) and len(saved) != len(live):

@@ -180,8 +180,10 @@ def _sources(
     live_groups: Sequence[Mapping[str, Any]],
     found: Sequence[SavedParameter],
 ) -> list[int | None]:
-    """Return the index of the saved group for each group here. Parameters keep the hyper-parameters with which they
-    were saved."""
+    """Return the index of the saved group for each group here.
+
+    Parameters keep the hyper-parameters with which they were saved.
+    """
     sources: list[int | None] = []
     rest = iter(found)
     for index, group in enumerate(live_groups):

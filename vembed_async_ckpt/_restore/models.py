@@ -129,8 +129,7 @@ class _Places:
         return torch.equal(one, other)
 
     def missing(self, left_out: Sequence[str]) -> list[str]:
-        """Return what belongs to the module's state and gets nothing, unless it was left out when the module was
-        saved."""
+        """Return what belongs to the module's state and gets nothing, unless it was left out when the module was saved."""
         ignored = set(getattr(self._module, "_keys_to_ignore_on_save", None) or ()).union(map(self._here, left_out))
         expected = {name for name, _ in self._shown.values()}
         held = {self._memory(name) for name in self._covered}
@@ -153,8 +152,10 @@ def live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _plan_computed(
     source: Tensors, described: Mapping[str, Any], name: str, module: torch.nn.Module, selection: Selection
 ) -> Callable[[], None]:
-    """Plan the restore of files whose values were computed by the save. The model's own loading code converts them
-    back."""
+    """Plan the restore of files whose values were computed by the save.
+
+    The model's own loading code converts them back.
+    """
     state: dict[str, Any]
     if not described["from_pretrained"]:
         state = dict(source.weights(described["files"]))
@@ -188,8 +189,10 @@ def _plan_computed(
 
 
 def _widest_dtype(module: torch.nn.Module) -> torch.dtype:
-    """Return a floating point dtype that holds every value of the module. `from_pretrained` casts all values to one
-    dtype."""
+    """Return a floating point dtype that holds every value of the module.
+
+    `from_pretrained` casts all values to one dtype.
+    """
     kinds = {tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()}
     if len(kinds) == 1:
         return kinds.pop()

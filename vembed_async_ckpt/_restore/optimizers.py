@@ -145,10 +145,10 @@ def _refuse_misfit(
     saved: SavedParameter,
     optimizer: Any,
 ) -> None:
-    """Raise `CheckpointError` for a state tensor that cannot belong to the parameter, if the parameter's saved shape is
-    not known.
+    """Raise `CheckpointError` for a state tensor that cannot belong to the parameter.
 
-    In torch's own optimizers such a tensor has the shape of its parameter, or is a number.
+    This is a check for parameters with unknown saved shape. In torch's own optimizers the tensor has the shape of its
+    parameter, or is a number.
     """
     if saved.shape is not None or not tensor.shape or field in ("row_var", "col_var"):
         return
@@ -173,8 +173,10 @@ def _strides(tensor: Saved, parameter: torch.Tensor, saved: SavedParameter) -> t
 
 
 def _home(optimizer: Any, parameter: torch.Tensor, field: str, *, steps_on_device: bool) -> torch.device:
-    """Return the device on which torch's `load_state_dict` keeps this state. Reading to it directly saves a second
-    copy."""
+    """Return the device on which torch's `load_state_dict` keeps this state.
+
+    Reading to it directly saves a second copy.
+    """
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict or parameter.is_meta:
         return torch.device("cpu")
     return torch.device("cpu") if field == "step" and not steps_on_device else parameter.device
@@ -275,8 +277,7 @@ def rewritable_state(models: Iterable[torch.nn.Module], optimizers: Iterable[Any
 
 
 def _held_by_the_state_alone(optimizer: Any) -> list[torch.Tensor]:
-    """Return the state tensors that no state_dict shares, whether it was taken from this optimizer or loaded into
-    it."""
+    """Return the state tensors that no state_dict shares, whether it was taken from this optimizer or loaded into it."""
     counted = _references(getattr(optimizer, "state", {}))
     (least,) = _references({0: {"": torch.empty(0, device="cpu")}}).values()
     return [value for value, count in counted.values() if count <= least[1]]

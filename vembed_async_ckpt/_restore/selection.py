@@ -36,8 +36,10 @@ class Selection:
         self._left: list[str] = []
 
     def excludes(self, name: str, *, model: str = "") -> bool:
-        """Return whether the parameter, buffer or object of this name stays as it is. `model`: name of the model it
-        belongs to."""
+        """Return whether the parameter, buffer or object of this name stays as it is.
+
+        `model`: name of the model it belongs to.
+        """
         spellings = {name, f"{model}.{name}" if model else name}
         matching = [pattern for pattern in self._patterns if any(_matches(each, pattern) for each in spellings)]
         self._used.update(matching)
@@ -53,8 +55,10 @@ class Selection:
             self._left.append(said)
 
     def attempt(self, plan: Callable[[], _T]) -> _T | None:
-        """Return what `plan` returns, or None if its object does not fit and `strict` is False. The object then stays
-        as it is."""
+        """Return what `plan` returns, or None if its object does not fit and `strict` is False.
+
+        The object then stays as it is.
+        """
         try:
             return plan()
         except CorruptCheckpoint:
@@ -66,10 +70,10 @@ class Selection:
             return None
 
     def tell(self, directory: str) -> None:
-        """Raise `CheckpointError` if nothing has a name in `exclude`. Warn about what was not loaded though it was not
-        excluded.
+        """Warn about what was not loaded though it was not excluded.
 
-        If `strict` is False, an unused name in `exclude` is part of the warning instead.
+        Raises `CheckpointError` if a name in `exclude` matches nothing. If `strict` is False, that is part of the
+        warning instead.
         """
         unused = [pattern for pattern in self._patterns if pattern not in self._used]
         if unused:

@@ -1,5 +1,7 @@
-"""Reads tensors from the files of a checkpoint into their places. All reads are planned first and then done
-together."""
+"""Reads tensors from the files of a checkpoint into their places.
+
+All reads are planned first and then done together.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,10 @@ class Tensors(Source):
         return self._saved(file, entry.dtype, entry.shape, entry.offset, entry.nbytes)
 
     def listed(self, file: str, key: str) -> Saved:
-        """Return a tensor of a file whose tensors are listed in the manifest. Raises `CorruptCheckpoint` if its entry
-        is unusable."""
+        """Return a tensor of a file whose tensors are listed in the manifest.
+
+        Raises `CorruptCheckpoint` if its entry is unusable.
+        """
         try:
             dtype, shape, offset, *rest = self.manifest.tensors[file][key]
             element = getattr(torch, dtype).itemsize if dtype not in BITS else BITS[dtype] / 8
@@ -127,8 +131,10 @@ class Tensors(Source):
                 self._fill_staged(staged)
 
     def _fill_staged(self, moves: Sequence[tuple[torch.Tensor, Saved]]) -> None:
-        """Read through host memory, which is pinned for a GPU. It takes at most `_STAGING_BYTES`, or the size of one
-        tensor."""
+        """Read through host memory, which is pinned for a GPU.
+
+        It takes at most `_STAGING_BYTES`, or the size of one tensor.
+        """
         pin = any(place.is_cuda for place, _ in moves)
         staging = torch.empty(
             min(sum(map(_room, moves)), _STAGING_BYTES), dtype=torch.uint8, device="cpu", pin_memory=pin

@@ -49,8 +49,10 @@ class Command:
 
 
 class FileSlot(TypedDict):
-    """One file of a job. `start` is its position in the plan, in bytes from the start of the arena (a multiple of
-    PAGE)."""
+    """One file of a job.
+
+    `start` is its position in the plan, in bytes from the start of the arena (a multiple of PAGE).
+    """
 
     name: str
     start: int
