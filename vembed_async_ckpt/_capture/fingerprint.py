@@ -103,8 +103,8 @@ _LOOK_AT_NOTHING_ELSE = ("torch", *_KNOWN)  # packages with methods that depend 
 def _settings_of(module: torch.nn.Module) -> Settings:
     """Record the data that `save_pretrained` of the module, or of a module inside it, writes.
 
-    That is the configs of models and PEFT's active adapters. If a `save_pretrained` is neither transformers' nor
-    PEFT's, it is also the attributes of all modules whose classes are not theirs either.
+    This data is the configs of models and PEFT's active adapters. A `save_pretrained` of another library may write
+    more. In that case record also the attributes of all modules with classes that are not from transformers or PEFT.
     """
     settings = Settings()
     foreign = False

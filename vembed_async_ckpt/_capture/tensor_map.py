@@ -66,11 +66,10 @@ def by_storage(live: Iterable[ModelTensor]) -> dict[int, list[ModelTensor]]:
 def resolve(
     name: str, tensor: torch.Tensor, by_storage: Mapping[int, list[ModelTensor]]
 ) -> tuple[ModelTensor, Part | None] | None:
-    """Find the live tensor whose memory `tensor` uses.
+    """Find the live tensor with the memory that `tensor` uses.
 
-    Return it with None if `tensor` is all of it, or with the strided part.
-
-    Returns None if `tensor` uses the memory of no live tensor.
+    Return it with None if `tensor` is all of it, or with the strided part that `tensor` is. Return None if `tensor`
+    uses the memory of no live tensor.
     """
     if has_no_storage(tensor) or tensor.is_conj() or tensor.is_neg():
         return None

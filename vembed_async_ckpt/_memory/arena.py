@@ -27,7 +27,7 @@ _PIN_TRIES = 3
 class Arena:
     """`size` bytes of shared memory.
 
-    `image`: the plan whose headers are in the memory now, with what was made for that plan.
+    `image`: the plan that is laid out in the memory now (`_engine.saving.Image`), or None.
     """
 
     def __init__(self, number: int, size: int) -> None:

@@ -209,9 +209,9 @@ class OverlapPolicy:
         return self._copy_plan
 
     def _still_divides(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether the tensors lie in memory as those for which the copy plan was made.
+        """Return whether the copy plan is still valid for these tensors.
 
-        Their dtypes and shapes are the same.
+        Their dtypes and shapes are the same as when it was made. This compares their devices, strides and flags.
         """
         if self._guard.holds(tensors):
             return True

@@ -129,7 +129,10 @@ class _Places:
         return torch.equal(one, other)
 
     def missing(self, left_out: Sequence[str]) -> list[str]:
-        """Return what belongs to the module's state and gets nothing, unless it was left out when the module was saved."""
+        """Return a message for each tensor of the module's state that gets nothing.
+
+        Tensors that were left out when the module was saved are not reported.
+        """
         ignored = set(getattr(self._module, "_keys_to_ignore_on_save", None) or ()).union(map(self._here, left_out))
         expected = {name for name, _ in self._shown.values()}
         held = {self._memory(name) for name in self._covered}
@@ -152,7 +155,7 @@ def live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _plan_computed(
     source: Tensors, described: Mapping[str, Any], name: str, module: torch.nn.Module, selection: Selection
 ) -> Callable[[], None]:
-    """Plan the restore of files whose values were computed by the save.
+    """Plan the restore of files with values that the save computed.
 
     The model's own loading code converts them back.
     """

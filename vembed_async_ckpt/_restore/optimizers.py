@@ -175,7 +175,7 @@ def _strides(tensor: Saved, parameter: torch.Tensor, saved: SavedParameter) -> t
 def _home(optimizer: Any, parameter: torch.Tensor, field: str, *, steps_on_device: bool) -> torch.device:
     """Return the device on which torch's `load_state_dict` keeps this state.
 
-    Reading to it directly saves a second copy.
+    Reading directly to this device avoids one more copy.
     """
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict or parameter.is_meta:
         return torch.device("cpu")

@@ -131,9 +131,9 @@ class Tensors(Source):
                 self._fill_staged(staged)
 
     def _fill_staged(self, moves: Sequence[tuple[torch.Tensor, Saved]]) -> None:
-        """Read through host memory, which is pinned for a GPU.
+        """Carry out moves through staging memory on the host, pinned if the places are on a GPU.
 
-        It takes at most `_STAGING_BYTES`, or the size of one tensor.
+        The memory takes at most `_STAGING_BYTES`, or the size of one tensor.
         """
         pin = any(place.is_cuda for place, _ in moves)
         staging = torch.empty(
