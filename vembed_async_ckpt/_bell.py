@@ -1,4 +1,7 @@
-"""A descriptor that one thread makes readable to wake another. It is a pipe, which every kernel and sandbox supports."""
+"""A descriptor that one thread makes readable to wake another.
+
+It is a pipe, which every kernel and sandbox supports.
+"""
 
 from __future__ import annotations
 

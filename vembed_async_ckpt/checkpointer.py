@@ -1,4 +1,7 @@
-"""`AsyncCheckpointer`, the object that the user holds. Its session does the work, and ends when the object is dropped."""
+"""`AsyncCheckpointer`, the object that the user holds.
+
+Its session does the work, and ends when the object is dropped.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ class AsyncCheckpointer:
     - `policy`: when `should_save()` returns True (`every(steps=500) | on_request()`, see `vembed_async_ckpt.policies`).
     - `latest_link`: keep a relative link `latest` in the root that points to the newest checkpoint. Something else of
       that name is left alone.
-    - `progress`: show the save that is being written in the last line, if standard error is a terminal.
+    - `progress`: show the save that is being written in the terminal's last line, if standard error is a terminal.
 
     Performance:
 
@@ -159,9 +162,9 @@ class AsyncCheckpointer:
         another process that leaves a tensor's last 8 bytes unchanged, and storage that is freed at the very moment it
         is read.
 
-        A signal handler may save, wait and close. Handlers run after the call, or where it waits. One exception: while
-        a state larger than its memory passes in parts, the handler gets `CheckpointerBusy` and the interrupted save
-        goes on.
+        A signal handler may save, wait and close. It runs after this call, or while the call waits. One exception:
+        while a state larger than its memory passes in parts, the handler gets `CheckpointerBusy` and the interrupted
+        save goes on.
 
         Raises `PlanError` for what cannot be saved, before anything is touched. Raises `CheckpointerBusy` with
         `when_busy="error"`, and `CheckpointerClosed`. Also raises the failure of an earlier save once (see `on_error`):

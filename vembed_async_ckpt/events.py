@@ -86,7 +86,10 @@ class Reporter:
         self.call(lambda: self._deliver(event))
 
     def call(self, callback: Callable[[], None]) -> None:
-        """Queue a callback behind the events already queued. After `close` it runs at once. Its exceptions are logged."""
+        """Queue a callback behind the events already queued.
+
+        After `close` it runs at once. Its exceptions are logged.
+        """
         with _signals.held(), self._ending:
             if not self._ended:
                 self._queue.put(callback)

@@ -1,4 +1,7 @@
-"""The handle that `save()` returns. It tells the state and the outcome of a save, and can wait for it with a deadline."""
+"""The handle that `save()` returns.
+
+It tells the state and the outcome of a save, and can wait for it with a deadline.
+"""
 
 from __future__ import annotations
 

@@ -166,7 +166,10 @@ def _look_again(root: str, verify: Verify, retries: int) -> Path | None:
 
 
 def _has_changed(entry: Entry) -> bool:
-    """Return whether the entry's path now holds another checkpoint or none. Also True if it changed during this call."""
+    """Return whether the entry's path now holds another checkpoint or none.
+
+    Also True if it changed during this call.
+    """
     before = _identity(entry.path)
     found = _read(entry.path).manifest
     return before is None or found != entry.manifest or _identity(entry.path) != before

@@ -70,7 +70,10 @@ class IOThreads:
 
 
 class _Batch:
-    """Calls that are waited for together. The first error is kept; after it, no further call of the batch is started."""
+    """Calls that are waited for together.
+
+    The first error is kept; after it, no further call of the batch is started.
+    """
 
     def __init__(self, threads: IOThreads) -> None:
         self._threads = threads
@@ -125,7 +128,10 @@ class _Crc:
         self._due: list[tuple[int, bytes]] = []  # heap of (position, value) still to be filled in
 
     def pass_by(self, data: memoryview, begin: int) -> None:
-        """Update the sums with `data`, the file's bytes from `begin` on. Fill in the sums whose position is in `data`."""
+        """Update the sums with `data`, the file's bytes from `begin` on.
+
+        Fill in the sums whose position is in `data`.
+        """
         end = begin + len(data)
         while self._next < len(self._records):
             record = self._records[self._next]

@@ -3,8 +3,8 @@
 Each method documents what it guarantees. Nothing here makes decisions. Errors are `OSError` with errno and path.
 
 Two kinds of calls do not go through it. The trainer makes the root, its work directory and the lock file in it before a
-writer exists (`make_directories_durable`, `RootLock`). And files on which no checkpoint depends are written directly: the
-log of failures (`ORPHAN_LOG`) and scratch files.
+writer exists (`make_directories_durable`, `RootLock`). And files on which no checkpoint depends are written directly:
+the log of failures (`ORPHAN_LOG`) and scratch files.
 """
 
 from __future__ import annotations
@@ -274,7 +274,10 @@ def make_directories_durable(path: str) -> None:
 
 
 def walk_files(directory: str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield every entry below `directory` that is not a directory, as (relative name, entry). Links are not followed."""
+    """Yield every entry below `directory` that is not a directory, as (relative name, entry).
+
+    Links are not followed.
+    """
     with os.scandir(directory) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:

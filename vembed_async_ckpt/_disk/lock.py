@@ -32,7 +32,10 @@ _REMOVALS = 100  # times that a lock file may vanish while it is being taken
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process id with its start time in clock ticks since boot (proc(5), stat field 22). So a reused id is noticed."""
+    """A process id with its start time in clock ticks since boot (proc(5), stat field 22).
+
+    So a reused id is noticed.
+    """
 
     pid: int
     start: int
@@ -216,7 +219,7 @@ class RootLock:
         self.close()
 
     def clear(self) -> None:
-        """Remove the lock file and the work directory, if nothing else is in it and this lock is still the valid one."""
+        """Remove the lock file and the work directory, if nothing else is in it and this lock is still valid."""
         if not self.is_held():
             return
         replaced = os.path.join(self.work, names.REPLACED)
@@ -250,7 +253,10 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _take(root: str, work: str, patience: float) -> int:
-    """Lock the file in `work` and return its descriptor. Makes `work` if it is missing. Raises as `RootLock.acquire`."""
+    """Lock the file in `work` and return its descriptor.
+
+    Makes `work` if it is missing. Raises as `RootLock.acquire`.
+    """
     path = os.path.join(work, names.LOCK)
     for _ in range(_REMOVALS):
         if not os.path.isdir(work):

@@ -21,7 +21,10 @@ _MOMENT = 0.05
 
 
 class Gone(CheckpointError):
-    """A checkpoint was deleted, by retention or by another program, or it was replaced again and again while it was read."""
+    """A checkpoint was deleted or was replaced again and again while it was read.
+
+    Retention or another program may have deleted it.
+    """
 
 
 @contextlib.contextmanager

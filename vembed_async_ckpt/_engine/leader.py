@@ -124,7 +124,7 @@ class Leader:
     ) -> SaveHandle:
         try:
             request = self._reader.read(directory, step, objects)
-        except WriteError as error:  # no disk has room to prepare files
+        except WriteError as error:  # no disk has room for the temporary files
             if self._options.on_error == "raise" or _signals.from_handler(error):
                 raise
             handle = SaveHandle(step, Path(self._options.root) / directory, self._reporter.call)

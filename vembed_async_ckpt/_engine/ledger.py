@@ -1,4 +1,7 @@
-"""Keeps the record of the saves: which are in flight, how many ended in which way, and which failures nobody has read."""
+"""Keeps the record of the saves.
+
+It knows which saves are in flight, how many ended in which way, and which failures nobody has read.
+"""
 
 from __future__ import annotations
 

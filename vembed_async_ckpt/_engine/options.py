@@ -39,7 +39,10 @@ class Options:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        """Check every option. Raises TypeError or ValueError that names the option, its value and the allowed values."""
+        """Check every option.
+
+        Raises TypeError or ValueError that names the option, its value and the allowed values.
+        """
         for name, allowed in (
             ("when_busy", WhenBusy),
             ("on_error", OnError),
@@ -88,7 +91,10 @@ MIN_HOST_BYTES = 16 << 20  # the smallest arena through which a large state can 
 
 
 def root_path(root: Any) -> str:
-    """Return the root as an absolute path without symbolic links. Raises TypeError or ValueError if `root` is not a path."""
+    """Return the root as an absolute path without symbolic links.
+
+    Raises TypeError or ValueError if `root` is not a path.
+    """
     if not isinstance(root, str | bytes | os.PathLike):
         raise TypeError(f"root is {root!r}; use the path of a directory")
     path = os.fsdecode(root)

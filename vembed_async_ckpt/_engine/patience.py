@@ -1,4 +1,7 @@
-"""How long the ranks of a job wait for each other, in seconds. The values are read at each use, so tests can set them."""
+"""How long the ranks of a job wait for each other, in seconds.
+
+The values are read at each use, so tests can set them.
+"""
 
 POLL = 0.05  # between two looks into the store while something is awaited
 BEAT = 2.0  # between two signs of life
@@ -7,5 +10,6 @@ SILENCE = 60.0  # a rank without a sign of life for this long is given up
 HOLD = 10.0
 FIRST_HOLD = 1.0  # the same for a rank without a checkpointer for this root: it may be about to make one
 LATE = 10.0  # a call that comes this long after a save went on without its rank still belongs to that save
-STEP_HOLD = 0.25  # the same as HOLD once an optimizer has stepped: ranks that train together have passed the call
+# replaces FIRST_HOLD once an optimizer has stepped since the call: ranks that train together have passed it too
+STEP_HOLD = 0.25
 PATIENCE = 600.0  # the other ranks wait this long for the first rank to call save(): it may be evaluating

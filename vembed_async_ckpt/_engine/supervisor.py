@@ -41,7 +41,10 @@ _PROBE = 0  # number of the arena that tests whether a writer works; the arenas 
 
 
 class Job(Protocol):
-    """A save, as far as the supervisor sees it. The methods are called on the supervisor's thread and must not block."""
+    """A save, as far as the supervisor sees it.
+
+    The methods are called on the supervisor's thread and must not block.
+    """
 
     serial: int
     arena: Arena
@@ -408,7 +411,10 @@ class Supervisor:
         return epitaph
 
     def _bury(self, error: WriteError, *, again: bool) -> None:
-        """A writer has ended. With `again`, each job decides whether another writer gets it; otherwise all jobs fail."""
+        """A writer has ended.
+
+        With `again`, each job decides whether another writer gets it; otherwise all jobs fail.
+        """
         for serial, job in list(self._jobs.items()):
             if not again:
                 job.failed(error)

@@ -59,7 +59,10 @@ class Server:
     """Serves one root over one socket until the trainer is gone and every accepted job has ended."""
 
     def __init__(self, sock: socket.socket, lock: RootLock, fs: Filesystem, trainer: Trainer | None) -> None:
-        """`lock`: this writer's share of the root's lock. `trainer`: None for a writer thread in the trainer's process."""
+        """`lock`: this writer's share of the root's lock.
+
+        `trainer`: None for a writer thread in the trainer's process.
+        """
         self._sock = sock
         self._lock = lock
         self._taken: Taken | None = None  # another process has taken the root
@@ -185,7 +188,10 @@ class Server:
             self._send(event="warning", serial=pending.serial, message=_said(error))
 
     def _move_latest_link(self, pending: _Pending) -> None:
-        """Point the link `latest` to the new checkpoint. An error is only a warning: the checkpoint is durable already."""
+        """Point the link `latest` to the new checkpoint.
+
+        An error is only a warning: the checkpoint is durable already.
+        """
         job = pending.job
         try:
             said = latest_link.point(self._fs, self._root, job["name"], job["save_id"])

@@ -89,7 +89,10 @@ def _policy(keep_last: int | None, keep_every: int | None, keep_best: str | None
 
 
 def _metric(text: str) -> tuple[Mode, str]:
-    """Return (mode, metric) of the text of `--keep-best`. If the name of a metric has a colon, the mode must be given."""
+    """Return (mode, metric) of the text of `--keep-best`.
+
+    If the name of a metric has a colon, the mode must be given.
+    """
     mode, colon, metric = text.partition(":")
     if not colon:
         mode, metric = "min", text

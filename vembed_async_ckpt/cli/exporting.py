@@ -116,7 +116,10 @@ def _write(path: str, content: bytes) -> None:
 
 
 def _convert(source: str, copy: str, tensors: list[StoredTensor], dtype: str) -> None:
-    """Write a weights file with another dtype, one tensor at a time. Tensors that are not in `_CAST` keep their dtype."""
+    """Write a weights file with another dtype, one tensor at a time.
+
+    Tensors that are not in `_CAST` keep their dtype.
+    """
     import torch
 
     from .._capture.dtypes import TO_TORCH

@@ -26,7 +26,7 @@ def demo(
         typer.Option(min=1, help="Kill this process with SIGKILL while the checkpoint of that step is written."),
     ] = None,
 ) -> None:
-    """Train a text embedder on the standard library's docstrings, save it in the background, and show what that cost."""
+    """Train a text embedder on the standard library's docstrings, save it in the background, show what that cost."""
     try:
         demos.run(out, steps=steps, save_every=save_every, size=size, resume=resume, crash_at=crash_at)
     except demos.Refused as error:

@@ -59,7 +59,10 @@ def open_at(root: str) -> AsyncCheckpointer | None:
 
 
 def wait_for_all(root: str) -> None:
-    """Wait until no save to `root` is in flight, from any checkpointer of this process. Failures stay on their handles."""
+    """Wait until no save to `root` is in flight, from any checkpointer of this process.
+
+    Failures stay on their handles.
+    """
     for session in open_sessions():
         if session.options.root == root:
             session.wait(EXIT_DEADLINE)

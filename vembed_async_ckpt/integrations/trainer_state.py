@@ -1,4 +1,7 @@
-"""Writes trainer_state.json, byte for byte as `TrainerState.save_to_json` does, and picks the metrics for the manifest."""
+"""Renders trainer_state.json, byte for byte as `TrainerState.save_to_json` writes it.
+
+Also picks the metrics for the manifest.
+"""
 
 from __future__ import annotations
 

@@ -499,7 +499,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
 
 
 def _check(options: Any) -> None:
-    """Raise TypeError or ValueError that names an unknown option of `AsyncCheckpointer`, or one with an invalid value."""
+    """Raise TypeError or ValueError that names an unknown option of `AsyncCheckpointer` or an invalid value."""
     if not isinstance(options, Mapping):
         raise TypeError(f"async_checkpoint_options is {options!r}; use a mapping of AsyncCheckpointer's options")
     known = {name: value.default for name, value in inspect.signature(AsyncCheckpointer).parameters.items()}
