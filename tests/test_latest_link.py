@@ -15,7 +15,7 @@ import torch
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, KeepLast, checkpoints, delete, latest, load, verify
 from vembed_async_ckpt._disk import deletion as removal
-from vembed_async_ckpt._disk import link_update as latest_link
+from vembed_async_ckpt._disk import link_update
 from vembed_async_ckpt._disk.filesystem import LocalFilesystem
 from vembed_async_ckpt._format import names
 
@@ -108,7 +108,7 @@ def test_what_comes_in_between_is_not_touched_either(root: Path, there: bool):
     if there:
         (root / "latest").unlink()
         (root / "latest").symlink_to("checkpoint-1")
-    assert "left alone" in latest_link.point(Meddler(root), str(root), "checkpoint-2", ID)
+    assert "left alone" in link_update.point(Meddler(root), str(root), "checkpoint-2", ID)
     assert (root / "latest").read_text() == "mine"
     assert not (root / names.WORK).exists() or os.listdir(root / names.WORK) in ([], [names.LOCK])
 
@@ -127,7 +127,7 @@ def test_where_names_cannot_be_exchanged_it_is_renamed_over(root: Path):
     save(root, 1, 2)
     os.makedirs(root / names.WORK, exist_ok=True)
     for name in ("checkpoint-1", "checkpoint-2"):
-        assert latest_link.point(Old(), str(root), name, ID) == ""
+        assert link_update.point(Old(), str(root), name, ID) == ""
         assert os.readlink(root / "latest") == name
 
 
@@ -154,7 +154,7 @@ def test_a_link_in_the_making_is_swept(root: Path):
     removal.sweep(LocalFilesystem(), str(root))
     assert not os.path.lexists(names.new_link(str(root), ID))
     os.symlink("checkpoint-1", names.new_link(str(root), ID))
-    assert latest_link.point(LocalFilesystem(), str(root), "checkpoint-1", ID) == ""
+    assert link_update.point(LocalFilesystem(), str(root), "checkpoint-1", ID) == ""
     assert os.readlink(root / "latest") == "checkpoint-1"
 
 
@@ -214,7 +214,7 @@ def test_the_link_moves_in_one_step(root: Path):
             return super().__getattribute__(name)
 
     for number in range(4):
-        assert latest_link.point(Looker(), str(root), f"checkpoint-{1 + number % 2}", ID) == ""
+        assert link_update.point(Looker(), str(root), f"checkpoint-{1 + number % 2}", ID) == ""
     assert seen == {"", "checkpoint-1", "checkpoint-2"}
 
 

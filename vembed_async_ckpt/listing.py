@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ._disk import catalog
+from ._disk import catalog, link_update
 from ._disk import deletion as removal
-from ._disk import link_update as latest_link
 from ._disk.filesystem import LocalFilesystem
 from ._disk.lock import RootLock
 from ._disk.reader import manifest_of
@@ -87,7 +86,7 @@ def delete(path: str | os.PathLike[str]) -> None:
         lock.refuse_if_lost()
         removal.discard(LocalFilesystem(), root, name, save_id)
         left = [entry for entry in catalog.scan(root) if entry.manifest is not None]
-        latest_link.heal(LocalFilesystem(), root, os.path.basename(left[-1].path) if left else None, save_id)
+        link_update.heal(LocalFilesystem(), root, os.path.basename(left[-1].path) if left else None, save_id)
     finally:
         lock.release()
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from .._disk import commit as commits
 from .._disk import deletion as removal
-from .._disk import link_update as latest_link
+from .._disk import link_update
 from .._disk.catalog import Committed, interrupted
 from .._disk.direct_io import CHUNK, STEP, FileWriter, IOThreads, sync_all, write_range
 from .._disk.filesystem import Filesystem, parent_of
@@ -194,7 +194,7 @@ class Server:
         """
         job = pending.job
         try:
-            said = latest_link.point(self._fs, self._root, job["name"], job["save_id"])
+            said = link_update.point(self._fs, self._root, job["name"], job["save_id"])
         except OSError as error:
             said = f"{os.path.join(self._root, names.LATEST)} could not be moved: {error.strerror}"
         if said and said not in self._said:
