@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,105 @@ def test_nothing_to_save_is_refused(root: Path) -> None:
     with AsyncCheckpointer(root, writer="thread") as checkpointer, said:
         checkpointer.save(9)
     assert list(root.iterdir()) == []
+
+
+def wrong_kinds() -> dict[str, tuple[dict[str, Any], str]]:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    scaler = torch.amp.GradScaler("cpu")
+    return {
+        "state_dict as model": ({"model": model.state_dict()}, "model: a state_dict is given; pass the object itself"),
+        "named state_dict": ({"model": {"a": model.state_dict()}}, "model: a state_dict is given"),
+        "optimizer's": ({"model": model, "optimizer": optimizer.state_dict()}, "optimizer: a state_dict is given"),
+        "scheduler's": ({"model": model, "scheduler": scheduler.state_dict()}, "scheduler: a state_dict is given"),
+        "optimizer as model": ({"model": optimizer}, "model: got the optimizer torch.optim.adamw.AdamW; pass it as optimizer="),
+        "model as optimizer": ({"optimizer": model}, "optimizer: got the model torch.nn.modules.linear.Linear"),
+        "among others": ({"optimizer": {"a": optimizer, "b": model}}, "optimizer: got the model"),
+        "scheduler as optimizer": ({"optimizer": scheduler}, "optimizer: got the scheduler"),
+        "optimizer as scheduler": ({"scheduler": optimizer}, "scheduler: got the optimizer"),
+        "model as scheduler": ({"scheduler": model}, "scheduler: got the model"),
+        "scaler as scheduler": ({"scheduler": scaler}, "scheduler: got the scaler"),
+        "optimizer as scaler": ({"scaler": optimizer}, "scaler: got the optimizer"),
+        "optimizer as dataloader": ({"dataloader": optimizer}, "dataloader: got the optimizer"),
+        "a list": ({"model": [model, model]}, "model: a list is given; use a mapping of names to objects"),
+        "no module": ({"model": 3}, "model: a builtins.int is not a torch.nn.Module"),
+        "a generator": ({"optimizer": model.parameters()}, "optimizer: a builtins.generator has no state_dict()"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", wrong_kinds())
+def test_objects_under_the_wrong_name_are_refused(root: Path, what: str) -> None:
+    """By what they are, with the name that is theirs, before anything is written."""
+    given, said = wrong_kinds()[what]
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        with pytest.raises(PlanError) as refused:
+            checkpointer.save(1, **given)
+        assert str(refused.value).startswith(said)
+    assert list(root.iterdir()) == []
+
+
+def net(width: int) -> torch.nn.Linear:
+    return torch.nn.Linear(width, width)
+
+
+def adam(*models: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.optim.Optimizer:
+    """One that steps these models, or copies of their weights in a `dtype`."""
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    if dtype is not None:
+        parameters = [torch.nn.Parameter(parameter.detach().to(dtype)) for parameter in parameters]
+    return torch.optim.AdamW(parameters)
+
+
+def test_an_optimizer_of_another_model_is_refused(root: Path) -> None:
+    """Nothing that it trains would be in the checkpoint. What was mended is saved."""
+    one, other = net(2), net(3)
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        checkpointer.prewarm(model=one, optimizer=adam(other))
+        for optimizer in (adam(other), {"a": adam(other), "b": adam(net(2))}):
+            for _ in range(2):
+                with pytest.raises(PlanError, match=r"optimizer.*: its parameters belong to another model"):
+                    checkpointer.save(1, model=one, optimizer=optimizer)
+        assert list(root.glob("checkpoint-*")) == []
+        checkpointer.save(1, model=other, optimizer=adam(other)).result(60)
+
+
+def test_optimizers_whose_parameters_are_elsewhere_on_purpose(root: Path) -> None:
+    """Saved, with one warning: nobody but the user knows."""
+    model, other = net(2), net(3)
+    flat = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(sum(p.numel() for p in model.parameters())))])
+    latent = torch.nn.Parameter(torch.zeros(7, 7))
+    cases: dict[str, dict[str, Any]] = {
+        "an average of the weights": {"model": net(2), "optimizer": adam(model)},
+        "master copies": {"model": net(2).bfloat16(), "optimizer": adam(net(2), dtype=torch.float32)},
+        "master copies laid flat": {"model": model, "optimizer": flat},
+        "no discriminator": {"model": model, "optimizer": {"g": adam(model), "d": adam(other)}},
+        "in extra": {"model": model, "optimizer": torch.optim.AdamW([latent]), "extra": {"latent": latent}},
+    }
+    for what, given in cases.items():
+        with AsyncCheckpointer(root, writer="thread") as checkpointer, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                checkpointer.save(1, **given).result(60)
+        assert len([w for w in said if "none of its parameters belongs" in str(w.message)]) == 1, what
+
+
+def test_optimizers_that_belong_to_the_models(root: Path) -> None:
+    """Nothing is said where a part of them does, whatever is around it, frozen or shared."""
+    model, other = torch.nn.Sequential(net(2), net(3)), net(3)
+    model[0].requires_grad_(False)
+    cases: list[dict[str, Any]] = [
+        {"model": model, "optimizer": adam(model[1])},
+        {"model": model[0], "optimizer": adam(model)},
+        {"model": torch.compile(model), "optimizer": adam(model)},
+        {"model": torch.nn.DataParallel(model), "optimizer": adam(model)},
+        {"model": {"a": model, "b": other}, "optimizer": {"x": adam(other), "y": adam(model)}},
+        {"optimizer": adam(model)},
+    ]
+    with AsyncCheckpointer(root, writer="thread") as checkpointer, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given in cases:
+            checkpointer.save(1, **given).result(60)
 
 
 @dataclasses.dataclass

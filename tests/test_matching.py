@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,7 @@ def test_a_scaler_that_was_disabled_is_refused(root: Path):
 
 def test_a_scheduler_is_no_scaler(root: Path):
     """Of another kind altogether."""
-    path = save(root, scaler=schedulers.StepLR(AdamW(net().parameters()), 2))
+    state_dict = schedulers.StepLR(AdamW(net().parameters()), 2).state_dict
+    path = save(root, scaler=types.SimpleNamespace(state_dict=state_dict))
     with pytest.raises(CheckpointError, match=r"scaler was saved from another kind .*only saved: _get_lr_called"):
         load(path, scaler=torch.amp.GradScaler("cpu"))

@@ -18,7 +18,7 @@ from .._format.plan import Content
 from ..errors import PlanError, warn
 from . import accelerator as accelerators
 from . import config as configs
-from . import training_state
+from . import mistakes, training_state
 from .dialect import Accelerate, Dialect
 from .model import ModelReader, ModelState
 from .model import unwrap as unwrap_model
@@ -141,6 +141,7 @@ class RequestReader:
         self._optimizers: dict[tuple[str, str], OptimizerReader] = {}
         self._registered: dict[str, RegisteredReader] = {}
         self._names = Names()
+        self._strange = mistakes.StrangeOptimizers()
         self._processor = ProcessorFiles()
 
     def read(self, directory: str, step: int | None, objects: Objects) -> Request:
@@ -155,6 +156,8 @@ class RequestReader:
     def _read(self, directory: str, step: int | None, objects: Objects) -> Request:
         if step is not None and (type(step) is not int or step < 0):
             raise PlanError(f"step is {step!r}; use a whole number of at least 0")
+        given = {key: getattr(objects, key) for key in ("model", "optimizer", "scheduler", "scaler", "dataloader")}
+        mistakes.refuse_wrong_kinds(given)
         files = objects.further_files()
         models = {name: self._read_model(name, value) for name, value in named("model", objects.model).items()}
         whole = named("model", objects.whole_models())
@@ -164,8 +167,10 @@ class RequestReader:
         }
         if objects.tensors is not None:
             plain[""] = self._read_state_dict(0, StateDict(objects.tensors))
-        given = named("model", objects.model) or whole
-        modules = [(name, unwrap_model(value)) for name, value in given.items() if isinstance(value, torch.nn.Module)]
+        of_optimizers = named("model", objects.model) or whole
+        modules = [
+            (name, unwrap_model(value)) for name, value in of_optimizers.items() if isinstance(value, torch.nn.Module)
+        ]
         self._names.update(modules, [(models or plain)[name].names for name, _ in modules])
         optimizers = {
             name: self._read_optimizer(name, objects.dialect.optimizer(index), value)
@@ -175,6 +180,9 @@ class RequestReader:
         registered = {}
         for index, value in enumerate(getattr(objects.accelerator, "_custom_objects", ())):
             registered[names.custom_checkpoint(index)] = self._read_registered(index, value, files)
+        if directory and modules and len(modules) == len(of_optimizers):
+            alone = objects.extra is None and not registered
+            self._strange.check([module for _, module in modules], optimizers, alone=alone)
         zipped = [*optimizers.values(), *filter(None, registered.values())]
         world_size = self._world_size if objects.of_every_rank else 1
         state = training_state.capture(
