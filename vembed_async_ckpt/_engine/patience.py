@@ -9,6 +9,8 @@ SILENCE = 60.0  # a rank without a sign of life for this long is given up
 # a save is held this long, in the background, for a rank that has a checkpointer and did not call save()
 HOLD = 10.0
 FIRST_HOLD = 1.0  # the same for a rank without a checkpointer for this root: it may be about to make one
+# the same for a rank that was missed before: it may call this time, at about the same moment
+AGAIN_HOLD = 0.25
 LATE = 10.0  # a call that comes this long after a save went on without its rank still belongs to that save
 # replaces FIRST_HOLD once an optimizer has stepped since the call: ranks that train together have passed it too
 STEP_HOLD = 0.25

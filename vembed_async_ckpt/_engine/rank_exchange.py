@@ -279,12 +279,17 @@ class _Gather:
     def _hold(self, rank: int) -> float:
         """Return for how many seconds the save is held for `rank`."""
         ranks = self._exchanges.ranks
-        if not self._exchanges.is_expected(rank) or (ranks.silence(rank) or 0.0) > patience.SILENCE:
+        if (ranks.silence(rank) or 0.0) > patience.SILENCE:
             return 0.0
         stepped = STEP_BARRIER.steps > self._exchange.steps
+        expected = self._exchanges.is_expected(rank)
         if ranks.here(rank) is None:
+            if not expected:
+                return 0.0
             return patience.STEP_HOLD if stepped else patience.FIRST_HOLD
-        return 0.0 if stepped and self.hurried else patience.HOLD
+        if stepped and self.hurried:
+            return 0.0
+        return patience.HOLD if expected else patience.AGAIN_HOLD
 
     def _go_on(self) -> None:
         self._exchange.gathered = True
