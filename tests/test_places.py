@@ -64,6 +64,7 @@ PATHS = {
     "a file": "is a file; a checkpoint is a directory",
     "root": "is no checkpoint, but a directory that holds some",
     "theirs/checkpoint-5": "was written by transformers' Trainer, not by vembed_async_ckpt",
+    "project": "is no checkpoint, and holds none",
 }
 READERS: dict[str, Callable[[Path], Any]] = {
     "load": lambda path: load(path, model=MODEL),
@@ -78,6 +79,7 @@ def around(saved: Path, tmp_path: Path) -> Path:
     saved.rename(tmp_path / "root")
     (tmp_path / "a file").write_text("notes")
     trainers(tmp_path / "theirs" / "checkpoint-5")
+    (tmp_path / "project" / "runs").mkdir(parents=True)
     return tmp_path
 
 

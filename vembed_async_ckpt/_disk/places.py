@@ -33,6 +33,8 @@ def no_checkpoint(directory: str) -> str:
         return f"{directory}: is no checkpoint, but a directory that holds some ({held}); use latest(), or name one of them"
     if writer := other_program(directory):
         return f"{directory}: was written by {writer}, not by vembed_async_ckpt: it has no {names.MANIFEST}"
+    if _is_unrelated(directory):
+        return f"{directory}: is no checkpoint, and holds none"
     return ""
 
 
@@ -72,6 +74,12 @@ def _held_by(directory: str) -> str:
     """Return up to three names of our checkpoints in `directory`, as text. Empty if there is none."""
     found = [name for name in _list(directory) if os.path.lexists(os.path.join(directory, name, names.MANIFEST))]
     return ", ".join(sorted(found)[:3]) + (", ..." if len(found) > 3 else "")
+
+
+def _is_unrelated(directory: str) -> bool:
+    """Whether neither its name nor anything in it is that of a checkpoint. An empty directory may be what is left of one."""
+    named = names.parse_checkpoint(os.path.basename(os.path.abspath(directory))) is not None
+    return not named and bool(_list(directory)) and not _has_our_files(directory)
 
 
 def _has_our_files(directory: str) -> bool:
