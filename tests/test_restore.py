@@ -114,6 +114,25 @@ def test_everything_comes_back_in_place(saved: tuple[Path, dict[str, Any]]):
     assert extra == {"list": [1, 2.5, None, float("inf")], "tuple": (b"x", {1: "one"}), "$odd": True}
 
 
+def test_another_generator_of_numpy_goes_on(root: Path):
+    """One set with `set_bit_generator` goes on where it was; a process with another kind keeps its own, and is told so."""
+    before = np.random.get_bit_generator()
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters())
+    try:
+        np.random.set_bit_generator(np.random.SFC64(3))
+        with AsyncCheckpointer(root, writer="thread") as checkpointer:
+            path = checkpointer.save(1, optimizer=optimizer).result(30).path
+        expected = np.random.rand(3).tolist()
+        np.random.set_bit_generator(np.random.SFC64(5))
+        load(path, optimizer=optimizer)
+        assert np.random.rand(3).tolist() == expected
+        np.random.set_bit_generator(np.random.PCG64(7))
+        with pytest.warns(UserWarning, match="was saved as a SFC64, this process has a PCG64"):
+            load(path, optimizer=optimizer)
+    finally:
+        np.random.set_bit_generator(before)
+
+
 @pytest.mark.parametrize("part", ["model", "optimizer", "scheduler", "scaler", "dataloader"])
 def test_one_part_alone_leaves_the_others_as_they_are(saved: tuple[Path, dict[str, Any]], part: str):
     """Only what is given is changed; the generators are set with everything but a model alone."""

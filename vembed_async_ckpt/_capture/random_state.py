@@ -26,12 +26,10 @@ def capture(put: tree.Put) -> dict[str, Any]:
 
     The states for a type of device are under its name, one for each device.
     """
-    kind, keys, *rest = np.random.get_state()
-    put("rng.numpy", torch.from_numpy(keys))
     put("rng.torch", torch.get_rng_state())
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (kind, tree.Ref("rng.numpy", numpy=True), *rest),
+        "numpy": _of_numpy(put),
         "torch": tree.Ref("rng.torch"),
     }
     device = torch.accelerator.current_accelerator()
@@ -41,6 +39,15 @@ def capture(put: tree.Put) -> dict[str, Any]:
         for ref, value in zip(state[device.type], values, strict=True):
             put(ref.name, value)
     return state
+
+
+def _of_numpy(put: tree.Put) -> Any:
+    state = np.random.get_state(legacy=False)
+    if state["bit_generator"] != "MT19937":  # another one, set with `np.random.set_bit_generator`
+        return tree.capture(state, "rng.numpy", put)
+    kind, keys, *rest = np.random.get_state()
+    put("rng.numpy", torch.from_numpy(keys))
+    return (kind, tree.Ref("rng.numpy", numpy=True), *rest)
 
 
 def of_devices(state: dict[str, Any]) -> dict[str, Any]:
@@ -69,9 +76,9 @@ def _states(kind: str) -> Sequence[torch.Tensor]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Set every generator in the decoded `state` that this process has too. Warns if the number of devices differs."""
+    """Set every generator in the decoded `state` that this process has too. Warns of those that differ."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    _set_numpy(state["numpy"])
     torch.set_rng_state(state["torch"])
     for kind, states in of_devices(state).items():
         module = getattr(torch, kind, None)
@@ -85,3 +92,16 @@ def restore(state: dict[str, Any]) -> None:
                 f"{min(here, len(states))} were restored; on others it draws other numbers than the run that was saved",
                 stacklevel=4,
             )
+
+
+def _set_numpy(state: Any) -> None:
+    saved = state["bit_generator"] if isinstance(state, dict) else state[0]
+    here = np.random.get_state(legacy=False)["bit_generator"]
+    if saved == here:
+        np.random.set_state(state)
+        return
+    warnings.warn(
+        f"numpy's random generator was saved as a {saved}, this process has a {here}: it was not restored; call "
+        f"np.random.set_bit_generator(np.random.{saved}()) before load()",
+        stacklevel=5,
+    )
