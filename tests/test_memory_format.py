@@ -54,7 +54,8 @@ class Holder(torch.optim.SGD):
     def __init__(self, state: dict[str, torch.Tensor]) -> None:
         self.parameter = torch.nn.Parameter(torch.ones(2))
         super().__init__([self.parameter], lr=0.1)
-        self.state[self.parameter] = {**state, "nested": [state["transposed"], {"deep": state["channels_last"]}]}
+        nested = [state["transposed"].clone(), {"deep": state["channels_last"].clone()}]
+        self.state[self.parameter] = {**state, "nested": nested}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loaded = state_dict["state"][0]

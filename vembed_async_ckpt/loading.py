@@ -347,7 +347,7 @@ def _plan_accelerator(source: Tensors, saved: Mapping[str, Any], accelerator: An
                 f"{source.directory}: {entry['file']} is a pickle, because the state of the registered "
                 f"{type(value).__qualname__} is more than data: only accelerator.load_state restores it"
             )
-        state = tree.decode(entry["rest"], functools.partial(source.listed_copy, entry["file"]))
+        state = tree.decode(entry["rest"], functools.cache(functools.partial(source.listed_copy, entry["file"])))
         steps.append(lambda value=value, state=state: value.load_state_dict(state))  # type: ignore[misc]
     return [*steps, lambda: accelerators.restore(accelerator, known)]
 

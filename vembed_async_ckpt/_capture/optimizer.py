@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -105,18 +106,26 @@ class OptimizerState:
         if not has_torchs_layout(self.tree):
             return tree.encode(self.tree)
         captured = dict(self.tree)
-        if all(isinstance(entry, dict) for entry in captured["state"].values()):
-            captured["state"] = {index: _without_tensors(index, entry) for index, entry in captured["state"].items()}
+        entries = captured["state"]
+        if all(isinstance(entry, dict) for entry in entries.values()):
+            shared = () if self.state_pickle is not None else _shared(captured)
+            captured["state"] = {index: _without_tensors(index, entry, shared) for index, entry in entries.items()}
         return tree.encode(captured)
 
 
-def _without_tensors(index: Any, entry: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the part of a parameter's state that is not in the table.
+def _shared(captured: Any) -> set[str]:
+    """Return the names of the tensors that are in several places."""
+    return {name for name, count in Counter(ref.name for ref in _refs(captured)).items() if count > 1}
 
-    Beside other values, None marks the place of a tensor.
+
+def _without_tensors(index: Any, entry: Mapping[Any, Any], shared: Container[str]) -> dict[Any, Any]:
+    """Return the part of a parameter's state that is not only in the table.
+
+    Beside other values, None marks the place of a tensor. The `shared` tensors stay: `load` needs to know all of their places.
     """
-    rest = {key: None if is_direct(index, key, value) else value for key, value in entry.items()}
-    return rest if any(not is_direct(index, key, value) for key, value in entry.items()) else {}
+    in_table = {key for key, value in entry.items() if is_direct(index, key, value) and value.name not in shared}
+    rest = {key: None if key in in_table else value for key, value in entry.items()}
+    return rest if len(in_table) < len(entry) else {}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -200,11 +209,12 @@ class OptimizerReader:
         keys: list[str] = []
         tensors: list[torch.Tensor] = []
 
-        def put(key: str, tensor: torch.Tensor) -> None:
+        def append(key: str, tensor: torch.Tensor) -> None:
             keys.append(key)
             tensors.append(tensor)
 
         plain = self._plain_state(state, tensors)
+        put = tree.sharing(append)
         if plain is None:
             captured = self._capture(state, put)
             small = [captured]
@@ -214,7 +224,7 @@ class OptimizerReader:
             captured, small = {"state": plain.refs, "param_groups": groups}, [groups]
         self._plain = plain
         beside = len(keys) if plain is None else len(keys) - len(plain.keys)  # number of tensors and arrays in `small`
-        arrays = {name: tensors[keys.index(name)] for name in _arrays(small)} if beside else {}
+        arrays = {ref.name: tensors[keys.index(ref.name)] for ref in _refs(small) if ref.numpy} if beside else {}
         # When the pickled values have grown to twice their size, the file gets more room for them.
         rough_size = tree.rough_size(small) + (0 if plain is None else 24 * len(plain.indices))
         layout = (rough_size.bit_length(), keys)
@@ -305,20 +315,19 @@ class RegisteredReader(OptimizerReader):
         return tree.capture(state, "state_dict", put)
 
 
-def _arrays(captured: Any) -> Iterator[str]:
-    """Yield the names of the values that were numpy arrays."""
+def _refs(captured: Any) -> Iterator[Ref]:
+    """Yield every `Ref` in a captured tree."""
     if isinstance(captured, Ref):
-        if captured.numpy:
-            yield captured.name
+        yield captured
     elif isinstance(captured, dict):
         for key, value in captured.items():
             if key != "params":  # only numbers, possibly thousands
-                yield from _arrays(value)
+                yield from _refs(value)
     elif isinstance(captured, list | tuple):
         for value in captured:
-            yield from _arrays(value)
+            yield from _refs(value)
     elif isinstance(captured, Node):
-        yield from _arrays(captured.holds)
+        yield from _refs(captured.holds)
 
 
 def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:
@@ -328,8 +337,7 @@ def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:
     for key, value in entry.items():
         if isinstance(value, torch.Tensor) and type(key) is str and type(index) is int:
             name = direct_key(index, key)
-            put(name, value)
-            result[key] = Ref(name)
+            result[key] = Ref(put(name, value) or name)
         else:
             result[key] = tree.capture(value, f"state.{index}.{key}", put)
     return result

@@ -93,7 +93,7 @@ def _packs_as_torch(optimizer: Any) -> bool:
 class PlainState:
     """A state of torch's own optimizers that contains only tensors: parameters by number, each with a dict of tensors.
 
-    Its captured form and its pickle contain only names and shapes, so they are made once and reused for every save.
+    No tensor is in two places. Its captured form and its pickle contain only names and shapes, so they are made once and reused for every save.
     """
 
     indices: list[int]
@@ -118,6 +118,8 @@ class PlainState:
             return None
         values = list(chain.from_iterable(map(dict.values, entries.values())))
         if not all(issubclass(kind, torch.Tensor) for kind in set(map(type, values))):
+            return None
+        if len(set(map(id, values))) != len(values):  # some of them share a tensor
             return None
         indices, counts = list(entries), list(map(len, entries.values()))
         names = list(chain.from_iterable(entries.values()))

@@ -140,15 +140,23 @@ def capture(
         put(name, tensor)
 
     captured = {
-        name: tree.capture(_state_dict(f"scheduler {name}".rstrip(), scheduler), f"scheduler.{name}", put_copy)
+        name: tree.capture(
+            _state_dict(f"scheduler {name}".rstrip(), scheduler), f"scheduler.{name}", tree.sharing(put_copy)
+        )
         for name, scheduler in schedulers.items()
     }
     numbers: Mapping[str, torch.Tensor] = {} if scaler is None else scalers.numbers_on_device(scaler)
-    saved_scaler = None if scaler is None else tree.capture(_scaler_state(scaler, numbers), "scaler", put_copy)
+    saved_scaler = (
+        None if scaler is None else tree.capture(_scaler_state(scaler, numbers), "scaler", tree.sharing(put_copy))
+    )
     for key, number in numbers.items():
         put(f"scaler.{key}", number)
-    position = None if dataloader is None else tree.capture(_state_dict("dataloader", dataloader), "dataloader", put)
-    captured_extra = tree.capture({} if extra is None else extra, "extra", put)
+    position = (
+        None
+        if dataloader is None
+        else tree.capture(_state_dict("dataloader", dataloader), "dataloader", tree.sharing(put))
+    )
+    captured_extra = tree.capture({} if extra is None else extra, "extra", tree.sharing(put))
     captured_accelerator = tree.capture(accelerator, "accelerator", put)
     rng = random_state.capture(put_fresh)
     specs = tuple(spec(name, tensor, file=names.TRAINING_TENSORS) for name, tensor in tensors.items())
@@ -166,6 +174,9 @@ def capture(
         rng=rng,
         classes={
             "schedulers": {name: kind_of(unwrap_scheduler(scheduler)) for name, scheduler in schedulers.items()},
+            "in_schedulers": {
+                name: kinds_inside(unwrap_scheduler(scheduler)) for name, scheduler in schedulers.items()
+            },
             "scaler": None if scaler is None else kind_of(scaler),
         },
         tensors=tensors,
@@ -188,6 +199,12 @@ def unwrap_scheduler(scheduler: Any) -> Any:
     while accelerate is not None and isinstance(scheduler, accelerate.AcceleratedScheduler):
         scheduler = scheduler.scheduler
     return scheduler
+
+
+def kinds_inside(scheduler: Any) -> list[Any]:
+    """Of a `SequentialLR` or `ChainedScheduler`: [class name, the same of those inside it] of each scheduler in it."""
+    inside = getattr(scheduler, "_schedulers", None)
+    return [[kind_of(each), kinds_inside(each)] for each in inside] if isinstance(inside, list | tuple) else []
 
 
 @functools.lru_cache(maxsize=8)
@@ -237,7 +254,8 @@ def capture_rank(dialect: Dialect, dataloader: Any) -> RankState:
     position = None
     if dataloader is not None:
         state = _state_dict("dataloader", dataloader)
-        position = tree.capture(state, "dataloader", lambda name, tensor: put(name, tensor.detach().cpu().clone()))
+        put_copy = tree.sharing(lambda name, tensor: put(name, tensor.detach().cpu().clone()))
+        position = tree.capture(state, "dataloader", put_copy)
     rng = random_state.capture(put)
     return RankState(dialect, rng, position, tensors)
 

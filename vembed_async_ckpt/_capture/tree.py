@@ -32,7 +32,7 @@ from ..errors import CorruptCheckpoint, PlanError
 from . import memory_format, values
 from .values import Node, NotData
 
-Put = Callable[[str, torch.Tensor], None]
+Put = Callable[[str, torch.Tensor], str | None]  # may return another name, under which it is stored already
 Get = Callable[[str], torch.Tensor]
 
 SCALARS = (type(None), bool, int, float, str, bytes)
@@ -57,7 +57,7 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
 
     Later changes of the containers do not affect it.
 
-    `put(name, tensor)` gets each tensor. `where` is the start of their names, and of names in errors. Raises
+    `put(name, tensor)` gets each tensor; with `sharing(put)`, a tensor in several places is stored once. `where` is the start of their names, and of names in errors. Raises
     `PlanError` naming the key for anything that is not a nested dict, list or tuple of JSON scalars, tensors, numpy
     arrays, bytes and the types in `values`.
     """
@@ -72,8 +72,8 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
         items = {_key(key, where): capture(item, f"{where}.{key}", put, depth + 1) for key, item in value.items()}
         return Counter(items) if kind is Counter else items  # MultiStepLR calls Counter.elements()
     if isinstance(value, torch.Tensor):
-        put(where, value)
-        return _with_grad(value, Ref(where, strides=_strides(value)))
+        name = put(where, value) or where
+        return _with_grad(value, Ref(name, strides=_strides(value)))
     if isinstance(value, np.generic) or kind is np.ndarray or kind is np.memmap:
         tensor = _from_numpy(value)
         if tensor is None:
@@ -83,6 +83,19 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
         return Node("$array", (), ref) if tensor.ndim == 0 and isinstance(value, np.ndarray) else ref
     node = _taken_apart(value, where)
     return Node(node.tag, node.says, capture(node.holds, where, put, depth + 1))
+
+
+def sharing(put: Put) -> Put:
+    """Return a `put` for one tree that calls `put` once for each tensor, however many places it is in."""
+    known: dict[int, tuple[str, torch.Tensor]] = {}  # by id; held, so that no other tensor gets the same id
+
+    def put_once(name: str, tensor: torch.Tensor) -> str:
+        first, _ = known.setdefault(id(tensor), (name, tensor))
+        if first == name:
+            put(name, tensor)
+        return first
+
+    return put_once
 
 
 def _taken_apart(value: Any, where: str) -> Node:
@@ -202,7 +215,9 @@ _DECODERS: dict[str, Callable[[Any, Get], Any]] = {
 def _restrided(named: dict[str, str], strides: list[int], get: Get) -> Any:
     ((tag, name),) = named.items()
     tensor = get(name)
-    tensor = memory_format.restored(tensor, memory_format.checked(tensor.shape, strides))
+    strided = memory_format.restored(tensor, memory_format.checked(tensor.shape, strides))
+    if strided is not tensor:
+        tensor.data = strided  # in place: it may stand in other places too
     return tensor if tag == "$tensor" else _to_numpy(tensor)
 
 

@@ -51,11 +51,12 @@ def plan_optimizer(
     `names`: the names that the models give to parameters, by id.
     """
     file, what = saved["file"], f"optimizer {name}".rstrip()
-    used: set[str] = set()
+    used: dict[str, torch.Tensor] = {}
 
     def get(key: str) -> torch.Tensor:
-        used.add(key)
-        return source.listed_copy(file, key)
+        if key not in used:
+            used[key] = source.listed_copy(file, key)
+        return used[key]
 
     state = tree.decode(saved["rest"], get)
     check_optimizer(source.directory, what, saved.get("class"), state, optimizer)

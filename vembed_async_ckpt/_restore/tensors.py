@@ -5,6 +5,7 @@ All reads are planned first and then done together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -100,9 +101,15 @@ class Tensors(Source):
         found = {key: self.tensor(file, key) for file in files for key in self.entries(file)}
         return dict(zip(found, self.read(list(found.values())), strict=True))
 
+    @functools.cached_property
+    def _training(self) -> dict[str, torch.Tensor]:
+        return {}
+
     def training_tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor of the training state into a new tensor."""
-        return self.read([self.tensor(names.TRAINING_TENSORS, name)])[0]
+        """Read a tensor of the training state. Return the same tensor for every place with this name."""
+        if name not in self._training:
+            self._training[name] = self.read([self.tensor(names.TRAINING_TENSORS, name)])[0]
+        return self._training[name]
 
     def listed_copy(self, file: str, key: str) -> torch.Tensor:
         return self.read([self.listed(file, key)])[0]
