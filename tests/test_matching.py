@@ -268,6 +268,49 @@ def test_one_class_under_two_names_takes_its_state(root: Path):
         assert torch.equal(other.state[model[0].weight]["exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
 
 
+class Momentum(torch.optim.Optimizer):
+    """An optimizer of a user's own."""
+
+    slots = ("m",)
+
+    def __init__(self, parameters: Any, lr: float = 0.1, beta: float = 0.9) -> None:
+        torch.optim.Optimizer.__init__(self, parameters, {"lr": lr, "beta": beta})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {name: parameter.grad.clone() for name in self.slots}
+
+
+class Variance(torch.optim.Optimizer):
+    """Another one, which has hyper-parameters of the same names and other state."""
+
+    slots = ("m", "v")
+    __init__ = Momentum.__init__
+    step = Momentum.step
+
+
+class Nesterov(Momentum):
+    """A subclass, with the state of its base."""
+
+
+def test_classes_of_one_set_of_hyper_parameters_do_not_take_each_other_s_state(root: Path):
+    """Equal names of hyper-parameters say nothing of the state; a class and its subclass take each other's."""
+    model = net()
+    optimizer = Momentum(model.parameters())
+    train(model, optimizer)
+    path = save(root / "base", model=model, optimizer=optimizer)
+    with pytest.raises(CheckpointError, match=r"saved from a .*Momentum and cannot go into a .*Variance"):
+        load(path, model=model, optimizer=Variance(model.parameters()))
+    derived = Nesterov(model.parameters())
+    load(path, model=model, optimizer=derived)
+    train(model, derived)
+    base = Momentum(model.parameters())
+    load(save(root / "derived", model=model, optimizer=derived), model=model, optimizer=base)
+    assert torch.equal(base.state[model[0].weight]["m"], derived.state[model[0].weight]["m"])
+
+
 def test_what_keeps_all_parameters_together_is_not_rearranged(root: Path):
     """LBFGS has one vector of all of them, in their order."""
     model = net()
@@ -303,6 +346,16 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "constant, cosine": lambda o: schedulers.SequentialLR(
         o, [schedulers.StepLR(o, 1), schedulers.CosineAnnealingLR(o, 5)], milestones=[2]
     ),
+    "linear, exponential": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o), schedulers.ExponentialLR(o, 0.9)], milestones=[2]
+    ),
+    "linear, steps": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o), schedulers.StepLR(o, 2)], milestones=[2]
+    ),
+    "chained exponential": lambda o: schedulers.ChainedScheduler([schedulers.ExponentialLR(o, 0.9)]),
+    "chained steps": lambda o: schedulers.ChainedScheduler([schedulers.StepLR(o, 2)]),
+    "chained factors": lambda o: schedulers.ChainedScheduler([schedulers.MultiplicativeLR(o, lambda step: 0.9)]),
+    "chained lambdas": lambda o: schedulers.ChainedScheduler([schedulers.LambdaLR(o, lambda step: 0.9**step)]),
     "three": lambda o: schedulers.SequentialLR(
         o, [schedulers.LinearLR(o), schedulers.LinearLR(o), schedulers.CosineAnnealingLR(o, 5)], milestones=[2, 4]
     ),

@@ -202,7 +202,7 @@ def unwrap_scheduler(scheduler: Any) -> Any:
 
 
 def kinds_inside(scheduler: Any) -> list[Any]:
-    """Of a `SequentialLR` or `ChainedScheduler`: [class name, the same of those inside it] of each scheduler in it."""
+    """Return [class name, kinds inside it] of each scheduler inside a `SequentialLR` or `ChainedScheduler`."""
     inside = getattr(scheduler, "_schedulers", None)
     return [[kind_of(each), kinds_inside(each)] for each in inside] if isinstance(inside, list | tuple) else []
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .._capture.optimizer import kind_of
 from .._capture.parameters import groups_of
 from ..errors import CheckpointError
+
+# The name of a scheduler's class, None if it is not known, and the same of each scheduler inside it.
+SchedulerKind = tuple[str | None, Sequence[Any]]
 
 # Keys of a parameter group that are no hyper-parameters of the optimizer: torch or schedulers add them.
 _OTHERS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
@@ -16,14 +21,14 @@ _OTHERS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_mome
 def check_optimizer(directory: str, what: str, saved_class: str | None, state: Any, optimizer: Any) -> None:
     """Raise `CheckpointError` if `state` comes from another kind of optimizer.
 
-    Two classes with the same hyper-parameters may take each other's state: Adam and AdamW, or one class under two
-    names.
+    A class and a subclass of it may take each other's state, and so may two classes with the same name, if their
+    hyper-parameters fit.
     """
     if saved_class == kind_of(optimizer):
         return
     saved = _hyper_parameters(state.get("param_groups") if isinstance(state, Mapping) else None)
     here = _hyper_parameters(groups_of(optimizer))
-    if _fits(saved_class, kind_of(optimizer), saved, here):
+    if _fits(saved_class, optimizer, saved, here):
         return
     raise CheckpointError(
         f"{directory}: the {what} was saved from {_a(saved_class, 'another kind of optimizer')} and cannot go into a "
@@ -31,15 +36,17 @@ def check_optimizer(directory: str, what: str, saved_class: str | None, state: A
     )
 
 
-def check_scheduler(directory: str, what: str, saved_class: str | None, state: Any, scheduler: Any) -> None:
-    """Raise `CheckpointError` if `state` does not fit the scheduler.
+def check_scheduler(directory: str, what: str, saved: SchedulerKind, state: Any, scheduler: Any) -> None:
+    """Raise `CheckpointError` if `state` does not fit the scheduler. `saved` is the kind that it comes from.
 
-    It must come from the same class and have the same number of parameter groups.
+    That must be the same class, with the same number of parameter groups. In a `SequentialLR` or `ChainedScheduler`, this
+    is true of each scheduler inside it too.
     """
     here = scheduler.state_dict()
     if not isinstance(state, Mapping) or not isinstance(here, Mapping):
         return
-    same = saved_class in [f"{kind.__module__}.{kind.__qualname__}" for kind in type(scheduler).__mro__]
+    saved_class, saved_inside = saved
+    same = saved_class in _names_of_classes(scheduler)
     if not same and (
         (saved_class is not None and not _same_name(saved_class, kind_of(scheduler)))
         or _contradict(set(state), set(here))
@@ -48,29 +55,19 @@ def check_scheduler(directory: str, what: str, saved_class: str | None, state: A
             f"{directory}: the {what} was saved from {_a(saved_class, 'another kind of scheduler')} and cannot go into a "
             f"{kind_of(scheduler)}{_difference(set(state), set(here))}; load it into what was saved, or load without scheduler="
         )
-    _check_nested(directory, what, state, here)
-
-
-def _check_nested(directory: str, what: str, state: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Compare the number of parameter groups, and check the schedulers inside a `SequentialLR` or `ChainedScheduler`."""
     for key in ("base_lrs", "_schedulers"):
-        saved, live = state.get(key), here.get(key)
-        if isinstance(saved, list) and isinstance(live, list) and len(saved) != len(live):
+        had, has = state.get(key), here.get(key)
+        if isinstance(had, list) and isinstance(has, list) and len(had) != len(has):
             parts = "parameter groups" if key == "base_lrs" else "schedulers in it"
             raise CheckpointError(
-                f"{directory}: the {what} was saved with {len(saved)} {parts}, here it has {len(live)}; "
+                f"{directory}: the {what} was saved with {len(had)} {parts}, here it has {len(has)}; "
                 "make it as it was, or load without scheduler="
             )
-    pairs = zip(state.get("_schedulers") or (), here.get("_schedulers") or (), strict=False)
-    for number, (saved, live) in enumerate(pairs):
-        if isinstance(saved, Mapping) and isinstance(live, Mapping):
-            inner = f"scheduler {number} in the {what}"
-            if _contradict(set(saved), set(live)):
-                raise CheckpointError(
-                    f"{directory}: {inner} was saved from another kind of scheduler{_difference(set(saved), set(live))}; "
-                    "make it as it was, or load without scheduler="
-                )
-            _check_nested(directory, inner, saved, live)
+    inside = getattr(scheduler, "_schedulers", None)
+    if isinstance(inside, list | tuple) and isinstance(state.get("_schedulers"), list):
+        kinds: Iterable[SchedulerKind] = saved_inside or itertools.repeat((None, ()))
+        for number, (live, inner, kind) in enumerate(zip(inside, state["_schedulers"], kinds, strict=False)):
+            check_scheduler(directory, f"scheduler {number} in the {what}", kind, inner, live)
 
 
 def check_scaler(directory: str, state: Any, scaler: Any) -> None:
@@ -95,12 +92,24 @@ def _hyper_parameters(groups: Any) -> set[str] | None:
     return {key for group in groups for key in group} - _OTHERS
 
 
-def _fits(saved_class: str | None, here_class: str, saved: set[str] | None, here: set[str] | None) -> bool:
-    if saved_class is not None and not _same_name(saved_class, here_class):
-        return saved is not None and saved == here
+def _fits(saved_class: str | None, optimizer: Any, saved: set[str] | None, here: set[str] | None) -> bool:
+    if saved_class is not None and not _same_name(saved_class, kind_of(optimizer)):
+        return saved is not None and saved == here and _is_related(saved_class, optimizer)
     if saved is None or here is None:
         return saved_class is not None or saved is here
     return not _contradict(saved, here)
+
+
+def _is_related(saved_class: str, optimizer: Any) -> bool:
+    """Return whether the saved class is a base of the class here or, if its module is loaded, a subclass of it."""
+    module, _, name = saved_class.rpartition(".")
+    there = vars(sys.modules[module]).get(name) if module in sys.modules else None
+    is_subclass = isinstance(there, type) and issubclass(there, type(optimizer))
+    return is_subclass or saved_class in _names_of_classes(optimizer)
+
+
+def _names_of_classes(value: Any) -> list[str]:
+    return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(value).__mro__]
 
 
 def _contradict(saved: set[str], here: set[str]) -> bool:

@@ -35,8 +35,9 @@ def plan_scheduler(
     sources = regrouped.get(id(unwrap_optimizer(getattr(inner, "optimizer", None))))
     if sources is not None:
         state = _regrouped(state, sources)
-    classes = training.get("classes", {}).get("schedulers", {})
-    check_scheduler(source.directory, f"scheduler {name}".rstrip(), classes.get(name), state, inner)
+    classes = training.get("classes", {})
+    kinds = classes.get("schedulers", {}).get(name), classes.get("in_schedulers", {}).get(name, ())
+    check_scheduler(source.directory, f"scheduler {name}".rstrip(), kinds, state, inner)
     return lambda: scheduler.load_state_dict(state)
 
 
