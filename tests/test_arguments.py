@@ -188,6 +188,7 @@ def test_sizes(root: Path) -> None:
         *(("max_shard_size", value, "use at least one byte") for value in (0, -1, "0GB")),
         *(("max_host_bytes", value, "at least 16777216 are needed") for value in (0, -1, "1MB")),
         *(("root", value, "use the path of a directory") for value in (None, 5, "", b"", "a\0b", ["runs"])),
+        *(("root", value, "a URL; use the path of a directory on this machine") for value in ("s3://b/run", "file:///run")),
     ],
 )  # fmt: skip
 def test_wrong_options(tmp_path: Path, option: str, value: Any, said: str) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+
+from vembed_async_ckpt import AsyncCheckpointer, CheckpointError
+from vembed_async_ckpt._engine import supervisor
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="denies system calls with strace")
 SCRIPT = """
@@ -77,6 +83,45 @@ def test_a_process_that_cannot_start_is_found_out_by_the_constructor(root: Path)
         assert said in done.stderr
         assert ("writer='thread'" in done.stderr) == (writer == "process")
     assert done.stdout == "SAVED\n"
+
+
+@pytest.fixture
+def mute_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A python that never comes to anything, for the writer; returns where it writes its process id."""
+    python, pid = tmp_path / "python", tmp_path / "pid"
+    python.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 600\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(supervisor, "_UNDISTURBED", 1.0)
+    return pid
+
+
+def assert_ended(pid: Path) -> None:
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_a_writer_that_does_not_answer_is_ended(root: Path, mute_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The constructor says so after its deadline; no process, thread or lock stays."""
+    monkeypatch.setattr(supervisor, "_START_DEADLINE", 3.0)
+    with pytest.raises(CheckpointError, match="its writer has not answered for 3 s"):
+        AsyncCheckpointer(root)
+    assert_ended(mute_python)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("vembed-ckpt")]
+    assert list(root.iterdir()) == []
+
+
+def test_ctrl_c_ends_the_wait_for_a_writer(root: Path, mute_python: Path) -> None:
+    """Long before the deadline; no process and no lock stays."""
+    began = time.monotonic()
+    timer = threading.Timer(1.5, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        AsyncCheckpointer(root)
+    timer.join()
+    assert time.monotonic() - began < supervisor._START_DEADLINE / 2
+    assert_ended(mute_python)
+    assert list(root.iterdir()) == []
 
 
 def test_dependencies_in_several_places(root: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class Leader:
             self._supervisor.refuse_without_writer()
         except BaseException:
             self._staging_thread.close(1.0)
-            self._supervisor.close(1.0)
+            self._supervisor.give_up()
             self._lock.release()
             raise
         self._context = Context(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -100,4 +101,11 @@ def root_path(root: Any) -> str:
     path = os.fsdecode(root)
     if not path or "\0" in path:
         raise ValueError(f"root is {root!r}; use the path of a directory, '.' for the current one")
+    if is_url(path):
+        raise ValueError(f"root is {root!r}, a URL; use the path of a directory on this machine")
     return os.path.realpath(path)
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a URL, which as a path would be a directory of an odd name below the current one."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fsdecode(path)) is not None

@@ -37,6 +37,7 @@ from .process import calling
 LIVES = 3  # a job fails when this many writers have died while they had it
 _EXIT_DEADLINE = 10.0  # seconds between the writer's end of file and its kill
 _START_DEADLINE = 60.0  # seconds until the first writer answers: on a busy machine Python may start slowly
+_UNDISTURBED = 2.0  # seconds of that in which no signal handler runs: a writer usually answers in a fraction of one
 _PROBE = 0  # number of the arena that tests whether a writer works; the arenas of saves start at 1
 
 
@@ -139,10 +140,24 @@ class Supervisor:
 
     def refuse_without_writer(self) -> None:
         """Wait until the first writer works. Raises `CheckpointError` with the reason if it does not."""
-        if not self._begun.wait(_START_DEADLINE):
-            self._refusal = f"it has not answered for {_START_DEADLINE:.0f} s"
+        deadline = time.monotonic() + _START_DEADLINE
+        answered = self._begun.wait(min(_UNDISTURBED, _START_DEADLINE))
+        while not answered and time.monotonic() < deadline:
+            _signals.deliver()
+            answered = self._begun.wait(_signals.SLICE)
+        if not answered:
+            self._refusal = f"its writer has not answered for {_START_DEADLINE:.0f} s"
         if self._refusal is not None:
             raise CheckpointError(f"{self._root}: nothing can be saved: {self._refusal}")
+
+    def give_up(self) -> None:
+        """End a writer that never came to work, and do not wait for it."""
+        self._post(self._kill)
+        self.close(1.0)
+
+    def _kill(self) -> None:
+        if self._writer is not None and self._writer.process is not None:
+            self._writer.process.kill()
 
     @property
     def writer_pid(self) -> int | None:

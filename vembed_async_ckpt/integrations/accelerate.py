@@ -13,6 +13,7 @@ from .. import _signals
 from .._capture.dialect import Accelerate
 from .._capture.request import Objects
 from .._capture.training_state import torch_save
+from .._engine.options import is_url
 from .._format import names
 from ..checkpointer import AsyncCheckpointer
 from ..errors import PlanError
@@ -56,6 +57,8 @@ def save_state(
         output_dir = _next_in_line(accelerator)
     elif output_dir is None:
         raise PlanError("output_dir is None; name the directory, or let ProjectConfiguration name them")
+    if is_url(output_dir):
+        raise PlanError(f"output_dir is {os.fspath(output_dir)!r}, a URL; save to a directory on this machine")
     root, directory = os.path.split(os.path.realpath(os.fspath(output_dir)))
     if not directory or directory.startswith(names.WORK):
         raise PlanError(f"output_dir is {os.fspath(output_dir)!r}, which cannot be the directory of a checkpoint")

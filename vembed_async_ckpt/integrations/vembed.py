@@ -16,6 +16,7 @@ from .._capture.arguments import step_number
 from .._capture.dialect import Accelerate
 from .._capture.request import Objects
 from .._disk.filesystem import walk_files
+from .._engine.options import is_url
 from .._format import names
 from .._frozen import FrozenDict
 from ..checkpointer import AsyncCheckpointer
@@ -82,6 +83,8 @@ def save_checkpoint(
     If `accelerator` is not one of accelerate's (a stand-in in a test), the calls of the original function are made at
     once, and the returned handle is done. Raises what `AsyncCheckpointer.save` raises.
     """
+    if is_url(path):
+        raise PlanError(f"path is {os.fspath(path)!r}, a URL; save to a directory on this machine")
     root, directory = os.path.split(os.path.realpath(os.fspath(path)))
     if not directory or directory.startswith(names.WORK):
         raise PlanError(f"path is {os.fspath(path)!r}, which cannot be the directory of a checkpoint; name another one")
