@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from vembed_async_ckpt import CorruptCheckpoint, verify
-from vembed_async_ckpt._disk import commit, direct_io
+from vembed_async_ckpt._disk import commit, direct_io, manifests
 from vembed_async_ckpt._disk import deletion as removal
-from vembed_async_ckpt._format import manifest
 from vembed_async_ckpt._writer import server
 from vembed_async_ckpt.testing import (
     Change,
@@ -219,7 +218,7 @@ BUGS: dict[str, list[Edit]] = {
             ),
         ),
     ],
-    "sizes are all that is verified": [Edit(manifest, "check", 'if verify == "full" and ', "if False and ")],
+    "sizes are all that is verified": [Edit(manifests, "check", 'if verify == "full" and ', "if False and ")],
     "deleted before the way out is durable": [
         Edit(removal, "prune", "    fs.sync_directory(root)\n    dispose(", "    dispose("),
     ],

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from vembed_async_ckpt import KeepBest, KeepLast, latest, verify
+from vembed_async_ckpt import AsyncCheckpointer, KeepBest, KeepLast, latest, verify
 from vembed_async_ckpt._disk import deletion as removal
 from vembed_async_ckpt._disk.catalog import scan
 from vembed_async_ckpt._disk.filesystem import LocalFilesystem, RenameMode
@@ -309,10 +309,11 @@ def stock(root: Path, name: str = "checkpoint-2") -> Path:
 
 def rotate(root: Path, disk: object, limit: int = 1) -> None:
     """As `save_total_limit` has it, to the end or until the disk gives up."""
-    with use_filesystem(disk):  # type: ignore[arg-type]
-        rotation = Rotation(str(root), limit, None)
-    rotation.start(())
-    rotation.join()
+    with AsyncCheckpointer(root, writer="thread"):  # only who saves in a root deletes there
+        with use_filesystem(disk):  # type: ignore[arg-type]
+            rotation = Rotation(str(root), limit, None)
+        rotation.start(())
+        rotation.join()
 
 
 def test_a_rotation_that_is_cut_off_is_finished(tally: Tally, memory: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -170,7 +170,11 @@ def test_a_small_dev_shm(trainers: Nursery, tally: Tally, tmp_path: Path) -> Non
 def test_no_writer_can_be_started(trainers: Nursery, tally: Tally, tmp_path: Path) -> None:
     """The handle says so; when it is possible again, the next save works."""
     root = tmp_path / "root"
-    with trainers.child("obey", root=str(root), tracer=str(tmp_path / "nothing")) as child:
+    with trainers.child("obey", root=str(root)) as child:
+        writer = staged(child)
+        assert ask(child, "result") == "committed 1"
+        assert ask(child, "no python") == "done"
+        os.kill(writer, signal.SIGKILL)
         assert ask(child, "save") == "done"
         answer = ask(child, "result")
         assert answer.startswith("WriteError")
@@ -179,9 +183,9 @@ def test_no_writer_can_be_started(trainers: Nursery, tally: Tally, tmp_path: Pat
         assert "No such file" in answer
         assert ask(child, "untraced") == "done"
         assert ask(child, "save") == "done"
-        assert ask(child, "result") == "committed 2"
+        assert ask(child, "result") == "committed 3"
         assert ask(child, "close") == "done"
-    settle(trainers, tally, "exec", root, 2)
+    settle(trainers, tally, "exec", root, 3)
 
 
 @contextmanager

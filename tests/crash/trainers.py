@@ -172,6 +172,8 @@ def obey(
                 answer = f"committed {handles[-1].result(100).step}"
             elif word == "impatient":
                 handles[-1].result(0.2)
+            elif word == "no python":
+                sys.executable = os.path.join(root, "nothing")
             elif word == "untraced":
                 sys.executable = interpreter
             elif word == "close in the end":

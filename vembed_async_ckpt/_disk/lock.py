@@ -189,10 +189,15 @@ class RootLock:
 
         An unmounted disk leaves an empty directory or none. Nothing may be written to the disk below it.
         """
-        there = self.root
-        while not os.path.isdir(there):
-            there = os.path.dirname(there)
-        if os.stat(there).st_dev != self._device:
+        there, device = self.root, None
+        while device is None:
+            try:
+                device = os.stat(there).st_dev
+            except (FileNotFoundError, NotADirectoryError):
+                there = os.path.dirname(there)
+            except OSError as error:
+                raise CommitError(f"{there}: cannot be read ({error.strerror}); nothing was written there") from error
+        if device != self._device:
             raise CommitError(
                 f"{self.root}: {there} is on another file system than when the training began; was a disk unmounted? "
                 "Nothing was written there"
