@@ -46,11 +46,12 @@ def test_what_is_no_step_is_refused(root: Path) -> None:
     assert list(root.iterdir()) == []
 
 
-def test_nothing_to_save_is_refused(root: Path) -> None:
-    """`save(9)` forgot the model."""
+@pytest.mark.parametrize("given", [{}, {"model": {}}, {"extra": {}, "optimizer": {}}])
+def test_nothing_to_save_is_refused(root: Path, given: dict[str, Any]) -> None:
+    """`save(9)` forgot the model; so did a mapping that nobody filled."""
     said = pytest.raises(PlanError, match="step 9: nothing was given to save")
     with AsyncCheckpointer(root, writer="thread") as checkpointer, said:
-        checkpointer.save(9)
+        checkpointer.save(9, **given)
     assert list(root.iterdir()) == []
 
 

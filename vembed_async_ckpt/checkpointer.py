@@ -172,7 +172,8 @@ class AsyncCheckpointer:
         """
         objects = Objects(model, optimizer, scheduler, dataloader, scaler, processor, config, extra, metrics)
         step = step_number(step)
-        if all(what is None for what in (model, optimizer, scheduler, dataloader, scaler, processor, config, extra)):
+        given = (model, optimizer, scheduler, dataloader, scaler, processor, config, extra)
+        if all(what is None or (isinstance(what, Mapping) and not what) for what in given):
             raise PlanError(
                 f"step {step}: nothing was given to save; pass model=, optimizer= and what else the training holds"
             )

@@ -1056,6 +1056,15 @@ def test_a_policy_of_ours_may_decide(
     assert steps(root) == left
 
 
+def test_a_metric_that_no_checkpoint_has_deletes_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is said once, with the metrics that there are."""
+    trainer = make(root, max_steps=6)
+    trainer.async_checkpoint_options = {**THREAD, "retention": KeepBest("nope")}
+    trainer.train()
+    assert steps(root) == [2, 4, 6]
+    assert caplog.text.count("no checkpoint has the metric 'nope'") == 1
+
+
 def test_nothing_is_deleted_while_a_save_begins(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the directory of the same name that is being replaced could be the one that goes."""
     idle = []

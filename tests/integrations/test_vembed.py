@@ -31,6 +31,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTra
 from vembed_async_ckpt import PlanError, load, save_checkpoint, verify
 from vembed_async_ckpt._memory import arena
 from vembed_async_ckpt._memory.arena import ArenaPool
+from vembed_async_ckpt.integrations.accelerate import save_state
 from vembed_async_ckpt.integrations.shared import open_at
 
 
@@ -166,6 +167,10 @@ def test_a_path_that_cannot_be_a_checkpoint_is_refused(root: Path) -> None:
     accelerator, model, _, _ = prepared()
     with pytest.raises(PlanError, match="name another one"):
         save_checkpoint(root / "_vembed_async_ckpt", model, accelerator)
+    with pytest.raises(PlanError, match="a URL; save to a directory on this machine"):
+        save_checkpoint(f"file://{root}/checkpoint-1", model, accelerator)
+    with pytest.raises(PlanError, match="a URL; save to a directory on this machine"):
+        save_state(accelerator, f"file://{root}/checkpoint-1")
     assert not root.exists()
 
 

@@ -23,7 +23,7 @@ from .._disk.filesystem import FILESYSTEM_OVERRIDE, Filesystem, LocalFilesystem
 from .._format import names
 from .._format.manifest import Manifest
 from ..events import logger
-from ..retention import Policy
+from ..retention import Policy, unknown_metrics
 from .shared import refuse_to_delete
 
 _OF_A_STEP = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -50,6 +50,7 @@ class Rotation:
         self._fs: Filesystem = FILESYSTEM_OVERRIDE.get() or LocalFilesystem()
         self._committed = Committed(root)
         self._thread: threading.Thread | None = None
+        self._said: set[str] = set()  # what was warned of
 
     def start(self, protected: Collection[str], only: str | None = None) -> None:
         """Start to delete the checkpoints that neither the rule nor `protected` (names of directories) keeps.
@@ -94,6 +95,8 @@ class Rotation:
             committed[only] = (path, dataclasses.replace(manifest, sequence=last + 1))
         newest_first = sorted(committed, key=lambda name: committed[name][1].order, reverse=True)
         older = _trainers_own(self._root, committed)
+        if self._policy is not None:
+            self._warn_of_metrics(self._policy, [committed[name][1] for name in newest_first])
         kept = self._kept([*newest_first, *older], protected, [committed[name][1] for name in newest_first])
         chosen = _Chosen(frozenset(committed[name][1].save_id for name in newest_first if name in kept))
         first: OSError | None = None
@@ -107,6 +110,12 @@ class Rotation:
         prune(self._fs, self._root, chosen, list(committed.values()), lambda: refuse_to_delete(self._root))
         if first is not None:
             raise first
+
+    def _warn_of_metrics(self, policy: Policy, ours: Sequence[Manifest]) -> None:
+        for problem in unknown_metrics(policy, ours):
+            if len(ours) > 1 and problem not in self._said:
+                self._said.add(problem)
+                logger.warning("%s: retention: %s. By that rule all are kept", self._root, problem)
 
     def _kept(self, newest_first: Sequence[str], protected: frozenset[str], ours: Sequence[Manifest]) -> set[str]:
         safe = {name for name in newest_first if name in protected} | set(newest_first[:1])
