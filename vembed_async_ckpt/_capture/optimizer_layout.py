@@ -93,9 +93,8 @@ def _packs_as_torch(optimizer: Any) -> bool:
 class PlainState:
     """A state of torch's own optimizers that contains only tensors: parameters by number, each with a dict of tensors.
 
-    No tensor is in two places.
-
-    Its captured form and its pickle contain only names and shapes, so they are made once and reused for every save.
+    Each tensor is in one place. The captured form and the pickle contain only names and shapes, so they are made once
+    and reused for every save.
     """
 
     indices: list[int]

@@ -57,10 +57,10 @@ def capture(value: Any, where: str, put: Put, depth: int = 0) -> Any:
 
     Later changes of the containers do not affect it.
 
-    `put(name, tensor)` gets each tensor; a tensor in several places is stored once with `sharing(put)`.
+    `put(name, tensor)` gets each tensor. With `sharing(put)`, a tensor in several places is stored only once.
+    `where` is the start of their names, and of names in errors.
 
-    `where` is the start of their names, and of names in errors. Raises
-    `PlanError` naming the key for anything that is not a nested dict, list or tuple of JSON scalars, tensors, numpy
+    Raises `PlanError` naming the key for anything that is not a nested dict, list or tuple of JSON scalars, tensors, numpy
     arrays, bytes and the types in `values`.
     """
     kind = type(value)
