@@ -38,7 +38,8 @@ def until(true: Callable[[], bool]) -> None:
 
 def ours() -> list[str]:
     """What this process has for checkpointers: threads, writer processes, memory and locks."""
-    threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("vembed-ckpt")]
+    # "Dummy" is what `threading` calls a thread that it did not start.
+    threads = [t.name for t in threading.enumerate() if t.name.startswith(("vembed-ckpt", "Dummy"))]
     children = [str(child.pid) for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
     files = []
     for fd in os.listdir("/proc/self/fd"):

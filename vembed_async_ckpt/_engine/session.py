@@ -192,7 +192,13 @@ class Session:
             return
         self.dropped = True
         with contextlib.suppress(RuntimeError):  # no thread can be started any more: the session is closed at exit
-            _thread.start_new_thread(self._close_dropped, ())
+            _thread.start_new_thread(self._begin_to_close, ())
+
+    def _begin_to_close(self) -> None:
+        # A bare thread stays in `threading.enumerate()` for ever, once it has asked for its name.
+        closing = threading.Thread(target=self._close_dropped, name="vembed-ckpt-closing", daemon=True)
+        with contextlib.suppress(RuntimeError):
+            closing.start()
 
     def _close_dropped(self) -> None:
         try:
