@@ -131,6 +131,27 @@ def train(model: torch.nn.Module, *optimizers: Any) -> None:
         optimizer.step(closure) if isinstance(optimizer, torch.optim.LBFGS) else optimizer.step()
 
 
+def test_a_step_that_raised_is_over(root: Path, late: LateCopy) -> None:
+    """In the middle of a step nothing is copied late; after one that ended in an exception everything is again."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, lr=0.1)
+    train(model, optimizer)
+    seen: list[bool] = []
+
+    def closure() -> float:
+        seen.append(STEP_BARRIER.is_stepping())
+        raise MemoryError("out of memory")
+
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        with pytest.raises(MemoryError):
+            optimizer.step(closure)
+        handle = checkpointer.save(1, model=model, optimizer=optimizer)
+        assert late.stopped.wait(BOUND)
+        late.go.set()
+        handle.result(BOUND)
+    assert seen == [True]
+
+
 # -- every optimizer of torch, in every implementation that runs here
 
 OPTIMIZERS = {
@@ -243,7 +264,7 @@ CAUGHT = "caught (StageError)"
 OUTSIDE = "outside: documented"
 NOTHING = "changes nothing that is saved"
 
-BOUNDARY = "a write through `.data`, numpy or another process that leaves a tensor's last 8 bytes as they were"
+BOUNDARY = "a write through `.data`, numpy or another process that leaves a tensor's last 8 bytes unchanged"
 
 
 def rates(file: str, state: Mapping[str, Any]) -> Tensors:
@@ -970,15 +991,15 @@ FREED = """
 import os, sys, threading, torch
 from vembed_async_ckpt import AsyncCheckpointer, StageError
 from vembed_async_ckpt._memory import staging
-from vembed_async_ckpt._memory.barrier import GATE
+from vembed_async_ckpt._memory.barrier import STEP_BARRIER
 
-GATE.install()
+STEP_BARRIER.install()
 model = torch.nn.Linear(2048, 2048)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 model(torch.randn(2, 2048)).sum().backward()
 optimizer.step()
-go, moved = threading.Event(), staging.Late.moved
-staging.Late.moved = lambda late: (go.wait(20), moved(late))[1]
+go, moved = threading.Event(), staging.DeferredCopy.moved
+staging.DeferredCopy.moved = lambda late: (go.wait(20), moved(late))[1]
 with AsyncCheckpointer(sys.argv[1], writer="thread") as checkpointer:
     handle = checkpointer.save(1, model=model, optimizer=optimizer)
     model.weight.untyped_storage().resize_(0)

@@ -121,13 +121,13 @@ WAITS: dict[str, Callable[[AsyncCheckpointer, Any], Any]] = {
 @pytest.mark.parametrize("how", WAITS)
 def test_whoever_saved_and_waits_has_the_rest_copied(root: Path, held: Held, monkeypatch: pytest.MonkeyPatch, how: str):
     """Nothing trains meanwhile. To ask without waiting is not to wait."""
-    hurried, hurry = [], staging.Snapshot.hurry
+    hurried, hurry = [], staging.Snapshot.copy_with_more_threads
 
     def noted(snapshot: staging.Snapshot) -> None:
         hurried.append(snapshot)
         hurry(snapshot)
 
-    monkeypatch.setattr(staging.Snapshot, "hurry", noted)
+    monkeypatch.setattr(staging.Snapshot, "copy_with_more_threads", noted)
     training = Training()
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
         handle = training.save(checkpointer)
@@ -160,7 +160,7 @@ def test_other_threads_that_wait_leave_the_cores_to_the_training(root: Path, hel
 
 def test_a_copy_that_has_not_begun_begins_with_all(root: Path, held: Held, monkeypatch: pytest.MonkeyPatch):
     """The step came first."""
-    hurried, moved, hurry = threading.Event(), staging.DeferredCopy.moved, staging.Snapshot.hurry
+    hurried, moved, hurry = threading.Event(), staging.DeferredCopy.moved, staging.Snapshot.copy_with_more_threads
 
     def late_start(late: staging.DeferredCopy) -> str | None:
         assert hurried.wait(BOUND)
@@ -171,7 +171,7 @@ def test_a_copy_that_has_not_begun_begins_with_all(root: Path, held: Held, monke
         hurried.set()
 
     monkeypatch.setattr(staging.DeferredCopy, "moved", late_start)
-    monkeypatch.setattr(staging.Snapshot, "hurry", noted)
+    monkeypatch.setattr(staging.Snapshot, "copy_with_more_threads", noted)
     training = Training()
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
         expected = training.frozen()

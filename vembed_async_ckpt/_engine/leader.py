@@ -253,8 +253,8 @@ class Leader:
         self.check()
 
     def _divide(self, request: Request) -> CopyPlan:
-        # `stepping`: a signal handler saves in the middle of a step, and the step goes on afterwards
-        if not self._overlap or STEP_BARRIER.stepping:
+        # A signal handler may save in the middle of a step, and the step goes on afterwards.
+        if not self._overlap or STEP_BARRIER.is_stepping():
             return all_now(len(request.tensors))
         key = tuple(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
         stepped = [state for state in request.optimizers if state.optimizer is not None]

@@ -10,6 +10,7 @@ but waits too late. Only the checks of `staging.DeferredCopy` detect that.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from operator import attrgetter, is_, not_
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -59,7 +61,7 @@ class _StepBarrier:
         self.steps = 0  # how many optimizer steps the hook has seen begin
         self.generation = 0  # grows when an optimizer is recorded for the first time
         self.pending: tuple[Pending, ...] = ()
-        self.stepping: list[int] = []  # ids of optimizers that are in the middle of a step
+        self._stepping: list[int] = []  # ids of optimizers whose step has begun and has not returned
 
     def install(self) -> None:
         with _signals.held(), self._lock:
@@ -87,6 +89,27 @@ class _StepBarrier:
         with _signals.held(), self._lock:
             return [optimizer for optimizer in self.seen if optimizer not in self.captured]
 
+    def step_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        self.steps += 1
+        self.step_ends(optimizer)  # in case its previous step ended in an exception
+        self._stepping.append(id(optimizer))
+
+    def step_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        if id(optimizer) in self._stepping:
+            del self._stepping[self._stepping.index(id(optimizer)) :]
+
+    def is_stepping(self) -> bool:
+        """Return whether an optimizer is in the middle of a step, on any thread.
+
+        A step that ends in an exception calls no hook. So the call stacks are looked at, if a step has begun and not returned.
+        """
+        if not self._stepping:
+            return False
+        if any(map(_is_in_step, sys._current_frames().values())):
+            return True
+        self._stepping = []
+        return False
+
     def add(self, snapshot: Pending) -> None:
         with _signals.held(), self._lock:
             self.pending = (*self.pending, snapshot)
@@ -99,7 +122,7 @@ class _StepBarrier:
         """In a forked child: drop the pending snapshots, because no thread copies here."""
         self._lock = threading.Lock()
         self.pending = ()
-        self.stepping = []
+        self._stepping = []
 
 
 STEP_BARRIER = _StepBarrier()
@@ -107,9 +130,7 @@ STEP_BARRIER = _StepBarrier()
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    STEP_BARRIER.steps += 1
-    _after_step(optimizer, args, kwargs)  # in case its previous step ended in an exception
-    STEP_BARRIER.stepping.append(id(optimizer))
+    STEP_BARRIER.step_begins(optimizer)
     if optimizer not in STEP_BARRIER.seen:
         STEP_BARRIER.note(optimizer)
     if is_capturing() and optimizer not in STEP_BARRIER.captured:
@@ -120,8 +141,19 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if id(optimizer) in STEP_BARRIER.stepping:
-        del STEP_BARRIER.stepping[STEP_BARRIER.stepping.index(id(optimizer)) :]
+    STEP_BARRIER.step_ends(optimizer)
+
+
+# Every optimizer's step is wrapped by a function with this code, which calls the hooks.
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__
+
+
+def _is_in_step(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code is _STEP:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @dataclass(frozen=True)
