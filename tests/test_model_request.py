@@ -222,7 +222,7 @@ def with_parameter(tensor: torch.Tensor) -> torch.nn.Module:
         (lambda: with_parameter(torch.eye(3, dtype=torch.complex128)), "odd.*complex128"),
         (lambda: with_parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])), "odd.*nested"),
         (lambda: with_parameter(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)), "odd.*quantized"),
-        (lambda: [torch.nn.Linear(2, 2)], "list.*not a torch.nn.Module"),
+        (lambda: [torch.nn.Linear(2, 2)], "a list is given; use a mapping"),
         (lambda: {"../up": torch.nn.Linear(2, 2)}, r"\.\./up"),
         (lambda: {"a/b": torch.nn.Linear(2, 2)}, "a/b"),
         (lambda: {"_vembed_async_ckpt": torch.nn.Linear(2, 2)}, "_vembed"),
