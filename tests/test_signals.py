@@ -323,15 +323,15 @@ def test_handlers_are_put_back(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "inside"), [([], 10), (["--staging", "blocking"], 10), (["--host", "accelerate"], 10)]
+    ("options", "inside"), [([], 20), (["--staging", "blocking"], 20), (["--host", "accelerate"], 20)]
 )
 def test_random_moments_of_a_training(tmp_path: Path, options: list[str], inside: int) -> None:
-    """The script that is run with hundreds of signals, with fifty. How many arrive inside a save depends on the machine."""
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "root"), "50", *options]
+    """The script that is run with hundreds of signals, with fifty, and more until twenty were inside a save."""
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "root"), "50", "--inside", str(inside), *options]
     child = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert child.returncode == 0, child.stderr
     result = json.loads(child.stdout.splitlines()[-1])
-    assert result["signals"] == 50
+    assert result["signals"] >= 50
     assert result["inside_save"] >= inside
     assert result["wrong"] == []
     assert result["refused"] == {}

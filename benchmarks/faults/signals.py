@@ -1,6 +1,9 @@
 """A training loop that is interrupted by signals at random moments; the handler saves, and sometimes waits, too.
 
-    signals.py ROOT COUNT [--staging overlap|blocking] [--host plain|accelerate]
+    signals.py ROOT COUNT [--inside N] [--staging overlap|blocking] [--host plain|accelerate]
+
+It sends COUNT signals, and more (20 times as many at most) until N of them have interrupted a call of `save()`. How many do depends
+on the speed of the machine.
 
 Every save notes a digest of the weights at its call, in the loop and in the handler. At the end each checkpoint is read back and
 compared. Prints one JSON object: signals, how many of them interrupted a call of `save()`, saves of the loop and of the handler,
@@ -39,9 +42,10 @@ def digest(model: torch.nn.Module) -> str:
 
 
 class Run:
-    def __init__(self, root: Path, count: int, staging: str) -> None:
+    def __init__(self, root: Path, count: int, inside: int, staging: str) -> None:
         self.root = root
         self.count = count
+        self.least_inside = inside
         self.signals = self.inside = self.number = 0
         self.saved: dict[str, dict[int, str]] = {"loop": {}, "handler": {}}
         self.refused: collections.Counter[str] = collections.Counter()
@@ -96,8 +100,11 @@ class Run:
             self.in_handler = False
             self.arm()
 
+    def is_enough(self) -> bool:
+        return self.signals >= self.count and (self.inside >= self.least_inside or self.signals >= 20 * self.count)
+
     def arm(self) -> None:
-        if self.signals < self.count:
+        if not self.is_enough():
             signal.setitimer(signal.ITIMER_REAL, self.chance.uniform(0.0002, 0.02))
 
     def run(self) -> dict[str, Any]:
@@ -106,7 +113,7 @@ class Run:
         signal.signal(signal.SIGALRM, self.on_signal)
         begun = time.monotonic()
         self.arm()
-        while self.signals < self.count:
+        while not self.is_enough():
             self.step()
             self.one("loop")
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -134,8 +141,8 @@ class Run:
 
 
 class Plain(Run):
-    def __init__(self, root: Path, count: int, staging: Any) -> None:
-        super().__init__(root, count, staging)
+    def __init__(self, root: Path, count: int, inside: int, staging: Any) -> None:
+        super().__init__(root, count, inside, staging)
         self.checkpointer = AsyncCheckpointer(root, staging=staging)
 
     def save(self, step: int) -> Any:
@@ -151,8 +158,8 @@ class Plain(Run):
 class Accelerated(Run):
     """The same with accelerate and `save_state`."""
 
-    def __init__(self, root: Path, count: int, staging: str) -> None:
-        super().__init__(root, count, staging)
+    def __init__(self, root: Path, count: int, inside: int, staging: str) -> None:
+        super().__init__(root, count, inside, staging)
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=True)
@@ -176,12 +183,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
     parser.add_argument("count", type=int)
+    parser.add_argument("--inside", type=int, default=0)
     parser.add_argument("--staging", default="overlap")
     parser.add_argument("--host", default="plain", choices=["plain", "accelerate"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     kind = {"plain": Plain, "accelerate": Accelerated}[arguments.host]
-    json.dump(kind(arguments.root, arguments.count, arguments.staging).run(), sys.stdout)
+    json.dump(kind(arguments.root, arguments.count, arguments.inside, arguments.staging).run(), sys.stdout)
 
 
 if __name__ == "__main__":
