@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,13 +16,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vembed_async_ckpt import AsyncCheckpointer, CorruptCheckpoint
+from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, CorruptCheckpoint, KeepLast
 from vembed_async_ckpt._capture.dtypes import TO_TORCH
 from vembed_async_ckpt._disk.stored_tensors import StoredTensor
 from vembed_async_ckpt._format import names
 from vembed_async_ckpt._format.manifest import FileRecord, Manifest
 from vembed_async_ckpt._format.safetensors import TensorSpec, layout
-from vembed_async_ckpt.cli import app, inspecting
+from vembed_async_ckpt.cli import app, inspecting, watching
 
 runner = CliRunner()
 
@@ -87,6 +89,55 @@ def test_latest_by_a_metric(saved: Path) -> None:
     assert path_of("--best", "loss", "--mode", "max") == (0, str(saved / "checkpoint-1"))
     assert path_of("--best", "accuracy") == (1, "")
     assert path_of("--best", "loss", "--mode", "median")[0] == 2
+
+
+def test_watch_tells_what_appears_breaks_and_goes(saved: Path) -> None:
+    """A line for each that is there, then one for each change; Ctrl-C ends it with exit code 0."""
+    watch = [sys.executable, "-m", "vembed_async_ckpt", "watch", str(saved), "--interval", "0.1", "--json"]
+    process = subprocess.Popen(watch, stdout=subprocess.PIPE, text=True)
+    try:
+
+        def told() -> tuple[str, str]:
+            assert process.stdout is not None
+            change = json.loads(process.stdout.readline())
+            return Path(change["path"]).name, change["change"]
+
+        assert [told() for _ in range(3)] == [(f"checkpoint-{step}", "complete") for step in (1, 2, 3)]
+        with AsyncCheckpointer(saved, retention=KeepLast(3)) as checkpointer:
+            checkpointer.save(4, model=torch.nn.Linear(2, 2), metrics={"loss": float("nan")}).result(60)
+        assert {told(), told()} == {("checkpoint-4", "complete"), ("checkpoint-1", "gone")}
+        with (saved / "checkpoint-2" / "model.safetensors").open("r+b") as file:
+            file.truncate(10)
+        assert told() == ("checkpoint-2", "broken")
+        shutil.rmtree(saved / "checkpoint-2")
+        assert told() == ("checkpoint-2", "gone")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_watch_in_words(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name, size, metrics and age of each."""
+
+    def interrupted(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watching.time, "sleep", interrupted)
+    result = runner.invoke(app, ["watch", str(saved)])
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert [line.split()[1:3] for line in lines] == [[f"checkpoint-{step}", "complete"] for step in (1, 2, 3)]
+    assert "loss=0.3333" in lines[2]
+    assert lines[2].endswith("s ago)")
+
+
+def test_watch_of_nothing_is_refused(tmp_path: Path) -> None:
+    """A root that is misspelt is not waited for."""
+    assert isinstance(runner.invoke(app, ["watch", str(tmp_path / "no")]).exception, CheckpointError)
 
 
 def test_the_version_is_that_of_the_package() -> None:

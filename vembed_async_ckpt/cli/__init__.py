@@ -15,11 +15,11 @@ from typing import Annotated
 import typer
 
 from ..errors import CheckpointError
-from . import bench, cleaning, exporting, inspecting, reading, reporting, training
+from . import bench, cleaning, exporting, inspecting, reading, reporting, training, watching
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
-    *(training.demo, reading.ls, reading.latest, reading.verify),
+    *(training.demo, reading.ls, reading.latest, watching.watch, reading.verify),
     *(inspecting.inspect, inspecting.diff, exporting.export, reporting.report),
     *(cleaning.prune, cleaning.sweep),
 ):

@@ -31,15 +31,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on stan
 
 def print_json(value: Any) -> None:
     """Print JSON that every program can read: NaN and infinities become null."""
-    json.dump(_finite(value), sys.stdout, indent=2)
+    json.dump(finite(value), sys.stdout, indent=2)
     print()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return JSON data with null in place of NaN and infinities."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
