@@ -36,7 +36,7 @@ def _changes(root: Path, interval: float) -> Iterator[dict[str, Any]]:
     while True:
         now = {entry.path: entry for entry in reversed(listing.checkpoints(root))}
         for path, entry in now.items():
-            if known.get(path) != entry:
+            if path not in known or repr(known[path]) != repr(entry):  # NaN, as a metric, is not equal to itself
                 yield _change("complete" if entry.complete else "broken", entry)
         for path, entry in known.items():
             if path not in now:
