@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_acceptance.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_acceptance.py"
 
 
 def dry_run(tmp_path: Path, *options: str) -> tuple[int, dict[str, Any]]:

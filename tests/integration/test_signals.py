@@ -33,7 +33,7 @@ from vembed_async_ckpt._disk.filesystem import LocalFilesystem
 from vembed_async_ckpt.testing import use_filesystem
 
 BOUND = 20.0
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "faults" / "signals.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults" / "signals.py"
 PACKAGE = str(Path(vembed_async_ckpt.__file__).parent)
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from vembed_async_ckpt import latest
 
-from ..conftest import check_root, leftovers
-from ..crash.nursery import Nursery
+from ...conftest import check_root, leftovers
+from ...crash.nursery import Nursery
 
 BATCHES = 4  # of an epoch, as trainings has it
 

@@ -16,7 +16,7 @@ import torch
 from vembed_async_ckpt import latest, load, verify
 from vembed_async_ckpt.integrations.shared import close_shared
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[3] / "README.md"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Saves and loads of a training on the second device type. Run by tests/test_second_device.py."""
+"""Saves and loads of a training on the second device type. Run by tests/gpu/test_second_device.py."""
 
 from __future__ import annotations
 

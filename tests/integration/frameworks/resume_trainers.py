@@ -21,7 +21,7 @@ from vembed_async_ckpt.integrations.accelerate import save_state
 from vembed_async_ckpt.integrations.shared import open_at
 
 if TYPE_CHECKING:
-    from ..crash.nursery import Talk
+    from ...crash.nursery import Talk
 
 
 def save_and_die(

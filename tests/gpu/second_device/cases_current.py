@@ -1,4 +1,4 @@
-"""Which device is made current, in a process that has used none. Run by tests/test_second_device.py."""
+"""Which device is made current, in a process that has used none. Run by tests/gpu/test_second_device.py."""
 
 from __future__ import annotations
 

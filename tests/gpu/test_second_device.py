@@ -15,11 +15,11 @@ HERE = Path(__file__).parent
 def run(config: pytest.Config, tmp_path: Path, file: str, *options: str) -> tuple[int, dict[str, int], str]:
     """(return code, how many tests ended in which way, output) of one file of tests."""
     cache = config.cache.mkdir("second_device")  # type: ignore[union-attr]
-    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-p", "tests.second_device.plugin", "-q"]
+    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-p", "tests.gpu.second_device.plugin", "-q"]
     command += ["-p", "no:cacheprovider", f"--second-device-cache={cache}", f"--basetemp={tmp_path / 'inner'}"]
     done = subprocess.run(
         [*command, *options, str(HERE / file)],
-        cwd=HERE.parent,
+        cwd=HERE.parents[1],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -45,7 +45,11 @@ _OF_THE_HOST = "test_memory_that_cannot_be_written_is_not_blamed_on_the_file"
 def test_the_restore_suite_on_the_device(pytestconfig: pytest.Config, tmp_path: Path) -> None:
     """All of its tests, with every new tensor on the device, but the one that is about memory of the host."""
     code, counts, output = run(
-        pytestconfig, tmp_path, "test_restore.py", "--on-device", f"--deselect=tests/test_restore.py::{_OF_THE_HOST}"
+        pytestconfig,
+        tmp_path,
+        "../integration/test_restore.py",
+        "--on-device",
+        f"--deselect=tests/integration/test_restore.py::{_OF_THE_HOST}",
     )
     assert (code, set(counts), counts.get("deselected")) == (0, {"passed", "deselected"}, 1), output
     assert counts["passed"] > 100

@@ -1,4 +1,4 @@
-"""The second device type is worth believing: copies with one step left out are noticed. Run by tests/test_second_device.py."""
+"""The second device type is worth believing: copies with one step left out are noticed. Run by tests/gpu/test_second_device.py."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from vembed_async_ckpt._memory import staging
 from vembed_async_ckpt._memory.barrier import STEP_BARRIER
 from vembed_async_ckpt.integrations.vembed import close_shared
 
-from .parity.checks import differing, state
+from ..parity.checks import differing, state
 
 STEP_BARRIER.install()  # as a checkpointer does: the optimizers of these tests step before theirs is made
 BOUND = 30

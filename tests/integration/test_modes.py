@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, PlanError, load
 
-from .parity.architectures import build
-from .parity.checks import BOUND, differing, state
+from ..parity.architectures import build
+from ..parity.checks import BOUND, differing, state
 
 
 class Refusing(TorchFunctionMode):

@@ -17,8 +17,8 @@ from vembed_async_ckpt import AsyncCheckpointer, PlanError, load
 from vembed_async_ckpt._capture import model as models
 from vembed_async_ckpt._format import names
 
-from .parity.architectures import build
-from .parity.checks import BOUND, change, files, stock
+from ...parity.architectures import build
+from ...parity.checks import BOUND, change, files, stock
 
 
 @pytest.fixture

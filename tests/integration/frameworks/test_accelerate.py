@@ -29,7 +29,7 @@ from vembed_async_ckpt._memory.staging import Snapshot
 from vembed_async_ckpt.integrations.accelerate import save_state
 from vembed_async_ckpt.integrations.shared import close_shared, open_at
 
-from ..conftest import check_root, leftovers
+from ...conftest import check_root, leftovers
 
 
 @pytest.fixture
