@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import xxhash
 
 from .._format import names
-from .._format.manifest import MAX_BYTES, Manifest, parse
+from .._format.manifest import MAX_BYTES, FileRecord, Manifest, parse
 from ..errors import CorruptCheckpoint
 from . import filesystem as fs
 
@@ -69,6 +69,15 @@ def check(
                 raise CorruptCheckpoint(f"{path}: content differs: xxh3_128 {digest}, expected {record.xxh3_128}")
         finally:
             os.close(fd)
+
+
+def record_of(path: str) -> FileRecord:
+    """Return the size and the hash of a file as it is now. Raises `CorruptCheckpoint` if it cannot be read."""
+    fd = fs.open_regular(path)
+    try:
+        return FileRecord(os.fstat(fd).st_size, _hash(fd, path, lambda count: None))
+    finally:
+        os.close(fd)
 
 
 def refuse_linked_parents(directory: str, name: str) -> None:

@@ -26,6 +26,9 @@ TRAINING_TENSORS = "vembed_training_state.safetensors"
 WEIGHTS = "model.safetensors"
 UNCOVERED = "vembed_uncovered.safetensors"  # model state that its own save_pretrained did not write to safetensors
 SCALER = "scaler.pt"
+DCP = "vembed_dcp.json"  # what torch.distributed.checkpoint needs to read a checkpoint that it wrote through us
+DCP_STATE = "vembed_dcp_state.safetensors"  # the tensors that are not the model's
+DCP_OBJECTS = "vembed_dcp_objects"  # directory of what is no tensor
 PROGRESS = "training_state.json"  # vembed itself writes and reads this file to resume
 
 _CHECKPOINT = re.compile(r"checkpoint(?:-|_|-step-|-epoch-)(0|[1-9][0-9]*)")
@@ -46,7 +49,8 @@ _OURS = re.compile(
     r"|(?:pytorch_)?model(?:_[0-9]+)?\.(?:safetensors|bin)\.index\.json"
     r"|adapter_(?:model\.(?:safetensors|bin)|config\.json)"
     r"|[^/]*_state_dict\.safetensors"
-    r"|vembed_(?:manifest|config)\.json"
+    r"|vembed_(?:manifest|config|dcp)\.json|vembed_dcp_state\.safetensors"
+    r"|vembed_dcp_objects/[0-9]+\.bin"
     rf"|{_FOR_RESUMING}"
     r")"
 )
@@ -225,6 +229,11 @@ def plain_weights(index: int) -> str:
 def pickled_weights(index: int) -> str:
     """Return the name that `accelerator.save_state(safe_serialization=False)` gives to the state_dict of a model."""
     return f"pytorch_model_{index}.bin" if index else "pytorch_model.bin"
+
+
+def dcp_object(index: int) -> str:
+    """Return the name of a value that torch.distributed.checkpoint saved through us and that is no tensor."""
+    return f"{DCP_OBJECTS}/{index}.bin"
 
 
 TRAINER_OPTIMIZER = "optimizer.pt"
