@@ -23,16 +23,20 @@ from ._capture.modes import in_neutral_modes
 from ._capture.optimizer import unwrap as unwrap_optimizer
 from ._capture.parameters import names_of
 from ._capture.request import named
+from ._capture.sharding import KNOWN_SHARES, share_of
 from ._capture.training_state import parse_rank
 from ._disk import latest_link
 from ._disk.manifests import Verify
 from ._disk.reader import has_changed, held, manifest_of
 from ._format import names
+from ._format.manifest import Manifest
 from ._restore.accelerated import by_name, load_hooks, models_to_load
+from ._restore.agreement import Agreement, among, divided, is_distributed
 from ._restore.models import plan_model
 from ._restore.optimizers import plan_optimizer, rewritable_state
 from ._restore.schedulers import plan_scaler, plan_scheduler
 from ._restore.selection import Selection, check_names
+from ._restore.targets import Targets, ranks_that_share
 from ._restore.tensors import Move, Tensors
 from .errors import CheckpointError, warn
 
@@ -102,6 +106,12 @@ def load(
     A model may have other wrappers than when it was saved: torch.compile, activation checkpointing,
     DistributedDataParallel, or hooks that rename its state_dict.
 
+    A model may be divided among the ranks of the job: by FSDP (version 2, or version 1 with `use_orig_params=True`), HSDP
+    or tensor parallelism. Every rank calls `load`, as it also does for DistributedDataParallel, and reads only what it
+    holds. Who saved the checkpoint does not matter: one process, or more or fewer ranks. If one rank cannot load it,
+    no rank does. With `verify="full"` the ranks divide the files among them. If there are more ranks than were saved,
+    the random states of the others are derived from those of the first rank, with a warning.
+
     Optimizer state goes to the parameter of the same name if both sides know names. They do if the models are passed to
     `save()` and `load` with the optimizer, or if the optimizer was made from `named_parameters()`. The order and the
     parameter groups may then differ from the saved ones. Every parameter keeps the hyper-parameters with which it was
@@ -130,9 +140,14 @@ def load(
         selection.tell(source.directory)
         return planned
 
+    given_models = _modules(model if accelerator is None or model is not None else accelerator._models)
+    given_optimizers = list(named("optimizer", optimizer).values())
+    if accelerator is not None and optimizer is None:
+        given_optimizers = list(accelerator._optimizers)
+    agreement = among(ranks_that_share(given_models, map(unwrap_optimizer, given_optimizers)))
     with contextlib.ExitStack() as stack:
-        source, planned = _of_one_save(latest_link.resolve(path), verify, stack, plan)
-        return _restore(source, planned)
+        source, planned = _of_one_save(latest_link.resolve(path), verify, stack, plan, agreement)
+        return _restore(source, planned, agreement)
 
 
 @in_neutral_modes
@@ -156,29 +171,44 @@ def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict
 
 
 def _of_one_save(
-    directory: str, verify: Verify, stack: contextlib.ExitStack, plan: Callable[[Tensors], _T]
+    directory: str,
+    verify: Verify,
+    stack: contextlib.ExitStack,
+    plan: Callable[[Tensors], _T],
+    agreement: Agreement | None = None,
 ) -> tuple[Tensors, _T]:
     """Open a checkpoint and call `plan` on it.
 
-    Everything comes from one save, even if another save replaces the checkpoint meanwhile.
+    Everything comes from one save, even if another save replaces the checkpoint meanwhile. With an `agreement` that
+    holds for all of its ranks.
 
     Returns the open files, which `stack` will close, and what `plan` returned. If another save took the name while the
     files were opened, this starts again once. Raises what `plan` raises, `CorruptCheckpoint`, and `CheckpointError` if
-    the checkpoint was replaced twice.
+    the checkpoint was replaced twice. With an `agreement`, an error on one rank is an error on all.
     """
     for _ in range(2):
         with contextlib.ExitStack() as inner:
             lock = inner.enter_context(held(directory))
+            error: BaseException | None = None
             try:
                 manifest = manifest_of(directory)
-                source = inner.enter_context(contextlib.closing(Tensors(directory, manifest, verify)))
+                source = inner.enter_context(contextlib.closing(_opened(directory, manifest, verify, agreement)))
                 with _making_sense(directory):
                     planned = plan(source)
-            except CheckpointError:
-                if not has_changed(directory, lock):
-                    raise
-                continue
-            if not has_changed(directory, lock):
+            except CheckpointError as raised:
+                error = raised
+            except BaseException as raised:
+                if agreement is not None:
+                    agreement.on_one_save(directory, None, raised)
+                raise
+            changed = has_changed(directory, lock)
+            if agreement is not None:
+                changed = not agreement.on_one_save(
+                    directory, None if changed else manifest.save_id, None if changed else error
+                )
+            elif error is not None and not changed:
+                raise error
+            if not changed:
                 stack.push(inner.pop_all())
                 return source, planned
     raise CheckpointError(
@@ -186,13 +216,28 @@ def _of_one_save(
     )
 
 
-def _restore(source: Tensors, planned: _Planned) -> Restored:
-    wait_for_copies()
-    source.fill(planned.moves)
-    for step in planned.steps:
-        step()
-    if planned.rng is not None:
-        random_state.restore(planned.rng)
+def _opened(directory: str, manifest: Manifest, verify: Verify, agreement: Agreement | None) -> Tensors:
+    """Return the files of a checkpoint. The ranks of an agreement divide among them which files to hash."""
+    if agreement is None:
+        return Tensors(directory, manifest, verify)
+    sizes = {name: record.size for name, record in manifest.files.items()}
+    return Tensors(directory, manifest, verify, divided(sizes, agreement.place, agreement.size))
+
+
+def _restore(source: Tensors, planned: _Planned, agreement: Agreement | None = None) -> Restored:
+    try:
+        wait_for_copies()
+        source.fill(planned.moves)
+        for step in planned.steps:
+            step()
+        if planned.rng is not None:
+            random_state.restore(planned.rng)
+    except BaseException as error:
+        if agreement is not None:
+            agreement.on_the_end(source.directory, error)
+        raise
+    if agreement is not None:
+        agreement.on_the_end(source.directory, None)
     return Restored(source.manifest.step, planned.config, planned.extra, source.manifest.metrics)
 
 
@@ -232,6 +277,7 @@ def _plan(
     moves: list[Move] = []
     steps: list[Callable[[], None]] = []
     models = {name: unwrap_model(value) for name, value in named("model", model).items()}
+    targets = _targets(source.directory, model, accelerator)
     optimizers = {
         name: unwrap_optimizer(value)
         for name, value in named("optimizer", optimizer).items()
@@ -240,7 +286,7 @@ def _plan(
     for name, module in models.items():
         described = selection.attempt(lambda name=name: _saved(source.manifest.names, name, "model"))  # type: ignore[misc]
         if described is not None:
-            more, step = plan_model(source, described, name, module, selection)
+            more, step = plan_model(source, described, name, module, selection, targets)
             moves += more
             steps += [] if step is None else [step]
     if resumes:
@@ -250,7 +296,8 @@ def _plan(
     known = _names(models, accelerator, source.manifest.names)
 
     def of_optimizer(name: str, value: Any) -> Any:
-        return plan_optimizer(source, _saved(saved["optimizers"], name, "optimizer"), name, value, rewritable, known)
+        described = _saved(saved["optimizers"], name, "optimizer")
+        return plan_optimizer(source, described, name, value, rewritable, known, targets)
 
     def of_scheduler(name: str, value: Any) -> Callable[[], None]:
         return plan_scheduler(source, saved, name, _saved(saved["schedulers"], name, "scheduler"), value, regrouped)
@@ -285,6 +332,24 @@ def _plan(
         steps += selection.attempt(lambda: _plan_accelerator(source, saved, accelerator)) or []
     extra = tree.decode(saved["extra"], source.training_tensor)
     return _Planned(moves, steps, None if selection.excludes("rng") else rng, source.config(), extra)
+
+
+def _targets(directory: str, model: Any, accelerator: Any) -> Targets:
+    """Return what is known of the models, or of the accelerator's if none is given: its optimizers step those.
+
+    Raises `CheckpointError` for a model of which this process holds a share that nobody can tell.
+    """
+    models = _modules(model) or _modules(getattr(accelerator, "_models", None))
+    for module in models:
+        share = share_of(module, KNOWN_SHARES)
+        if share is not None:
+            raise CheckpointError(f"{directory}: {share}: load into the whole model, before it is sharded")
+    return Targets(models)
+
+
+def _modules(models: Any) -> list[torch.nn.Module]:
+    values = models if isinstance(models, list) else named("model", models).values()
+    return [model for model in values if isinstance(model, torch.nn.Module)]
 
 
 def _not_asked_for(
@@ -355,26 +420,30 @@ def _plan_accelerator(source: Tensors, saved: Mapping[str, Any], accelerator: An
 def _of_this_rank(source: Tensors, saved: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return (random states, dataloader position) of this rank.
 
-    For a rank that was not saved, warn and return None for both.
+    For a rank that was not saved, warn. If there are more ranks than were saved, its random states are derived from
+    those of the first rank. Otherwise both are None, and it goes on with what it has.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    if world_size != source.manifest.world_size:
+    rank, world_size = (
+        (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_distributed() else (0, 1)
+    )
+    had = source.manifest.world_size
+    if world_size != had:
+        more = f", and those of the ranks from {had} on are derived from those of rank 0" if world_size > had else ""
         warn(
-            f"{source.directory}: was saved by {source.manifest.world_size} ranks and is loaded by {world_size}: "
-            "random states and the order of the data cannot go on exactly"
+            f"{source.directory}: was saved by {had} ranks and is loaded by {world_size}: "
+            f"random states and the order of the data cannot go on exactly{more}"
         )
-    if rank == 0:
-        get = source.training_tensor
-        return tree.decode(saved["rng"], get), tree.decode(saved["dataloader"], get)
-    if names.rank_state(rank) not in source.manifest.files:
-        if rank < source.manifest.world_size:
-            warn(
-                f"{source.directory}: was saved without rank {rank}: its random states and its place in the data go on as they are "
-                "now, not as they were"
-            )
+    if rank and names.rank_state(rank) in source.manifest.files:
+        return parse_rank(source.json(names.rank_state(rank)))
+    if 0 < rank < had:
+        warn(
+            f"{source.directory}: was saved without rank {rank}: its random states and its place in the data go on as they are "
+            "now, not as they were"
+        )
         return None, None
-    return parse_rank(source.json(names.rank_state(rank)))
+    get = source.training_tensor
+    rng = tree.decode(saved["rng"], get)
+    return (random_state.derived(rng, rank), None) if rank else (rng, tree.decode(saved["dataloader"], get))
 
 
 def _in_order(values: Sequence[Any], saved: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from vembed_async_ckpt._format.ranges import Ambiguous, Box, Run, Split, boxes, extents, fault_of, spans
+from vembed_async_ckpt._format.ranges import Ambiguous, Box, Run, Split, boxes, boxes_of, extents, fault_of, spans
 
 
 def literal(
@@ -148,3 +148,20 @@ def test_gaps_and_overlaps_of_all_ranks_are_found(regions: list[Box | Run], faul
     found = fault_of([4, 3], regions)
     assert (found is None) == (fault is None)
     assert fault is None or fault in str(found)
+
+
+def test_a_run_is_a_few_boxes():
+    """The boxes of random runs hold exactly the elements of the run, in ascending order, and are at most 2 n - 1."""
+    rng = random.Random(0)
+    for _ in range(500):
+        shape = tuple(rng.randint(1, 5) for _ in range(rng.randint(1, 4)))
+        start = rng.randint(0, math.prod(shape))
+        run = Run(start, rng.randint(0, math.prod(shape) - start))
+        positions = torch.arange(math.prod(shape)).view(shape)
+        found = list(boxes_of(shape, run))
+        held = [
+            positions[tuple(map(slice, box.start, map(sum, zip(box.start, box.size, strict=True))))] for box in found
+        ]
+        elements = [int(i) for part in held for i in part.flatten()]
+        assert elements == list(range(run.start, run.start + run.count))
+        assert len(found) <= 2 * len(shape) - 1

@@ -5,6 +5,7 @@ Captured at the call, which is cheap, and serialized later.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import warnings
 from collections.abc import Sequence
@@ -92,6 +93,31 @@ def restore(state: dict[str, Any]) -> None:
                 f"{min(here, len(states))} were restored; on others it draws other numbers than the run that was saved",
                 stacklevel=4,
             )
+
+
+def derived(state: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Return random states for a rank of which none were saved, made from the decoded `state` of the first rank.
+
+    They are the same for every load, and other ones for every rank.
+    """
+    seed = int.from_bytes(hashlib.sha256(b"%d " % rank + bytes(state["torch"].numpy())).digest()[:8], "little") >> 1
+    numpy = state["numpy"]
+    legacy = not isinstance(numpy, dict)
+    kind = getattr(np.random, numpy[0] if legacy else numpy["bit_generator"])
+    of_numpy = np.random.RandomState(kind(seed))
+    return {
+        "python": random.Random(seed).getstate(),
+        "numpy": of_numpy.get_state() if legacy else of_numpy.get_state(legacy=False),
+        "torch": torch.Generator().manual_seed(seed).get_state(),
+        **{
+            device: [
+                torch.Generator(torch.device(device, number)).manual_seed(seed).get_state()
+                for number in range(len(states))
+            ]
+            for device, states in of_devices(state).items()
+            if getattr(getattr(torch, device, None), "device_count", int)() >= len(states)
+        },
+    }
 
 
 def _set_numpy(state: Any) -> None:

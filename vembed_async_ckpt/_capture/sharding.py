@@ -30,10 +30,15 @@ _WRAPPERS = frozenset(
 # Layers of Megatron and fairscale. With several ranks, each rank holds a part of them as plain tensors.
 _LAYERS = frozenset({"ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding", "ParallelEmbedding"})
 _TENSORS = frozenset({"DTensor", "ShardedTensor", "FlatParameter", "LocalShardsWrapper"})
+# Those of which `shares.Sharding` says what this rank holds.
+KNOWN_SHARES = frozenset({"FSDPModule", "FullyShardedDataParallel", "DTensor"})
 
 
-def share_of(module: torch.nn.Module) -> str | None:
-    """Return which part of a module this process holds only a share of, and why; None if it holds the whole module."""
+def share_of(module: torch.nn.Module, known_shares: frozenset[str] = frozenset()) -> str | None:
+    """Return which part of a module this process holds only a share of, and why; None if it holds the whole module.
+
+    `known_shares`: names of classes that do not count: the caller knows what this process holds of them.
+    """
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     several = several and torch.distributed.get_world_size() > 1
     holders = _WRAPPERS | _LAYERS if several else _WRAPPERS
@@ -42,7 +47,7 @@ def share_of(module: torch.nn.Module) -> str | None:
         if type(part) not in known:
             known[type(part)] = _first_of(type(part), holders)
         kind = known[type(part)]
-        if kind is not None:
+        if kind is not None and kind not in known_shares:
             return f"{path or 'the model'} is sharded by {kind}"
         # With tensor parallelism, transformers keeps plain tensors in plain layers.
         size = vars(part).get("_tp_size")
@@ -52,7 +57,7 @@ def share_of(module: torch.nn.Module) -> str | None:
         if type(tensor) not in known:
             known[type(tensor)] = _first_of(type(tensor), _TENSORS)
         kind = known[type(tensor)]
-        if kind is not None:
+        if kind is not None and kind not in known_shares:
             return f"{name} is a {kind}"
         if hasattr(tensor, "ds_tensor"):
             return f"{name} is partitioned by DeepSpeed ZeRO-3"

@@ -321,14 +321,16 @@ def flat_pieces(module: torch.nn.Module) -> Iterator[FlatPiece]:
 
 def _pieces_of(path: str, unit: Any) -> Iterator[FlatPiece]:
     handle = unit._handle
-    if handle is None or not handle.uses_sharded_strategy:
-        return  # it has no parameters of its own, or they are whole on every rank
+    if handle is None:
+        return  # it has no parameters of its own
     flat = handle.flat_param
     if flat._params is None:
         raise PlanError(
             f"{path} is sharded by FSDP with use_orig_params=False, which keeps no state per parameter; "
             "wrap it with use_orig_params=True (fsdp_use_orig_params: true)"
         )
+    if not handle.uses_sharded_strategy:
+        return  # its parameters are whole on every rank
     between = getattr(unit, "_inter_node_pg", None)  # of HYBRID_SHARD: the ranks that hold the same
     replicas = 1 if between is None else torch.distributed.get_world_size(between)
     replica: int | None = 0 if between is None else torch.distributed.get_rank(between)

@@ -13,7 +13,7 @@ from .._format.plan import BytesContent, Content, TensorContent
 from .dtypes import spec
 from .interception import Pickle
 from .pickles import Replay
-from .wrappers import named_parts
+from .wrappers import has_fsdp1, named_parts
 
 Part = tuple[torch.Size, tuple[int, ...], int]  # size, stride, offset in elements from the owner's first element
 
@@ -91,8 +91,13 @@ def resolve(
 
 
 def shown(module: torch.nn.Module) -> dict[str, tuple[str, Part | None]]:
-    """Return {name in the module's state_dict: (name of the parameter or buffer, part of it or None for all)}."""
+    """Return {name in the module's state_dict: (name of the parameter or buffer, part of it or None for all)}.
+
+    FSDP version 1 would gather the whole model for its state_dict. Then it is what a module without hooks has.
+    """
     tensors = list(live_tensors(module))
+    if has_fsdp1(module):
+        return {item.name: (item.name, None) for item in tensors if not _is_transient(item)}
     known, storages = {item.name for item in tensors}, by_storage(tensors)
     found: dict[str, tuple[str, Part | None]] = {}
     for key, value in module.state_dict().items():
@@ -103,6 +108,11 @@ def shown(module: torch.nn.Module) -> dict[str, tuple[str, Part | None]]:
             if item is not None:
                 found[key] = item[0].name, item[1]
     return found
+
+
+def _is_transient(item: ModelTensor) -> bool:
+    """Return whether a buffer is not a part of the state_dict."""
+    return item.name.rpartition(".")[2] in item.owner._non_persistent_buffers_set
 
 
 def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:

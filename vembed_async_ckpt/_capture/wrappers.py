@@ -12,20 +12,25 @@ from collections.abc import Iterator
 
 import torch
 
-_PARTS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
+_PARTS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _MODULE = re.compile(r"(?<![^.])module\.")
 
 
 def inner_name(module: torch.nn.Module) -> str | None:
     """Return the attribute under which a wrapper holds the module inside it; None if the module is no wrapper."""
     held = module._modules  # not getattr: some models forward it to their base model
-    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+    for name in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"):
         if held.get(name) is not None:
             return name
     kinds = type(module).__mro__  # isinstance is slow for DistributedDataParallel, which has an abstract base class
     if torch.nn.parallel.DistributedDataParallel in kinds or torch.nn.DataParallel in kinds:
         return "module"
     return "_original_module" if type(module).__name__ == "_FabricModule" else None  # of Lightning Fabric
+
+
+def has_fsdp1(module: torch.nn.Module) -> bool:
+    """Return whether FSDP version 1 wraps a module inside this one."""
+    return any(part._modules.get("_fsdp_wrapped_module") is not None for part in module.modules())
 
 
 def named_parts(module: torch.nn.Module, path: str = "") -> Iterator[tuple[str, torch.nn.Module]]:

@@ -24,11 +24,17 @@ class Source:
     be missing.
     """
 
-    def __init__(self, directory: str, manifest: Manifest, verify: Verify = "none") -> None:
+    def __init__(
+        self, directory: str, manifest: Manifest, verify: Verify = "none", hashed_here: Container[str] | None = None
+    ) -> None:
+        """`hashed_here`: with `verify="full"`, the files that this process hashes. Others hash the rest, so of those only
+        the sizes are compared. None: all files.
+        """
         manifests.check(directory, manifest, verify, files=())  # raises ValueError for an invalid `verify`
         self.directory = directory
         self.manifest = manifest
-        self._verify = verify
+        self._verify: Verify = verify
+        self._hashed_here = hashed_here
         self._verified: set[str] = set()
         self._files: dict[str, OpenFile] = {}
         self._entries: dict[str, dict[str, safetensors.Entry]] = {}
@@ -39,7 +45,8 @@ class Source:
         manifests.refuse_linked_parents(self.directory, name)
         if name not in self._verified:
             self._verified.add(name)
-            manifests.check(self.directory, self.manifest, self._verify, files=(name,))
+            elsewhere = self._verify == "full" and self._hashed_here is not None and name not in self._hashed_here
+            manifests.check(self.directory, self.manifest, "size" if elsewhere else self._verify, files=(name,))
         return os.path.join(self.directory, *name.split("/"))
 
     def verify_all(self, *, but: Container[str]) -> None:

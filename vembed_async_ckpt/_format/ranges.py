@@ -196,6 +196,28 @@ def extents(shape: Sequence[int], region: Region, itemsize: int) -> Iterator[Spa
         yield first + sum(i * stride for i, stride in zip(index, strides, strict=False)), count
 
 
+def boxes_of(shape: Sequence[int], run: Run, first: tuple[int, ...] = ()) -> Iterator[Box]:
+    """Yield the boxes of the whole that a run fills, in ascending order. `first`: indices that all of them have."""
+    if not run.count:
+        return
+    dim = len(first)
+    if dim == len(shape) - 1:
+        yield Box((*first, run.start), (*(1 for _ in first), run.count))
+        return
+    inner = math.prod(shape[dim + 1 :])
+    index, skipped = divmod(run.start, inner)
+    left = run.count
+    if skipped or left < inner:
+        head = min(inner - skipped, left)
+        yield from boxes_of(shape, Run(skipped, head), (*first, index))
+        index, left = index + 1, left - head
+    rows, rest = divmod(left, inner)
+    if rows:
+        behind = shape[dim + 1 :]
+        yield Box((*first, index, *(0 for _ in behind)), (*(1 for _ in first), rows, *behind))
+    yield from boxes_of(shape, Run(0, rest), (*first, index + rows))
+
+
 def fault_of(shape: Sequence[int], regions: Sequence[Region]) -> str | None:
     """Return what is wrong if the regions do not cover a tensor of this shape exactly once, else None."""
     total, covered = math.prod(shape), sum(region.count for region in regions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +67,13 @@ def match(
     saved: Sequence[SavedParameter],
     optimizer: Any,
     names: Mapping[int, Sequence[str]],
+    shape_of: Callable[[torch.Tensor], Shape] = lambda parameter: tuple(parameter.shape),
 ) -> Matched:
     """Find the saved parameter for each parameter of the `optimizer`.
 
     `groups`: the parameter groups as saved.
     `names`: the names that the models here give to parameters, by id.
+    `shape_of`: returns the shape of a parameter as one process has it.
 
     Raises `CheckpointError`, naming both sides, if a parameter has no counterpart or another shape. Also raises it if a
     group here contains parameters that were saved with different hyper-parameters.
@@ -81,7 +83,7 @@ def match(
     found = _by_name(directory, what, groups, saved, live_groups, live, names)
     if found is None:
         found = _by_order(directory, what, groups, saved, live_groups)
-    _check_shapes(directory, what, live, found, names)
+    _check_shapes(directory, what, live, found, names, shape_of)
     sources = _sources(directory, what, groups, live_groups, found)
     order = [each.number for each in found] == [each.number for each in saved]
     sizes = [len(group["params"]) for group in live_groups] == [len(group["params"]) for group in groups]
@@ -162,13 +164,15 @@ def _check_shapes(
     live: Sequence[torch.Tensor],
     found: Sequence[SavedParameter],
     names: Mapping[int, Sequence[str]],
+    shape_of: Callable[[torch.Tensor], Shape],
 ) -> None:
     wrong = []
     for place, (parameter, saved) in enumerate(zip(live, found, strict=True)):
-        if saved.shape is not None and tuple(parameter.shape) != saved.shape:
+        shape = shape_of(parameter)
+        if saved.shape is not None and shape != saved.shape:
             here = next(iter(names.get(id(parameter), ())), f"parameter {place}")
             there = saved.name or f"parameter {saved.number}"
-            wrong.append(f"{here} has shape {tuple(parameter.shape)}, saved was {there} of {saved.shape}")
+            wrong.append(f"{here} has shape {shape}, saved was {there} of {saved.shape}")
     if wrong:
         raise CheckpointError(f"{directory}: does not fit the {what}: {_list(wrong, '; ')}")
 

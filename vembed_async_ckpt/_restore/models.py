@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from .._capture import memory_format
 from .._capture import tensor_map as live
-from .._capture.sharding import share_of
+from .._capture.shares import Share
 from .._capture.tensor_map import has_no_storage, is_fake, shown
 from .._capture.wrappers import spellings, unwrapped_inside
 from ..errors import CheckpointError
 from .selection import Selection
-from .tensors import Move, Saved, Tensors
+from .targets import Targets
+from .tensors import Move, Saved, Tensors, part_moves, region_moves
 
 
 def plan_model(
-    source: Tensors, described: Mapping[str, Any], name: str, module: torch.nn.Module, selection: Selection
+    source: Tensors,
+    described: Mapping[str, Any],
+    name: str,
+    module: torch.nn.Module,
+    selection: Selection,
+    targets: Targets,
 ) -> tuple[Sequence[Move], Callable[[], None] | None]:
     """Plan the restore of `module` from what was `described`. Raises `CheckpointError` before anything is changed.
 
+    `targets`: says what this rank holds of them.
+
     Returns the moves that fill its tensors, and a step to run after them or None.
     """
-    share = share_of(module)
-    if share is not None:
-        raise CheckpointError(f"{source.directory}: {share}: load into the whole model, before it is sharded")
     excluded = functools.partial(selection.excludes, model=name)
     with unwrapped_inside(module):
         if not described["by_name"]:
+            if any(map(targets.is_divided, (*module.parameters(), *module.buffers()))):
+                raise CheckpointError(
+                    f"{source.directory}: {name or 'the model'} is sharded, and its files hold values that the save "
+                    "computed; load into the whole model, before it is sharded, or save with save_original_format=False"
+                )
             return (), _plan_computed(source, described, name, module, selection)
-        places = _Places(source, module, described["ties"], excluded)
+        places = _Places(source, module, described["ties"], excluded, targets)
     for file in (*described["files"], *described["uncovered"]):
         renamed, computed = described["renamed"].get(file, {}), described["computed"].get(file, ())
         for key in source.entries(file):
@@ -47,15 +59,21 @@ class _Places:
     """The parameters and buffers of a module, each with what was saved for it. `wrong` lists what does not fit."""
 
     def __init__(
-        self, source: Tensors, module: torch.nn.Module, ties: Mapping[str, str], excluded: Callable[[str], bool]
+        self,
+        source: Tensors,
+        module: torch.nn.Module,
+        ties: Mapping[str, str],
+        excluded: Callable[[str], bool],
+        targets: Targets,
     ) -> None:
         """`ties`: names that were not stored because they shared memory with another name, mapped to that name.
         `excluded`: tells whether the parameter of a name stays as it is.
         """
         self._source = source
+        self._targets = targets
         self._module = module
         self._excluded = excluded
-        self._live = dict(live_tensors(module))
+        self._live = {item.name: item.tensor for item in live.live_tensors(module)}
         self._shown = shown(module)
         self._tied: dict[str, list[str]] = {}
         for alias, kept in ties.items():
@@ -88,13 +106,19 @@ class _Places:
                 self._fill(target, part, saved)
 
     def _fill(self, name: str, part: Any, saved: Saved) -> None:
-        place = self._live[name]
-        if place.is_meta:
+        tensor = self._live[name]
+        if tensor.is_meta:
             self.wrong.append(f"{name} is on the meta device and has no memory")
             return
-        if is_fake(place):
+        if is_fake(tensor):
             self.wrong.append(f"{name} is a FakeTensor and has no memory")
             return
+        share = self._targets.share(name, tensor)
+        if share is not None:
+            for move in self._moves_into(share, name, part, saved):
+                self._enter(name, *move)
+            return
+        place = tensor.detach()
         if part is not None:
             if not place.is_contiguous():
                 self.wrong.append(f"{name} is not contiguous, so the parts of it that were saved have no place")
@@ -115,6 +139,29 @@ class _Places:
             if not torch.equal(value.expand_as(whole), whole):
                 self.wrong.append(f"{name} is expanded, but was saved with different values in one place")
                 return
+        self._enter(name, place, value)
+
+    def _moves_into(self, share: Share, name: str, part: Any, saved: Saved) -> Iterator[Move]:
+        """Yield the moves that fill what this rank holds of a tensor, or of a part of it."""
+        if part is None:
+            if share.shape == saved.shape:
+                for region, piece in share.pieces(share.local):
+                    yield from region_moves(piece, saved, region)
+            else:
+                self.wrong.append(f"{name} has shape {share.shape}, saved was {saved.shape}")
+            return
+        size, stride, offset = part
+        pieces = list(share.pieces(share.local))
+        if tuple(stride) != memory_format.contiguous(size) or not all(piece.is_contiguous() for _, piece in pieces):
+            self.wrong.append(f"{name} is sharded, so the parts of it that were saved have no place")
+        elif tuple(size) != saved.shape or offset + saved.count > math.prod(share.shape):
+            self.wrong.append(f"{name} has shape {share.shape}, which does not fit the parts that were saved")
+        else:
+            for region, piece in pieces:
+                yield from part_moves(piece, saved, region, share.shape, offset)
+
+    def _enter(self, name: str, place: torch.Tensor, value: Saved | torch.Tensor) -> None:
+        """Add a move. Other values for the same place are wrong."""
         if place.numel():
             other, first = self._filled.setdefault((place.data_ptr(), place.shape, place.stride()), (name, value))
             if first is not value and not self._are_same(first, value):
@@ -144,6 +191,8 @@ class _Places:
 
     def _memory(self, name: str) -> tuple[int, torch.Size]:
         tensor = self._live[name]
+        if self._targets.share(name, tensor) is not None:  # tied names have one tensor
+            return id(tensor), tensor.shape
         return (0 if has_no_storage(tensor) else tensor.data_ptr()), tensor.shape
 
 

@@ -15,11 +15,14 @@ from .._capture import memory_format, tree
 from .._capture.optimizer import kind_of
 from .._capture.optimizer_layout import has_torchs_layout
 from .._capture.parameters import groups_of
+from .._capture.shares import is_dtensor
 from .._capture.tensor_map import has_no_storage
 from ..errors import CheckpointError, CorruptCheckpoint
+from .divided import local_part, plan_state, refuse_nested
 from .kinds import check_optimizer
 from .matching import Matched, SavedParameter, match, saved_parameters
 from .models import live_tensors
+from .targets import Targets
 from .tensors import Move, Saved, Tensors
 
 
@@ -44,27 +47,36 @@ def plan_optimizer(
     optimizer: Any,
     rewritable: Container[int],
     names: Mapping[int, Sequence[str]],
+    targets: Targets,
 ) -> PlannedOptimizer:
     """Plan the restore of an optimizer. Raises `CheckpointError` or `CorruptCheckpoint` before anything is changed.
 
-    A saved tensor goes into the tensor that the optimizer has now, if that is `rewritable`, else into new memory.
+    A saved tensor goes into the tensor that the optimizer has now, if that is `rewritable`, else into new memory. The
+    state of a parameter that is divided among ranks is divided like it.
     `names`: the names that the models give to parameters, by id.
+    `targets`: says what this rank holds of the parameters.
     """
     file, what = saved["file"], f"optimizer {name}".rstrip()
     used: dict[str, torch.Tensor] = {}
 
     def get(key: str) -> torch.Tensor:
         if key not in used:
-            used[key] = source.listed_copy(file, key)
+            used[key] = source.read([source.stored(file, key)])[0]
         return used[key]
 
     state = tree.decode(saved["rest"], get)
     check_optimizer(source.directory, what, saved.get("class"), state, optimizer)
     described = saved.get("parameters")
-    direct = [key for key in source.manifest.tensors.get(file, {}) if key not in used]
+    direct = [key for key in source.keys(file) if key not in used]
+    divided = any(targets.is_divided(p) for group in groups_of(optimizer) or () for p in group["params"])
     if not has_torchs_layout(state):
         if direct:
             raise CorruptCheckpoint(f"{source.directory}: {file}: the state says nowhere what {direct[0]} belongs to")
+        if divided:
+            raise CheckpointError(
+                f"{source.directory}: the {what} has parameters that are divided among the ranks, and the state_dict of a "
+                f"{kind_of(optimizer)} cannot be divided like them; load without optimizer="
+            )
         if described is not None and groups_of(optimizer) is not None:
             _refuse_other_order(source.directory, what, described, optimizer, names)
         return PlannedOptimizer([], lambda: optimizer.load_state_dict(state), None)
@@ -73,29 +85,67 @@ def plan_optimizer(
         matched = Matched([], list(range(len(groups))), as_saved=True)
     else:
         parameters = saved_parameters(groups, described)
-        matched = match(source.directory, what, groups, parameters, optimizer, names)
+        matched = match(source.directory, what, groups, parameters, optimizer, names, targets.shape)
     of_saved = {each.number: (parameter, each) for parameter, each in matched.pairs}
     device_steps = [group["params"] for group in groups if group.get("fused") or group.get("capturable")]
     stepped_there = set(itertools.chain.from_iterable(device_steps))
     moves: list[Move] = []
     for key in direct:
-        index, _, field = key.partition(".")
-        tensor = wanted = source.listed(file, key)
-        place, home = None, torch.device("cpu")
-        if int(index) in of_saved:
-            parameter, each = of_saved[int(index)]
-            home = _home(optimizer, parameter, field, steps_on_device=int(index) in stepped_there)
-            _refuse_misfit(source.directory, what, field, tensor, parameter, each, optimizer)
+        number, field = _split(source.path(file), key, state["state"])
+        tensor = wanted = source.stored(file, key)
+        place, home, part = None, torch.device("cpu"), None
+        if number in of_saved:
+            parameter, each = of_saved[number]
+            home = _home(optimizer, parameter, field, steps_on_device=number in stepped_there)
+            _refuse_misfit(source.directory, what, field, tensor, targets.shape(parameter), each, optimizer)
             place = _entry(optimizer, parameter).get(field)
+            place = place if id(place) in rewritable else None
+            part = plan_state(
+                targets, f"{source.directory}: {key} of the {what}", parameter, field, tensor, place, home
+            )
             wanted = replace(tensor, strides=_strides(tensor, parameter, each))
-        if place is None or id(place) not in rewritable or not _is_as(place, wanted):
-            place = wanted.empty(home)
-        state["state"][int(index)][field] = place
-        moves.append((place, tensor))
+        if part is None:
+            place = place if place is not None and _is_as(place, wanted) else wanted.empty(home)
+            part = place, [(place, tensor)]
+        state["state"][number][field] = part[0]
+        moves += part[1]
+    if divided:
+        _leave_to_other_ranks(source.directory, what, state["state"], of_saved, targets)
     if not matched.as_saved:
         state = _rearranged(source.directory, what, state, matched, optimizer)
     sources = None if matched.sources == list(range(len(groups))) else matched.sources
     return PlannedOptimizer(moves, lambda: _restore_optimizer(optimizer, state), sources)
+
+
+def _split(path: str, key: str, entries: Container[Any]) -> tuple[Any, str]:
+    """Return (number or name of a parameter, field of its state) for the key of a tensor."""
+    head, dot, field = key.partition(".")
+    if head.isdecimal() and int(head) in entries:
+        return int(head), field
+    found = None
+    while dot:
+        if head in entries:
+            found = head, field  # if the names of two parameters fit, the longer one counts
+        more, dot, field = field.partition(".")
+        head = f"{head}.{more}"
+    if found is None:
+        raise CorruptCheckpoint(f"{path}: the state says nowhere what {key} belongs to")
+    return found
+
+
+def _leave_to_other_ranks(
+    directory: str,
+    what: str,
+    entries: dict[Any, Any],
+    of_saved: Mapping[Any, tuple[torch.Tensor, SavedParameter]],
+    targets: Targets,
+) -> None:
+    """Remove the state of parameters of which this rank holds nothing. Raises `CheckpointError` for what is not divided."""
+    for number, (parameter, _) in of_saved.items():
+        if targets.is_divided(parameter) and isinstance(entries.get(number), dict):
+            refuse_nested(f"{directory}: the state of {number} in the {what}", entries[number])
+            if targets.has_none_of(parameter):
+                del entries[number]
 
 
 def _refuse_other_order(
@@ -142,7 +192,7 @@ def _refuse_misfit(
     what: str,
     field: str,
     tensor: Saved,
-    parameter: torch.Tensor,
+    shape: tuple[int, ...],
     saved: SavedParameter,
     optimizer: Any,
 ) -> None:
@@ -154,9 +204,9 @@ def _refuse_misfit(
     if saved.shape is not None or not tensor.shape or field in ("row_var", "col_var"):
         return
     kind = type(optimizer)
-    if kind.__module__.startswith("torch.optim.") and kind is not torch.optim.LBFGS and tensor.shape != parameter.shape:
+    if kind.__module__.startswith("torch.optim.") and kind is not torch.optim.LBFGS and tensor.shape != shape:
         raise CheckpointError(
-            f"{directory}: does not fit the {what}: parameter {saved.number} has shape {tuple(parameter.shape)}, its saved "
+            f"{directory}: does not fit the {what}: parameter {saved.number} has shape {shape}, its saved "
             f"{field} has {tensor.shape}"
         )
 
@@ -271,9 +321,9 @@ def rewritable_state(models: Iterable[torch.nn.Module], optimizers: Iterable[Any
         id(tensor)
         for tensor in kept
         if id(tensor) in alone
-        and type(tensor) is torch.Tensor
+        and (type(tensor) is torch.Tensor or is_dtensor(tensor))
         and users[_storage(tensor)] == 1
-        and tensor.untyped_storage().nbytes() == tensor.nbytes
+        and local_part(tensor).untyped_storage().nbytes() == local_part(tensor).nbytes
     }
 
 
@@ -297,4 +347,5 @@ def _references(state: Any) -> dict[int, tuple[torch.Tensor, int]]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
+    tensor = local_part(tensor)
     return 0 if has_no_storage(tensor) else tensor.untyped_storage().data_ptr()

@@ -6,6 +6,8 @@ All reads are planned first and then done together.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,11 +18,13 @@ from .._capture.dtypes import TO_TORCH
 from .._capture.tensor_map import has_no_storage
 from .._disk.source import Source
 from .._format import names
+from .._format.ranges import Box, Region, Run, boxes_of, extents
 from .._format.safetensors import BITS
 from ..errors import CheckpointError, CorruptCheckpoint
 
 _STAGING_BYTES = 64 << 20  # staging memory for what cannot be read directly into its place
 _ALIGNMENT = 64
+_STRETCHES = 1 << 17  # stretches of files that are read at once; each takes about 300 bytes of memory meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,8 @@ class Saved:
     `offset`, `nbytes`: its bytes in the file.
     `strides`: the strides with which it was saved, or None if it was contiguous. Its bytes lie in the order of the
         strides.
+    `region`: if this is only a part of a tensor, which part of it. `whole` is then the shape of that tensor, and
+        `offset` its first byte.
     """
 
     file: str
@@ -38,6 +44,33 @@ class Saved:
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
+    region: Region | None = None
+    whole: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
+    def part(self, region: Region, shape: Sequence[int]) -> Saved:
+        """Return a region of this contiguous tensor, as a tensor of this shape."""
+        nbytes = region.count * self.dtype.itemsize
+        return replace(self, nbytes=nbytes, shape=tuple(shape), region=region, whole=self.shape)
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """Yield (offset in the file, bytes) of its bytes, in their order in the tensor."""
+        if self.region is None:
+            yield self.offset, self.nbytes
+        else:
+            for start, count in extents(self.whole, self.region, self.dtype.itemsize):
+                yield self.offset + start, count
+
+    def into(self, memory: memoryview) -> Iterator[tuple[str, int, memoryview]]:
+        """Yield what to read into the memory: (file, offset, the part of the memory)."""
+        at = 0
+        for offset, count in self.stretches():
+            yield self.file, offset, memory[at : at + count]
+            at += count
 
     def empty(self, device: torch.device) -> torch.Tensor:
         """Return a new, uninitialized tensor for it on `device`."""
@@ -46,6 +79,38 @@ class Saved:
 
 
 Move = tuple[torch.Tensor, "Saved | torch.Tensor"]  # the place, and what is written to it
+
+
+def region_moves(piece: torch.Tensor, saved: Saved, region: Region) -> Iterator[Move]:
+    """Yield the moves that fill `piece` with a region of a saved tensor."""
+    if saved.strides is None:
+        yield piece, saved.part(region, piece.shape)
+        return
+    order = memory_format.order(saved.strides)
+    in_file = replace(saved, shape=tuple(saved.shape[dimension] for dimension in order), strides=None)
+    at = 0
+    for box in boxes_of(saved.shape, region) if isinstance(region, Run) else (region,):
+        part = piece if box is region else piece[at : at + box.count].view(box.size)
+        at += box.count
+        turned = Box(*(tuple(sides[dimension] for dimension in order) for sides in (box.start, box.size)))
+        yield part.permute(order), in_file.part(turned, turned.size)
+
+
+def part_moves(
+    piece: torch.Tensor, saved: Saved, region: Region, whole: tuple[int, ...], offset: int
+) -> Iterator[Move]:
+    """Yield the moves that fill a contiguous `piece`, which holds a region of a tensor of the shape `whole`.
+
+    Only a part of that tensor was saved: its elements from `offset` on. What else the piece holds stays as it is.
+    """
+    flat, at = piece.view(-1), 0
+    stored = replace(saved, shape=(saved.count,))
+    for start, count in extents(whole, region, 1):
+        first, end = max(start, offset), min(start + count, offset + saved.count)
+        if first < end:
+            place = flat[at + first - start : at + end - start]
+            yield place, stored.part(Run(first - offset, end - first), place.shape)
+        at += count
 
 
 class Tensors(Source):
@@ -78,6 +143,14 @@ class Tensors(Source):
             raise CorruptCheckpoint(
                 f"{self.path(file)}: the manifest's entry for {key!r} cannot be used: {error}"
             ) from error
+
+    def keys(self, file: str) -> list[str]:
+        """Return the names of the tensors in a file that holds an optimizer."""
+        return list(self.entries(file) if file.endswith(".safetensors") else self.manifest.tensors.get(file, {}))
+
+    def stored(self, file: str, key: str) -> Saved:
+        """Return a tensor of a file that holds an optimizer. Raises `CorruptCheckpoint` as `tensor` and `listed` do."""
+        return self.tensor(file, key) if file.endswith(".safetensors") else self.listed(file, key)
 
     def _saved(self, file: str, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> Saved:
         size = self.file(file).size
@@ -132,10 +205,16 @@ class Tensors(Source):
                     straight.append((place, value))
                 else:
                     staged += _pieces(place, value)
-            self.read_into((saved.file, saved.offset, _memory(place)) for place, saved in straight)
+            self._read_places(straight)
             torch.autograd.graph.increment_version([place for place, _ in straight])
             if staged:
                 self._fill_staged(staged)
+
+    def _read_places(self, places: Iterable[tuple[torch.Tensor, Saved]]) -> None:
+        """Read into contiguous places on the host, a limited number of stretches at once."""
+        stretches = itertools.chain.from_iterable(saved.into(_memory(place)) for place, saved in places)
+        while batch := list(itertools.islice(stretches, _STRETCHES)):
+            self.read_into(batch)
 
     def _fill_staged(self, moves: Sequence[tuple[torch.Tensor, Saved]]) -> None:
         """Carry out moves through staging memory on the host, pinned if the places are on a GPU.
@@ -155,9 +234,7 @@ class Tensors(Source):
                 room[: saved.nbytes].view(saved.dtype).view(saved.shape)
                 for room, (_, saved) in zip(torch.split(memory[: sum(rooms)], rooms), group, strict=True)
             ]
-            self.read_into(
-                (saved.file, saved.offset, _memory(value)) for value, (_, saved) in zip(values, group, strict=True)
-            )
+            self._read_places((value, saved) for value, (_, saved) in zip(values, group, strict=True))
             for value, (place, _) in zip(values, group, strict=True):
                 place.copy_(value)
 
@@ -186,11 +263,20 @@ def _is_on_host(place: torch.Tensor) -> bool:
 
 
 def _pieces(place: torch.Tensor, saved: Saved) -> Iterator[tuple[torch.Tensor, Saved]]:
-    """Yield the same move as moves of bytes that fit into the staging memory."""
+    """Yield the same move as moves that fit into the staging memory, if their tensors can be cut into such parts."""
+    stretches = list(itertools.islice(saved.stretches(), 2))
+    if len(stretches) > 1 and isinstance(saved.region, Box):
+        (row, *others), (count, *size) = saved.region.start, saved.region.size
+        rows = max(1, _STAGING_BYTES * count // saved.nbytes)
+        for first in range(0, count, rows):
+            part = place[first : first + rows]
+            box = Box((row + first, *others), (part.shape[0], *size))
+            yield part, replace(saved, nbytes=part.nbytes, shape=box.size, region=box)
+        return
     flat = place.view(-1).view(torch.uint8)
     for start in range(0, saved.nbytes, _STAGING_BYTES):
         part = flat[start : start + _STAGING_BYTES]
-        yield part, Saved(saved.file, saved.offset + start, part.nbytes, torch.uint8, (part.nbytes,))
+        yield part, Saved(saved.file, stretches[0][0] + start, part.nbytes, torch.uint8, (part.nbytes,))
 
 
 def _room(move: tuple[torch.Tensor, Saved]) -> int:
