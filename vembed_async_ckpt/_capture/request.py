@@ -15,6 +15,7 @@ import torch
 
 from .._format import names
 from .._format.plan import Content
+from .._format.ranges import Region
 from ..errors import PlanError, warn
 from . import accelerator as accelerators
 from . import config as configs
@@ -57,6 +58,18 @@ class Request:
     files: list[tuple[str, bytes]]
     links: list[list[str]]
     manifest: dict[str, Any]
+    regions: list[tuple[int, Region]] | None = None
+    wrappers: list[torch.Tensor | None] | None = None
+    digest: bytes = b""
+
+    def outline(self) -> list[str]:
+        return []
+
+    def claims(self) -> bytes:
+        return b""
+
+    def check_claims(self, claims: list[bytes]) -> str | None:
+        return None
 
     def labels(self) -> list[str]:
         """Return the name of each tensor in errors."""
@@ -112,6 +125,9 @@ class Objects:
     dialect: Dialect = field(default_factory=Accelerate)
     of_every_rank: bool = True
 
+    def is_sharded(self) -> bool:
+        return False
+
     def further_files(self) -> list[tuple[str, bytes]]:
         return list((self.files() if callable(self.files) else self.files).items())
 
@@ -129,7 +145,13 @@ class RequestReader:
     """Turns the arguments of `save()` into a request. Keeps what it learned about each model and optimizer, by name."""
 
     def __init__(
-        self, max_shard_size: str | int, save_original_format: bool, world_size: int = 1, scratch: Scratch | None = None
+        self,
+        max_shard_size: str | int,
+        save_original_format: bool,
+        world_size: int = 1,
+        scratch: Scratch | None = None,
+        rank: int = 0,
+        gather: Any = None,
     ) -> None:
         self._max_shard_size = max_shard_size
         self._save_original_format = save_original_format

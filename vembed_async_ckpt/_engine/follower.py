@@ -1,12 +1,12 @@
 """A rank that does not write.
 
 It adds its own random states and data position to the first rank's checkpoint. Its handles report how that save ended.
-The state that all ranks share (weights, optimizers) is copied on the first rank only.
+State that all ranks hold (weights, optimizers) is copied on the first rank only. Of sharded state, this rank copies its
+part into the first rank's arena.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +15,21 @@ from typing import Any
 from .._capture.request import Objects
 from .._capture.scratch import Scratch
 from .._capture.training_state import capture_rank
-from ..errors import CheckpointError, CommitError, StageError
-from ..events import Event, Phase, Reporter
-from ..handle import CheckpointInfo, SaveHandle, SaveState
+from .._memory.barrier import STEP_BARRIER
+from ..errors import CommitError, StageError
+from ..events import Event, Reporter
+from ..handle import SaveHandle
 from .following import Following
 from .ledger import Ledger
 from .messages import Files
 from .options import Options
+from .outcome import Outcome
 from .ranks import Ranks
+from .sharded_follower import ShardedFollower
 
 
 class Follower:
-    """The counterpart of `Leader` on the other ranks. It holds no lock, no arena and no writer."""
+    """The counterpart of `Leader` on the other ranks. It holds no lock, no arena of its own and no writer."""
 
     def __init__(
         self, options: Options, ranks: Ranks, ledger: Ledger, reporter: Reporter, allowed: Callable[[], None]
@@ -35,13 +38,17 @@ class Follower:
         self._ranks = ranks
         self._scratch = Scratch(options.root)
         self._following = Following(ranks)
+        self._sharded: ShardedFollower | None = None
         self._ledger = ledger
         self._reporter = reporter
         self._allowed = allowed
+        STEP_BARRIER.install()
 
     def save(self, directory: str, step: int | None, objects: Objects, begun: float) -> SaveHandle:
+        if objects.is_sharded():
+            return self._save_share(directory, step, objects, begun)
         handle = SaveHandle(step, Path(self._options.root) / directory, self._reporter.call)
-        following = _Following(handle, self._ledger, self._reporter)
+        following = Outcome(handle, self._ledger, self._reporter)
         self._ledger.begun(handle, self._allowed)
         try:
             self._ledger.raise_unread()
@@ -64,23 +71,39 @@ class Follower:
         handle._called = True
         return handle
 
+    def _save_share(self, directory: str, step: int | None, objects: Objects, begun: float) -> SaveHandle:
+        self.refuse_inside_save("save()")
+        sharded = self._sharded
+        if sharded is None:
+            sharded = self._sharded = ShardedFollower(
+                self._options, self._ranks, self._ledger, self._reporter, self._allowed, self._scratch
+            )
+        return sharded.save(directory, step, objects, begun)
+
     def prewarm(self, model: Any, optimizer: Any) -> None:
-        """Do nothing: this rank copies nothing."""
+        """Do nothing: this rank has no arena, and what is sharded is planned by all ranks together, in a save."""
 
     def refuse_inside_save(self, what: str) -> None:
-        """Do nothing: this rank never waits inside `save()`."""
+        """Raise `CheckpointerBusy` if this thread is inside its own `save()` and `what` cannot be done there."""
+        if self._sharded is not None:
+            self._sharded.refuse_inside_save(what)
 
     def check(self) -> None:
         self._ranks.check()
+        if self._sharded is not None:
+            self._sharded.check()
 
     @property
     def prewarming(self) -> bool:
         return False
 
     def statistics(self) -> dict[str, Any]:
-        return {"arenas_free": 0, "arenas_busy": 0, "host_bytes": 0, "overlap": False, "writer_pid": None}
+        overlap = self._sharded is not None and self._sharded.overlaps
+        return {"arenas_free": 0, "arenas_busy": 0, "host_bytes": 0, "overlap": overlap, "writer_pid": None}
 
     def close(self, deadline: float) -> bool:
+        if self._sharded is not None:
+            self._sharded.close(deadline)
         self._ranks.close(max(deadline - time.monotonic(), 0.1))
         return True
 
@@ -88,35 +111,8 @@ class Follower:
         raise CommitError("only the first rank deletes checkpoints")
 
     def forget(self) -> None:
-        pass
-
-
-class _Following:
-    """One save, as the first rank reports it."""
-
-    def __init__(self, handle: SaveHandle, ledger: Ledger, reporter: Reporter) -> None:
-        self._handle = handle
-        self._ledger = ledger
-        self._reporter = reporter
-        self.stall = 0.0
-
-    def heard(self, state: SaveState, info: CheckpointInfo | None, error: CheckpointError | None) -> None:
-        handle = self._handle
-        if info is not None:
-            info = dataclasses.replace(info, timings=dataclasses.replace(info.timings, stall=self.stall))
-        if state is SaveState.SKIPPED:
-            self._ledger.skipped(handle)
-            handle._mark_read()
-            self._reporter.emit(Event("backpressure", "failed", step=handle.step, detail=str(error or "")))
-        handle._move(state, info, error)
-        if state in (SaveState.COMMITTED, SaveState.FAILED):
-            self._ledger.ended(handle, error)
-            phase: Phase = "failed" if error else "complete"
-            size = info.total_bytes if info else 0
-            self._reporter.emit(Event("save", phase, step=handle.step, bytes=size, detail=str(error or "")))
-
-    def ignore(self, state: SaveState, info: CheckpointInfo | None, error: CheckpointError | None) -> None:
-        """Do nothing: the call itself raised, so nobody has the handle."""
+        if self._sharded is not None:
+            self._sharded.forget()
 
 
 def _raising(error: BaseException) -> Callable[[], Files]:

@@ -1,7 +1,7 @@
 """The rank that writes: the only rank of most trainings, the first rank of a distributed one.
 
 For each save it reads the request, makes the plan, takes an arena, copies the state into it, and hands it to the
-writer.
+writer. Where the tensors are sharded, the other ranks copy their parts into the same arena (see `node_exchange`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_not
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,21 @@ from .._capture.optimizer import unwrap as unwrap_optimizer
 from .._capture.request import Objects, Request, RequestReader, named
 from .._capture.scratch import Scratch
 from .._disk.lock import RootLock
-from .._format.plan import Content, SavePlan, plan
+from .._format.plan import SavePlan, plan
 from .._memory import devices, numa, pinning
 from .._memory.arena import Arena, ArenaPool
-from .._memory.barrier import STEP_BARRIER, CopyPlan, OverlapPolicy, all_now
+from .._memory.barrier import STEP_BARRIER
+from .._memory.places import Place
 from .._memory.staging import StagingThread, TornSnapshot
-from ..errors import CheckpointerBusy, CheckpointError, StageError, WriteError, warn
+from ..errors import CheckpointerBusy, CheckpointError, PlanError, StageError, WriteError, warn
 from ..events import Event, Reporter, logger
 from ..handle import SaveHandle, SaveState
 from .assembly import required_bytes
 from .ledger import Ledger
-from .messages import RaisedElsewhere
+from .messages import RaisedElsewhere, raised_elsewhere
+from .node_exchange import NodeExchange, NodeExchanges
 from .options import MIN_HOST_BYTES, Options
+from .planning import Planner, own_parts
 from .rank_exchange import RankExchange, RankExchanges, SingleRank
 from .ranks import Ranks
 from .saving import Context, Save
@@ -65,9 +67,12 @@ class Leader:
             ) from error
         world_size = 1 if ranks is None else ranks.world_size
         self._reader = RequestReader(
-            options.max_shard_size, options.save_original_format, world_size, Scratch(options.root)
+            options.max_shard_size,
+            options.save_original_format,
+            world_size,
+            Scratch(options.root),
+            gather=self._tell_all,
         )
-        self._overlap_policy = OverlapPolicy()
         self._staging_thread = StagingThread()
         self._pool = ArenaPool(options.max_in_flight, options.max_host_bytes, self._arena_added, self._arena_dropped)
         self._supervisor = Supervisor(options.root, self._lock, options.writer, self._pool.arenas, reporter)
@@ -87,6 +92,7 @@ class Leader:
             supervisor=self._supervisor,
             reporter=reporter,
             release=self._pool.release,
+            retire=self._pool.retire,
             keep_for_ever=self._pool.keep_for_ever,
             ended=self._save_ended,
         )
@@ -94,12 +100,11 @@ class Leader:
         self._saving = threading.Lock()  # one save() at a time goes from request to staged copy
         self._saver = 0  # id of the thread that holds _saving, else 0
         self._waits = False  # whether that thread waits for an arena
+        self._node: NodeExchanges | None = None
         # touched under _saving only:
-        self._plan: SavePlan | None = None
-        self._planned: tuple[Content, ...] = ()
-        self._overlap = options.staging == "overlap"
-        # whether the newest save overlapped; before the first save, whether it is expected to
-        self._overlapped = self._overlap
+        self._planner = Planner(options.staging, reporter)
+        self._exchange: RankExchange = SingleRank()  # that of the newest save
+        self._own: list[tuple[int, int]] | None = None  # `own` of an arena that is made now
         self._warned_of_waves = False
         self.closed = False
         STEP_BARRIER.install()
@@ -107,35 +112,50 @@ class Leader:
     def save(self, directory: str, step: int | None, objects: Objects, begun: float) -> SaveHandle:
         """Save `objects`. `begun`: time.perf_counter() of the call."""
         with self._alone():
-            exchange = self._exchange(directory, step, objects)
+            exchange = self._exchange = self._meet(directory, step, objects)
             try:
                 self._ledger.raise_unread()
                 return self._save(directory, step, objects, begun, exchange)
             except BaseException as error:
-                failure = RaisedElsewhere(f"rank 0 did not save {directory}: {type(error).__name__}: {error}")
+                text = f"rank 0 did not save {directory}: {type(error).__name__}: {error}"
+                sharded = isinstance(exchange, NodeExchange)
+                failure = raised_elsewhere(text, error) if sharded else RaisedElsewhere(text)
                 exchange.say(SaveState.FAILED, error=failure)
                 raise
 
-    def _exchange(self, directory: str, step: int | None, objects: Objects) -> RankExchange:
-        return SingleRank() if self._exchanges is None else self._exchanges.meet(directory, step, objects.of_every_rank)
+    def _meet(self, directory: str, step: int | None, objects: Objects) -> RankExchange:
+        """Begin the exchange with the other ranks for one save."""
+        if self._ranks is None or self._exchanges is None:
+            return SingleRank()
+        if not objects.is_sharded():
+            return self._exchanges.meet(directory, step, objects.of_every_rank)
+        if self._node is None:
+            self._node = NodeExchanges(self._ranks)
+        return self._node.begin(directory, step, objects.of_every_rank)
+
+    def _tell_all(self, message: bytes) -> list[bytes]:
+        """Return what every rank told where it called this, in the order of the ranks."""
+        return self._exchange.tell_all(message) if isinstance(self._exchange, NodeExchange) else [message]
 
     def _save(
         self, directory: str, step: int | None, objects: Objects, begun: float, exchange: RankExchange
     ) -> SaveHandle:
         try:
             request = self._reader.read(directory, step, objects)
-        except WriteError as error:  # no disk has room for the temporary files
-            if self._options.on_error == "raise" or _signals.from_handler(error):
+            exchange.agree(request)
+        except (StageError, WriteError) as error:  # another rank did not come; no disk has room for the temporary files
+            if isinstance(error, PlanError) or self._options.on_error == "raise" or _signals.from_handler(error):
                 raise
             handle = SaveHandle(step, Path(self._options.root) / directory, self._reporter.call)
             self._ledger.begun(handle, self._allowed)
             self._fail(handle, "", begun, exchange, error)
             return handle
-        save_plan = self._plan_for(request)
-        save = Save(next(self._serials), request, save_plan, begun, self._context, exchange)
+        save_plan, places = self._planner.plan(request)
+        self._pool.pinned = pinning.can_pin()
+        save = Save(next(self._serials), request, save_plan, places, begun, self._context, exchange)
         self._ledger.begun(save.handle, self._allowed)
         try:
-            self._start(save, request, save_plan, exchange.room)
+            self._start(save, request, save_plan, places, exchange)
         except _NoArena as error:
             self._ledger.skipped(save.handle)
             busy = CheckpointerBusy(str(error))
@@ -169,15 +189,19 @@ class Leader:
         took = time.perf_counter() - begun
         self._reporter.emit(Event("save", "failed", save_id, handle.step, seconds=took, detail=str(error)))
 
-    def _start(self, save: Save, request: Request, save_plan: SavePlan, room: int) -> None:
-        needed = required_bytes(save_plan, request) + room
+    def _start(
+        self, save: Save, request: Request, save_plan: SavePlan, places: Sequence[Place], exchange: RankExchange
+    ) -> None:
+        needed = required_bytes(save_plan, request) + exchange.room
         self._supervisor.check()
         self._staging_thread.check()
         self._refuse_if_disk_is_too_small(save, save_plan.end)
-        arena = self._acquire(request, needed)
+        self._own = own = own_parts(places, request)
+        arena = self._acquire(request, needed, exchange)
+        arena.own = own
         save.arena = arena
         try:
-            self._fill(save, request, arena, needed)
+            self._fill(save, request, places, needed, exchange)
         except BaseException as error:
             save.abandon()
             if isinstance(error, RuntimeError):  # torch could not copy
@@ -194,14 +218,21 @@ class Leader:
                 "goes only when the new one is durable"
             )
 
-    def _fill(self, save: Save, request: Request, arena: Arena, needed: int) -> None:
+    def _fill(self, save: Save, request: Request, places: Sequence[Place], needed: int, exchange: RankExchange) -> None:
+        arena = save.arena
+        if arena.size < needed and isinstance(exchange, NodeExchange):
+            raise StageError(
+                f"step {request.step}: the state needs {needed} bytes of host memory, {arena.size} are allowed or available. A "
+                "state of several ranks does not pass through less memory in parts: raise max_host_bytes or free memory"
+            )
         if arena.size < needed:
             self._warn_of_waves(arena.size, needed)
             save.pass_in_waves()
             return
-        copy_plan = self._divide(request)
-        save.stage(copy_plan, blocking=not self._overlap)
-        self._overlapped = bool(copy_plan.late)
+        exchange.grant(arena, request.save_id)
+        copy_plan = self._planner.divide(request, places)
+        save.stage(copy_plan, blocking=not self._planner.overlap)
+        self._planner.overlapped = bool(copy_plan.late)
         self._staging_thread.submit(save.finish)
 
     @contextlib.contextmanager
@@ -252,37 +283,18 @@ class Leader:
             self._allowed()
         self.check()
 
-    def _divide(self, request: Request) -> CopyPlan:
-        # A signal handler may save in the middle of a step, and the step goes on afterwards.
-        if not self._overlap or STEP_BARRIER.is_stepping():
-            return all_now(len(request.tensors))
-        key = tuple(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
-        stepped = [state for state in request.optimizers if state.optimizer is not None]
-        return self._overlap_policy.divide(
-            key, request.tensors, request.labels, request.owners, request.volatile, stepped
-        )
-
-    def _plan_for(self, request: Request) -> SavePlan:
-        known = self._planned
-        if self._plan is None or len(known) != len(request.contents) or any(map(is_not, known, request.contents)):
-            with self._reporter.stage("plan", request.save_id, request.step):
-                self._plan = plan(request.contents)
-                self._planned = request.contents  # keep the objects alive: no other object can get their id meanwhile
-            self._notice_devices(request)
-        return self._plan
-
-    def _notice_devices(self, request: Request) -> None:
-        devices.notice(request.tensors)
-        self._pool.pinned = pinning.can_pin()
-
-    def _acquire(self, request: Request, needed: int) -> Arena:
+    def _acquire(self, request: Request, needed: int, exchange: RankExchange) -> Arena:
+        if self._node is not None:
+            self._node.wait_for_stragglers()
         arena = self._pool.acquire(needed)
         if arena is None:
             if self._options.when_busy != "wait":
                 raise _NoArena(f"all {self._options.max_in_flight} arenas hold saves that are still being written")
             if self._exchanges is not None:
                 self._exchanges.stop_holding()
-            with self._reporter.stage("backpressure", request.save_id, request.step, needed), self._interruptible():
+            # The other ranks wait for this sharded save, so no other save may come before it.
+            waiting = contextlib.nullcontext() if isinstance(exchange, NodeExchange) else self._interruptible()
+            with self._reporter.stage("backpressure", request.save_id, request.step, needed), waiting:
                 arena = self._pool.wait(needed, self._refuse_if_ended)
         if arena.size < min(needed, MIN_HOST_BYTES):
             self._pool.release(arena)
@@ -301,6 +313,8 @@ class Leader:
             )
 
     def prewarm(self, model: Any, optimizer: Any) -> None:
+        if Objects(model=model, optimizer=optimizer).is_sharded():
+            return  # only a save, in which all ranks take part, can plan what is sharded
         with self._alone():
             self.reserve(model, optimizer)
         waiting = [
@@ -313,7 +327,8 @@ class Leader:
         with self._reporter.stage("prewarm"):
             request = self._reader.read("", None, Objects(model=model, optimizer=optimizer))
             needed = required_bytes(plan(request.contents), request)
-            self._notice_devices(request)
+            devices.notice(request.tensors)
+            self._pool.pinned = pinning.can_pin()
             arena = self._pool.acquire(needed)
             if arena is not None:  # else a save is under way, and its arena (or the next one) is the one to warm
                 self._pool.release(arena)
@@ -322,6 +337,8 @@ class Leader:
         self._supervisor.check()
         if self._ranks is not None:
             self._ranks.check()
+        if self._node is not None:
+            self._node.check()
 
     @property
     def prewarming(self) -> bool:
@@ -330,7 +347,7 @@ class Leader:
     def statistics(self) -> dict[str, Any]:
         return {
             **self._pool.statistics(),
-            "overlap": self._overlap and self._overlapped,
+            "overlap": self._planner.overlap and self._planner.overlapped,
             "writer_pid": self._supervisor.writer_pid,
         }
 
@@ -338,6 +355,8 @@ class Leader:
         self.closed = True
         self._staging_thread.close(max(deadline - time.monotonic(), 0.1))
         ended = self._supervisor.close(max(deadline - time.monotonic(), 0.1))
+        if self._node is not None:
+            self._node.close(max(deadline - time.monotonic(), 0.1))
         if ended:
             self._pool.close()
             self._lock.clear()
@@ -353,24 +372,29 @@ class Leader:
         self.closed = True
         self._lock.close()
         self._supervisor.forget()
+        if self._node is not None:
+            self._node.forget()
         self._pool.forget()
 
     # -- bookkeeping
 
     def _save_ended(self, handle: SaveHandle, error: CheckpointError | None) -> None:
         if isinstance(error, TornSnapshot):
-            self._overlap = False
+            self._planner.overlap = False
         self._ledger.ended(handle, error)
 
     def _arena_added(self, arena: Arena) -> None:
         device = devices.in_use()
         if device is not None and (node := numa.node_of(device)) is not None:
             numa.prefer(arena.address, arena.size, node)
+        arena.own = self._own
         self._supervisor.add_arena(arena)
         self._reporter.emit(Event("arena", "complete", bytes=arena.size))
 
     def _arena_dropped(self, arena: Arena) -> None:
         self._supervisor.drop_arena(arena)
+        if self._node is not None:
+            self._node.dropped(arena)
 
 
 class _NoArena(Exception):

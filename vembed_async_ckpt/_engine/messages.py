@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import errors
 from .._frozen import FrozenDict
-from ..errors import CheckpointError, StageError
+from ..errors import CheckpointerBusy, CheckpointError, PlanError, StageError
 from ..handle import CheckpointInfo, SaveState, Timings
 
 Files = list[tuple[str, bytes]]
@@ -21,6 +21,17 @@ _CHUNK = 4 << 20  # bytes of one value: the job's store refuses values of more t
 
 class RaisedElsewhere(StageError):
     """`save()` itself raised this error on another rank, so the user saw it there."""
+
+
+class RefusedElsewhere(PlanError, RaisedElsewhere):
+    """`save()` itself raised this `PlanError` on another rank."""
+
+
+def raised_elsewhere(text: str, error: BaseException) -> CheckpointError:
+    """Return what the other ranks raise or report when `save()` raises `error` here, with `text` as its message."""
+    if isinstance(error, PlanError):
+        return RefusedElsewhere(text)
+    return CheckpointerBusy(text) if isinstance(error, CheckpointerBusy) else RaisedElsewhere(text)
 
 
 @dataclass
@@ -109,9 +120,22 @@ def render(said: Said) -> str:
             "timings": asdict(info.timings),
         }
     if error is not None:
-        kind = next(base.__name__ for base in type(error).__mro__ if hasattr(errors, base.__name__))
-        value["error"] = [kind, str(error), isinstance(error, RaisedElsewhere)]
+        value["error"] = describe(error)
     return json.dumps(value)
+
+
+def describe(error: CheckpointError) -> list[Any]:
+    """Return `error` as JSON values."""
+    kind = next(base.__name__ for base in type(error).__mro__ if hasattr(errors, base.__name__))
+    return [kind, str(error), isinstance(error, RaisedElsewhere)]
+
+
+def described(value: list[Any]) -> CheckpointError:
+    """Return the error that `describe` made `value` of."""
+    kind, message, raised = value
+    if raised:
+        return RefusedElsewhere(message) if kind == PlanError.__name__ else RaisedElsewhere(message)
+    return getattr(errors, kind)(message)  # type: ignore[no-any-return]
 
 
 def parse(text: bytes) -> Said:
@@ -124,6 +148,5 @@ def parse(text: bytes) -> Said:
             Path(body["path"]), body["step"], body["total_bytes"], FrozenDict(body["files"]), Timings(**body["timings"])
         )
     if "error" in value:
-        kind, message, raised = value["error"]
-        error = RaisedElsewhere(message) if raised else getattr(errors, kind)(message)
+        error = described(value["error"])
     return Said(SaveState(value["state"]), info, error, tuple(value["without"]))

@@ -15,3 +15,6 @@ LATE = 10.0  # a call that comes this long after a save went on without its rank
 # replaces FIRST_HOLD once an optimizer has stepped since the call: ranks that train together have passed it too
 STEP_HOLD = 0.25
 PATIENCE = 600.0  # the other ranks wait this long for the first rank to call save(): it may be evaluating
+# Sharded saves, in which every rank must take part:
+ARRIVAL = 120.0  # a save fails if a rank has not called save() for this long after another one did
+RELEASE = 1.0  # after a failed save, the next one waits this long for ranks that may still copy into its arena

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from .._capture.request import Request
+from .._memory.arena import Arena
 from .._memory.barrier import STEP_BARRIER
 from ..errors import CheckpointError, StageError
 from ..events import logger
@@ -46,6 +48,15 @@ class RankExchange(Protocol):
 
     room: int  # bytes of the arena to reserve for the other ranks' files
 
+    def agree(self, request: Request) -> None:
+        """Make sure that every rank saves the same, if each saves a part of the tensors. Raises `CheckpointError`."""
+
+    def grant(self, arena: Arena, save_id: str) -> None:
+        """Let the other ranks copy their tensors into `arena`, if they have any."""
+
+    def hand_back(self, arena: Arena, release: Callable[[Arena], None], retire: Callable[[Arena], None]) -> None:
+        """`release` the arena of a save that has ended; `retire` it first while another rank may still copy into it."""
+
     def gather(self, done: Callable[[Gathered], None]) -> None:
         """Call `done` once, with what the other ranks add or with the error for which the save must fail.
 
@@ -56,7 +67,20 @@ class RankExchange(Protocol):
         """Tell the other ranks the state of the save."""
 
 
-class SingleRank:
+class WholeState:
+    """The part of an exchange that is empty where the first rank copies all tensors."""
+
+    def agree(self, request: Request) -> None:
+        pass
+
+    def grant(self, arena: Arena, save_id: str) -> None:
+        pass
+
+    def hand_back(self, arena: Arena, release: Callable[[Arena], None], retire: Callable[[Arena], None]) -> None:
+        release(arena)
+
+
+class SingleRank(WholeState):
     """The exchange of a training that has one rank: there is nobody to exchange with."""
 
     room = 0
@@ -148,7 +172,7 @@ class RankExchanges:
             self.ranks.store.delete_key(f"{entry.number}/{what}")
 
 
-class _JobExchange:
+class _JobExchange(WholeState):
     def __init__(self, exchanges: RankExchanges, directory: str, step: int | None, of_every_rank: bool) -> None:
         self._exchanges = exchanges
         self._ranks = exchanges.ranks

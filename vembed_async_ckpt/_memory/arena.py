@@ -12,7 +12,7 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .. import _signals
@@ -22,31 +22,41 @@ from ..errors import StageError
 _F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 2, 4  # linux/fcntl.h
 _ROUND = 2 << 20  # one huge page
 _PIN_TRIES = 3
+_MAX_PINNED_PARTS = 256  # each costs a call; more are pinned as one part from the first to the last
 
 
 class Arena:
     """`size` bytes of shared memory.
 
-    `image`: the plan that is laid out in the memory now (`_engine.saving.Image`), or None.
+    `image`: the plan that is laid out in the memory now (`_engine.images.Image`), or None.
+    `own`: [first byte, end] of each part into which this process copies from a device; None if it may be all of it.
     """
 
-    def __init__(self, number: int, size: int) -> None:
+    def __init__(self, number: int, size: int, fd: int | None = None) -> None:
+        """`fd`: the memory, if another process made it; it is closed with the arena.
+
+        Raises OSError or ValueError if the memory cannot be had.
+        """
         self.number = number
         self.size = size
-        self.fd = os.memfd_create(MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = os.memfd_create(MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if fd is None else fd
         try:
-            os.ftruncate(self.fd, size)
-            # A sealed size: no process can shrink the file and make the other's mapping fault (SIGBUS).
-            with contextlib.suppress(OSError):  # only a precaution, and a sandbox may refuse it
-                fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+            if fd is None:
+                os.ftruncate(self.fd, size)
+                # A sealed size: no process can shrink the file and make the other's mapping fault (SIGBUS).
+                with contextlib.suppress(OSError):  # only a precaution, and a sandbox may refuse it
+                    fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+            elif os.fstat(fd).st_size < size:
+                raise ValueError(f"shared memory of {os.fstat(fd).st_size} bytes, not {size}")
             self.memory: mmap.mmap = map_arena(self.fd, size)
         except BaseException:
             os.close(self.fd)
             raise
         self.address = address_of(self.memory)
         self.image: Any = None
+        self.own: Sequence[tuple[int, int]] | None = None
         self._pinning = threading.Lock()
-        self._pinned = False
+        self._pinned: list[tuple[int, int]] = []
         self._pin_tries = 0
 
     def write(self, start: int, data: bytes) -> None:
@@ -60,15 +70,33 @@ class Arena:
     def pin(self) -> None:
         """Pin the memory for CUDA devices, so that they copy into it by DMA.
 
-        This happens once, because it takes as long as faulting the pages in. If it fails, as it does while a CUDA graph
-        is recorded, the next save tries again, three times in all.
+        Only the `own` parts are pinned, and only if they are not yet, because it takes as long as faulting the pages in.
+        If it fails, as it does while a CUDA graph is recorded, the next save tries again, three times in all. No copy may
+        run while `own` changes.
         """
         from . import pinning  # it imports torch, which only a training with a device needs here
 
+        wanted = [(0, self.size)] if self.own is None else whole_pages(self.own, self.size)
         with self._pinning:
-            if not self._pinned and self._pin_tries < _PIN_TRIES and self.fd >= 0 and pinning.can_pin():
-                self._pin_tries += 1
-                self._pinned = pinning.pin(self.address, self.size)
+            if wanted == self._pinned or self._pin_tries >= _PIN_TRIES or self.fd < 0 or not pinning.can_pin():
+                return
+            # A copy must lie in one pinned part, so parts that grow together are pinned anew.
+            self._unpin([part for part in self._pinned if part not in wanted])
+            for part in wanted:
+                if part not in self._pinned:
+                    if not pinning.pin(self.address + part[0], part[1] - part[0]):
+                        self._pin_tries += 1
+                        return
+                    self._pinned.append(part)
+            self._pinned.sort()
+
+    def _unpin(self, parts: Sequence[tuple[int, int]]) -> None:
+        if parts:
+            from . import pinning
+
+            for part in parts:
+                pinning.unpin(self.address + part[0])
+                self._pinned.remove(part)
 
     def forget(self) -> None:
         """In a forked child: drop the memory, which belongs to the parent.
@@ -76,7 +104,7 @@ class Arena:
         Its descriptors are closed already (see `map_arena`).
         """
         self.fd = -1
-        self._pinned = False
+        self._pinned = []
         self._pinning = threading.Lock()  # a thread of the parent may have held the old one
         self.close()
 
@@ -84,14 +112,23 @@ class Arena:
         """Unpin the memory and close the descriptor. The memory is freed when its last view is gone."""
         self.image = None
         with self._pinning:  # otherwise another thread could pin the memory after this and never unpin it
-            if self._pinned:
-                from . import pinning
-
-                pinning.unpin(self.address)
-                self._pinned = False
+            self._unpin(list(self._pinned))
             if self.fd >= 0:
                 os.close(self.fd)
                 self.fd = -1
+
+
+def whole_pages(parts: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """Return the pages of `parts`, as few parts in ascending order of which no two touch. `size`: where the memory ends."""
+    pages: list[tuple[int, int]] = []
+    for start, end in sorted(parts):
+        start -= start % mmap.PAGESIZE
+        end = min(end // -mmap.PAGESIZE * -mmap.PAGESIZE, size)
+        if pages and start <= pages[-1][1]:
+            pages[-1] = (pages[-1][0], max(end, pages[-1][1]))
+        elif start < end:
+            pages.append((start, end))
+    return [(pages[0][0], pages[-1][1])] if len(pages) > _MAX_PINNED_PARTS else pages
 
 
 class ArenaPool:
@@ -112,6 +149,7 @@ class ArenaPool:
         self._free: list[Arena] = []
         self._busy: list[Arena] = []
         self._kept: list[Arena] = []
+        self._retired: list[Arena] = []
         self.pinned = False  # whether arenas will be pinned; the machine cannot swap out pinned memory
         self._numbers: Iterator[int] = iter(range(1, 1 << 31))
 
@@ -119,7 +157,7 @@ class ArenaPool:
         """Return how many bytes one arena may have now if the free arenas were dropped."""
         with self._changed:
             held = sum(arena.size for arena in self._free)
-            busy = sum(arena.size for arena in self._busy)
+            busy = sum(arena.size for arena in (*self._busy, *self._retired))
         # Take only a part of what is left, because the training goes on allocating.
         room = (available_memory() + held) * (6 if self.pinned else 9) // 10
         if self._max_bytes is not None:
@@ -195,6 +233,19 @@ class ArenaPool:
             if arena in self._busy:
                 self._busy.remove(arena)
                 self._free.append(arena)
+            elif arena in self._retired:
+                self._retired.remove(arena)
+                self._free.append(arena)
+                if len(self._free) + len(self._busy) > self._count:
+                    self._drop(arena)
+            self._changed.notify_all()
+
+    def retire(self, arena: Arena) -> None:
+        """Do not use this arena, and do not count it, until `release`: another process may still write to it."""
+        with self._changed:
+            if arena in self._busy:
+                self._busy.remove(arena)
+                self._retired.append(arena)
             self._changed.notify_all()
 
     def keep_for_ever(self, arena: Arena) -> None:
@@ -207,29 +258,29 @@ class ArenaPool:
             self._changed.notify_all()
 
     def arenas(self) -> list[Arena]:
-        """Return all arenas, free and busy. A new writer needs them."""
+        """Return all arenas that a save may use now or later. A new writer needs them."""
         with self._changed:
-            return [*self._free, *self._busy]
+            return [*self._free, *self._busy, *self._retired]
 
     def statistics(self) -> dict[str, int]:
         with self._changed:
             return {
                 "arenas_free": len(self._free),
                 "arenas_busy": len(self._busy),
-                "host_bytes": sum(arena.size for arena in (*self._free, *self._busy)),
+                "host_bytes": sum(arena.size for arena in (*self._free, *self._busy, *self._retired)),
             }
 
     def forget(self) -> None:
         """In a forked child: drop every arena and touch nothing else."""
-        for arena in (*self._free, *self._busy):
+        for arena in (*self._free, *self._busy, *self._retired):
             arena.forget()
 
     def close(self) -> None:
-        """Close every arena, free or busy."""
+        """Close every arena, whether it is in use or not."""
         with self._changed:
-            for arena in (*self._free, *self._busy):
+            for arena in (*self._free, *self._busy, *self._retired):
                 arena.close()
-            self._free, self._busy = [], []
+            self._free, self._busy, self._retired = [], [], []
 
 
 def available_memory() -> int:

@@ -29,6 +29,7 @@ from .._tensor_guard import TensorGuard
 from .captures import is_capturing
 from .devices import is_on_device
 from .host_copy import are_plain, is_small
+from .places import Place
 from .probe import PROBE_BYTES, TailProbe
 
 _DEVICE = attrgetter("device")
@@ -166,7 +167,7 @@ class CopyPlan:
     `names`: the name of each late tensor.
     `devices`: the device of each late tensor.
     `on_device`: whether a device copies the late tensor.
-    `tails`: the probe of those late tensors that are in host memory.
+    `tails`: the probe of those late tensors that are in host memory. `staged_tails`: the probe of their places.
     """
 
     small: list[int]
@@ -176,6 +177,7 @@ class CopyPlan:
     devices: list[torch.device]
     on_device: list[bool]
     tails: TailProbe
+    staged_tails: TailProbe
 
     def host_part(self, values: Sequence[_Value]) -> Sequence[_Value]:
         """Of `values`, one for each late tensor, return those of the tensors in host memory."""
@@ -205,6 +207,7 @@ class OverlapPolicy:
         owners: Callable[[], Sequence[Any]],
         volatile: frozenset[int],
         saved: Sequence[SavedOptimizer] = (),
+        places: Sequence[Place] | None = None,
     ) -> CopyPlan:
         """Divide the tensors of a save into those copied at once and those that may be copied late.
 
@@ -212,9 +215,11 @@ class OverlapPolicy:
         `names`, `owners`: return the name of each tensor, and the parameter, buffer or optimizer to which it belongs.
         `volatile`: ids of the parameters that the forward pass changes.
         `saved`: the optimizers that are saved.
+        `places`: where the tensors go, if they are not contiguous there.
 
         These are copied at once: small tensors, buffers, frozen parameters, copies that no optimizer steps (EMA),
-        computed values, parameters in `volatile`, and host tensors that are not contiguous. So is everything of an
+        computed values, parameters in `volatile`, host tensors that are not contiguous, and those that go to rows of less
+        than 8 bytes. So is everything of an
         optimizer that has not been recorded, or whose step a CUDA graph replays. So are the parameters of a wrapper
         that has not been recorded itself, because it may change them before or after the step that it wraps. So are the
         parameters of an optimizer with `train()` and `eval()`, which change them between its steps; such a
@@ -226,6 +231,8 @@ class OverlapPolicy:
         now = (key, STEP_BARRIER.generation, [list(map(id, parameters)) for parameters in groups], unseen)
         if now != self._key or not self._still_divides(tensors):
             small = {n for n, tensor in enumerate(tensors) if is_small(tensor) and not is_on_device(tensor)}
+            if places is not None:
+                small = {n for n in small if places[n].strides is None}
             allowed = {id(parameter) for parameters in groups for parameter in parameters} - volatile
             for parameters in unseen:
                 allowed = set() if parameters is None else allowed - parameters
@@ -233,10 +240,13 @@ class OverlapPolicy:
             late = [
                 n
                 for n, owner in enumerate(owners())
-                if n not in small and id(owner) in allowed and _can_be_late(tensors[n])
+                if n not in small
+                and id(owner) in allowed
+                and _can_be_late(tensors[n])
+                and (places is None or places[n].row(tensors[n]) >= PROBE_BYTES)
             ]
             rest = sorted(set(range(len(tensors))) - small - set(late))
-            self._copy_plan = _copy_plan(sorted(small), rest, late, pick(names(), late), tensors)
+            self._copy_plan = _copy_plan(sorted(small), rest, late, pick(names(), late), tensors, places)
             self._key, self._guard = now, TensorGuard(tensors)
         return self._copy_plan
 
@@ -267,12 +277,20 @@ def all_now(count: int) -> CopyPlan:
 
 
 def _copy_plan(
-    small: list[int], now: list[int], late: list[int], names: list[str], tensors: Sequence[torch.Tensor]
+    small: list[int],
+    now: list[int],
+    late: list[int],
+    names: list[str],
+    tensors: Sequence[torch.Tensor],
+    places: Sequence[Place] | None = None,
 ) -> CopyPlan:
     copied_late = pick(tensors, late)
     on_device = list(map(is_on_device, copied_late))
-    tails = TailProbe([t.nbytes for t, by_device in zip(copied_late, on_device, strict=True) if not by_device])
-    return CopyPlan(small, now, late, names, list(map(_DEVICE, copied_late)), on_device, tails)
+    in_host = [n for n, by_device in zip(late, on_device, strict=True) if not by_device]
+    tails = staged = TailProbe([tensors[n].nbytes for n in in_host])
+    if places is not None:
+        staged = TailProbe([places[n].end(tensors[n]) - places[n].start for n in in_host])
+    return CopyPlan(small, now, late, names, list(map(_DEVICE, copied_late)), on_device, tails, staged)
 
 
 def pick(values: Sequence[_Value], indices: Sequence[int]) -> list[_Value]:

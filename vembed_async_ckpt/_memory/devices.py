@@ -13,6 +13,7 @@ import contextlib
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import filterfalse
 from operator import attrgetter
@@ -25,6 +26,7 @@ from .captures import relax_captures
 from .host_copy import DEADLINE
 
 CHUNK = 256  # copies per event; the queue of a driver holds about a thousand
+ROWS_BUFFER = 32 << 20  # bytes of each of the two buffers through which rows pass
 _POLL = 0.001  # seconds between two queries of an event
 _NEEDED = ("Stream", "Event", "current_stream", "stream", "device")
 
@@ -104,9 +106,16 @@ class DeviceCopies:
         return cls(devices, torch.get_device_module, copy_async)
 
     def issue(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Start the copies and return at once. If it raises, `wait` still waits for the copies that were started."""
+        """Start the copies. If it raises, `wait` still waits for the copies that were started.
+
+        Returns at once, unless a destination is not contiguous: see `_copy_rows`.
+        """
         by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        in_rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         for to, source in zip(destinations, sources, strict=True):
+            if not to.is_contiguous():
+                in_rows.append((to, source))
+                continue
             places, aliases = by_device.setdefault(source.device, ([], []))
             places.append(to)
             # Hold an alias, so that `p.data = other` does not free memory that is being read.
@@ -118,6 +127,35 @@ class DeviceCopies:
                     side.wait_event(self._begun[device])
                     for start in range(0, len(places), CHUNK):
                         self._issue_chunk(device, side, places[start : start + CHUNK], aliases[start : start + CHUNK])
+            if in_rows:
+                with _COPYING_ROWS:
+                    self._copy_rows(in_rows)
+
+    def _copy_rows(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy to destinations that are rows of larger tensors. Returns when every byte has arrived.
+
+        A device copies asynchronously only between contiguous memory. So each part goes through one of two pinned
+        buffers, and this thread moves the rows while the device fills the other one.
+        """
+        underway: deque[tuple[torch.Tensor, torch.Tensor, torch.device, Any]] = deque()
+        parts = (part for to, source in pairs for part in _parts(to, source, ROWS_BUFFER))
+        for number, (to, source) in enumerate(parts):
+            if len(underway) == 2:
+                self._move_rows(*underway.popleft())
+            device = source.device
+            buffer = _rows_buffer(device, number % 2, to.nbytes)[: to.nbytes].view(to.dtype).view(to.shape)
+            with self._side(device) as side:
+                side.wait_event(self._begun[device])
+                contiguous = (source.view(to.dtype) if source.dtype is not to.dtype else source.detach()).contiguous()
+                self._held.append(contiguous)
+                self._issue_chunk(device, side, [buffer], [contiguous])
+            underway.append((to, buffer, *self._done[-1]))
+        while underway:
+            self._move_rows(*underway.popleft())
+
+    def _move_rows(self, to: torch.Tensor, buffer: torch.Tensor, device: torch.device, done: Any) -> None:
+        self._wait_for(device, done)
+        to.copy_(buffer)
 
     @contextlib.contextmanager
     def _side(self, device: torch.device) -> Iterator[Any]:
@@ -161,12 +199,15 @@ class DeviceCopies:
         memory is then kept for ever (see `stuck`).
         """
         for device, done in self._done:
-            if not _happens(done, DEADLINE):
-                _STUCK.append(self)
-                raise StageError(
-                    f"{device} did not end a part of the copy within {DEADLINE:.0f} s; does a collective or a kernel hang?"
-                )
+            self._wait_for(device, done)
         self._held.clear()
+
+    def _wait_for(self, device: torch.device, done: Any) -> None:
+        if not _happens(done, DEADLINE):
+            _STUCK.append(self)
+            raise StageError(
+                f"{device} did not end a part of the copy within {DEADLINE:.0f} s; does a collective or a kernel hang?"
+            )
 
     def relax_captures(self) -> None:
         """Call this on a thread of ours before it calls `wait`. See `captures.relax_captures`."""
@@ -222,6 +263,26 @@ def _side_stream(module: Any, device: torch.device) -> Any:
         if device not in streams:
             streams[device] = module.Stream(device)
         return streams[device]
+
+
+_ROWS: dict[tuple[torch.device, int], torch.Tensor] = {}
+_COPYING_ROWS = threading.Lock()
+
+
+def _rows_buffer(device: torch.device, number: int, size: int) -> torch.Tensor:
+    """Return one of the two buffers for rows from `device`, pinned if the device is a CUDA device."""
+    known = _ROWS.get((device, number))
+    if known is None or known.numel() < size:
+        known = torch.empty(max(size, ROWS_BUFFER), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        _ROWS[device, number] = known
+    return known
+
+
+def _parts(to: torch.Tensor, source: torch.Tensor, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield a copy in parts of at most `limit` bytes, if one index of the largest dimension does not have more."""
+    dim = max(range(to.ndim), key=to.shape.__getitem__)
+    rows = max(1, to.shape[dim] * limit // to.nbytes)
+    yield from zip(torch.split(to, rows, dim), torch.split(source, rows, dim), strict=True)
 
 
 _device: torch.device | None = None  # a device on which tensors of the training were seen

@@ -79,7 +79,8 @@ class SmallPlaces:
 def groups(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Iterator[Group]:
     """Yield a copy in parts of a few milliseconds each.
 
-    Large contiguous tensors are split, small ones share a group.
+    Large tensors are split, if both sides are contiguous or the copy goes to a part of a larger tensor. Small ones share a
+    group.
     """
     to: list[torch.Tensor] = []
     of: list[torch.Tensor] = []
@@ -87,9 +88,7 @@ def groups(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
     for destination, source in zip(destinations, sources, strict=True):
         if source.dtype in AS_BYTES:
             source = source.view(torch.uint8)
-        large = destination.nbytes > GROUP_BYTES and source.is_contiguous()
-        count = GROUP_BYTES // destination.itemsize if large else 0
-        for part, part_of in zip(_pieces(destination, count), _pieces(source, count), strict=True):
+        for part, part_of in zip(*_pieces(destination, source), strict=True):
             to.append(part)
             of.append(part_of)
             size += part.nbytes
@@ -100,8 +99,15 @@ def groups(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
         yield to, of
 
 
-def _pieces(tensor: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
-    return torch.split(tensor.view(-1), count) if count else (tensor,)
+def _pieces(destination: torch.Tensor, source: torch.Tensor) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    if destination.nbytes > GROUP_BYTES and not destination.is_contiguous():
+        dim = max(range(destination.ndim), key=destination.shape.__getitem__)
+        rows = max(1, destination.shape[dim] * GROUP_BYTES // destination.nbytes)
+        return torch.split(destination, rows, dim), torch.split(source, rows, dim)
+    if destination.nbytes > GROUP_BYTES and source.is_contiguous():
+        count = GROUP_BYTES // destination.itemsize
+        return torch.split(destination.view(-1), count), torch.split(source.view(-1), count)
+    return (destination,), (source,)
 
 
 def copy_group(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -172,6 +178,7 @@ def _is_plain(to: torch.Tensor, source: torch.Tensor) -> bool:
     return (
         source.is_cpu
         and source.is_contiguous()
+        and to.is_contiguous()
         and not source.is_conj()
         and not source.is_neg()
         and (source.dtype is to.dtype or source.dtype in AS_BYTES)

@@ -17,6 +17,7 @@ from .devices import in_use
 
 _PORTABLE = 1  # driver_types.h, cudaHostRegisterPortable: pinned for all contexts of the process
 _ALREADY_REGISTERED = 712  # driver_types.h, cudaErrorHostMemoryAlreadyRegistered
+_pinned: dict[int, int] = {}  # what is pinned now: bytes, by address
 
 
 def can_pin() -> bool:
@@ -33,13 +34,15 @@ def pin(address: int, size: int) -> bool:
 
     def register(cudart: Any) -> int:
         code = int(cudart.cudaHostRegister(address, size, _PORTABLE))
-        if code == _ALREADY_REGISTERED:  # left from an earlier arena at this address: other pages
+        if code == _ALREADY_REGISTERED and not _overlaps_pinned(address, size):
+            # left from an earlier arena at this address: other pages
             cudart.cudaHostUnregister(address)
             code = int(cudart.cudaHostRegister(address, size, _PORTABLE))
         return code
 
     codes = _on_a_thread(register)
     if codes == [0]:
+        _pinned[address] = size
         return True
     logger.warning(
         "%d bytes of host memory could not be pinned (CUDA says %s): copies from the device are slower", size, codes
@@ -49,7 +52,13 @@ def pin(address: int, size: int) -> bool:
 
 def unpin(address: int) -> None:
     """Undo `pin`."""
+    _pinned.pop(address, None)
     _on_a_thread(lambda cudart: int(cudart.cudaHostUnregister(address)))
+
+
+def _overlaps_pinned(address: int, size: int) -> bool:
+    """Return whether a part of this memory is in use as pinned memory, so that it must not be unpinned."""
+    return any(at < address + size and address < at + length for at, length in list(_pinned.items()))
 
 
 def _on_a_thread(call: Callable[[Any], int]) -> list[object]:

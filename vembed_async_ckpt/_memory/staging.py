@@ -18,41 +18,13 @@ import torch
 from .. import _signals
 from ..errors import StageError
 from ..events import logger
-from .arena import Arena
 from .barrier import STEP_BARRIER, CopyPlan
 from .captures import is_capturing
 from .devices import DeviceCopies
-from .host_copy import AS_BYTES, DEADLINE, MAX_THREADS, TOO_SLOW, Group, addresses_of, copy_alone, copy_group, groups
+from .host_copy import DEADLINE, MAX_THREADS, TOO_SLOW, Group, addresses_of, copy_alone, copy_group, groups
 from .profiling import recorded
 
 _DATA, _VERSION = attrgetter("data"), attrgetter("_version")
-
-
-class Destinations:
-    """The places of a plan's tensors in an arena, as tensors. Made once per plan and arena."""
-
-    def __init__(self, arena: Arena, tensors: Sequence[torch.Tensor], offsets: Sequence[int]) -> None:
-        whole = torch.frombuffer(arena.memory, dtype=torch.uint8)
-        self._bases: dict[torch.dtype, torch.Tensor] = {}
-        self.tensors = [self._place(whole, t, at) for t, at in zip(tensors, offsets, strict=True)]
-
-    def _place(self, whole: torch.Tensor, like: torch.Tensor, offset: int) -> torch.Tensor:
-        dtype = torch.uint8 if like.dtype in AS_BYTES else like.dtype
-        if offset % dtype.itemsize:  # never happens in our files; as_strided counts in elements
-            raise AssertionError(f"offset {offset} is not a multiple of {dtype.itemsize}")
-        base = self._bases.get(dtype)
-        if base is None:
-            usable = whole.numel() // dtype.itemsize * dtype.itemsize
-            base = self._bases[dtype] = whole[:usable].view(dtype)
-        return base.as_strided(like.shape, _contiguous_strides(like.shape), offset // dtype.itemsize)
-
-
-def _contiguous_strides(shape: Sequence[int]) -> list[int]:
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return strides[::-1]
 
 
 class DeferredCopy:
@@ -64,15 +36,25 @@ class DeferredCopy:
     """
 
     def __init__(
-        self, copy_plan: CopyPlan, destinations: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
+        self,
+        copy_plan: CopyPlan,
+        destinations: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor],
+        wrappers: Sequence[torch.Tensor | None] = (),
     ) -> None:
-        """Make aliases of the late `tensors`, and record their versions, addresses and last bytes."""
+        """Make aliases of the late `tensors`, and record their versions, addresses and last bytes.
+
+        `wrappers`: for each of them, another tensor that shows the same memory and has a version counter of its own, as
+        a DTensor has.
+        """
         self.names = copy_plan.names
         self._copy_plan = copy_plan
         self._destinations = destinations
         self._tensors = tensors
         self.aliases: list[torch.Tensor] = list(map(_DATA, tensors))
-        self._versions = list(map(_VERSION, tensors))
+        watched = [(name, wrapper) for name, wrapper in zip(self.names, wrappers, strict=False) if wrapper is not None]
+        self._wrapped = [name for name, _ in watched], [wrapper for _, wrapper in watched]
+        self._versions = list(map(_VERSION, tensors)), list(map(_VERSION, self._wrapped[1]))
         self._addresses = addresses_of(self.aliases, self.names)
         self._last_bytes = copy_plan.tails.read(copy_plan.host_part(self._addresses))
 
@@ -98,9 +80,14 @@ class DeferredCopy:
 
     def changed_version(self) -> str | None:
         """Return the name of a tensor that changed since the call according to its version counter, or None."""
-        for name, before, now in zip(self.names, self._versions, map(_VERSION, self._tensors), strict=True):
-            if now != before:
-                return name
+        wrapped, wrappers = self._wrapped
+        for names, before, tensors in (
+            (self.names, self._versions[0], self._tensors),
+            (wrapped, self._versions[1], wrappers),
+        ):
+            for name, then, now in zip(names, before, map(_VERSION, tensors), strict=True):
+                if now != then:
+                    return name
         return None
 
     def check(self) -> str | None:
@@ -112,7 +99,7 @@ class DeferredCopy:
         if changed is not None:
             return changed
         copy_plan = self._copy_plan
-        copied = copy_plan.tails.read(list(map(torch.Tensor.data_ptr, copy_plan.host_part(self._destinations))))
+        copied = copy_plan.staged_tails.read(list(map(torch.Tensor.data_ptr, copy_plan.host_part(self._destinations))))
         if copied == self._last_bytes:
             return None
         for name, alias, before, after in zip(

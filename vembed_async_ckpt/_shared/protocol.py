@@ -17,6 +17,9 @@ from typing import Any, TypedDict
 from .._format.plan import START
 
 PROGRESS = struct.Struct("<Q")  # at byte 0 of an arena: how many bytes of its job have been written
+# at byte 8: which use of the arena this is, so that a rank notices that it writes into another save
+GENERATION = struct.Struct("<Q")
+GENERATION_AT = PROGRESS.size
 DATA_START = START  # start of the first file in an arena; the page before it is the control page
 
 _COMMAND = struct.Struct("<B3xIQQQ")
