@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .._format import bounded_json
 from ..errors import warn
 
 _SECRET = re.compile(r"(?:^|_)(?:tokens?|secrets?|passwords?|passwd|api_?keys?|credentials?)$")
@@ -31,7 +32,8 @@ def render(config: Any) -> bytes:
 
     JSON values stay. Paths, dtypes, devices, enums, dataclasses and objects with `to_dict` are converted. Everything
     else is left out, and so are keys that look like secrets (token, secret, password, api_key); one warning names them.
-    Raises TypeError if the config is not a mapping, a dataclass or an object with `to_dict`.
+    Raises TypeError if the config is not a mapping, a dataclass or an object with `to_dict`, and ValueError if it is too
+    large to be read back.
     """
     dropped: list[str] = []
     body = _convert(config, "", dropped)
@@ -41,7 +43,10 @@ def render(config: Any) -> bytes:
         )
     if dropped:
         warn(f"left out of the saved config (live objects or secrets): {', '.join(dropped)}")
-    return json.dumps(body, indent=2, ensure_ascii=False).encode("utf-8", "replace")
+    content = json.dumps(body, indent=2, ensure_ascii=False).encode("utf-8", "replace")
+    if reason := bounded_json.excess(content):
+        raise ValueError(f"it has {reason} when it is read")
+    return content
 
 
 _DROP = object()

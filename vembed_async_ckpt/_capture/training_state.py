@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import functools
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .._format import names, safetensors
+from .._format import bounded_json, names, safetensors
 from .._format.safetensors import Layout, TensorSpec
 from ..errors import CorruptCheckpoint, PlanError
 from . import random_state, scalers, tree
@@ -74,7 +73,7 @@ class TrainingState:
         def get(name: str) -> torch.Tensor:
             return self.copies[name]
 
-        files = [(names.TRAINING_STATE, json.dumps(self._json(), separators=(",", ":")).encode())]
+        files = [(names.TRAINING_STATE, bounded_json.dumps(self._json(), file=names.TRAINING_STATE))]
         for index, state in enumerate(self.schedulers.values()):
             files.append((self.dialect.scheduler(index), torch_save(tree.refill(state, get))))
         if self.scaler is not None:
@@ -232,6 +231,7 @@ class RankState:
 
     def render(self, rank: int, world_size: int) -> list[tuple[str, bytes]]:
         """Return (name, bytes) of the rank's files."""
+        file = names.rank_state(rank)
         body = {
             "rng": tree.encode(self.rng),
             "dataloader": tree.encode(self.dataloader),
@@ -239,7 +239,7 @@ class RankState:
         }
         values = tree.refill(self.rng, lambda name: self.tensors[name])
         return [
-            (names.rank_state(rank), json.dumps(body, separators=(",", ":")).encode()),
+            (file, bounded_json.dumps(body, file=file)),
             *_pickled_random_states(self.dialect, values, rank, world_size),
         ]
 

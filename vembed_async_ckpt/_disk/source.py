@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Container, Iterable
 from typing import Any
 
-from .._format import names, safetensors
+from .._format import bounded_json, names, safetensors
 from .._format.manifest import Manifest
 from .._format.plan import is_safe_relative
 from ..errors import CorruptCheckpoint
@@ -58,7 +57,7 @@ class Source:
     def json(self, name: str) -> Any:
         path = self.path(name)
         try:
-            return json.loads(read_regular(path))
+            return bounded_json.loads(read_regular(path))
         except (ValueError, RecursionError, OSError) as error:
             raise CorruptCheckpoint(f"{path}: cannot be read: {error}") from error
 

@@ -15,14 +15,14 @@ from typing import Any
 import xxhash
 
 from ..errors import CorruptCheckpoint
-from . import names
+from . import bounded_json, names
 from .plan import is_safe_relative
 
 FORMAT = "vembed_async_ckpt"
 VERSION = 1
 
+_LARGEST = 1 << 63
 MAX_BYTES = 1 << 28  # a manifest with a million tensors is half this size
-MAX_CONTAINERS = 1 << 22  # lists and objects of about 100 bytes each in memory; an optimizer's tensor has two
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +89,7 @@ def too_large(content: bytes) -> str | None:
     """Return why `parse` would refuse a manifest of this size, or None if it would accept it."""
     if len(content) > MAX_BYTES:
         return f"{len(content)} bytes; at most {MAX_BYTES} can be read back"
-    containers = content.count(b"[") + content.count(b"{")
-    if containers > MAX_CONTAINERS:
-        return f"{containers} lists and objects; at most {MAX_CONTAINERS} can be read back"
-    return None
+    return bounded_json.excess(content)
 
 
 def parse(content: bytes, *, file: str) -> Manifest:
@@ -104,7 +101,7 @@ def parse(content: bytes, *, file: str) -> Manifest:
     try:
         if excess := too_large(content):
             raise ValueError(f"it has {excess}")
-        body = json.loads(content)
+        body = json.loads(content)  # `too_large` has looked at it
         if body["format"] != FORMAT:
             raise ValueError(f"format is {body['format']!r}, not {FORMAT!r}")
         if body["version"] != VERSION:
@@ -113,17 +110,17 @@ def parse(content: bytes, *, file: str) -> Manifest:
             raise ValueError("its own hash does not match")
         if not names.is_save_id(body["save_id"]):
             raise ValueError(f"save_id is {body['save_id']!r}")
-        for key in ("versions", "metrics", "names", "tensors"):
+        for key in ("versions", "metrics", "names", "tensors", "files"):
             if not isinstance(body[key], dict):
                 raise TypeError(f"{key} is {str(body[key])[:60]!r}")
         metrics = {name: _from_json(value) for name, value in body["metrics"].items()}
         return Manifest(
             save_id=body["save_id"],
-            step=None if body["step"] is None else int(body["step"]),
-            sequence=int(body["sequence"]),
-            world_size=int(body["world_size"]),
-            ranks=None if body.get("ranks") is None else tuple(map(int, body["ranks"])),
-            time=float(body["time"]),
+            step=None if body["step"] is None else _whole("step", body["step"], least=-_LARGEST),
+            sequence=_whole("sequence", body["sequence"], least=0),
+            world_size=_whole("world_size", body["world_size"], least=1),
+            ranks=None if body.get("ranks") is None else _ranks(body["ranks"]),
+            time=_seconds(body["time"]),
             versions=body["versions"],
             metrics=metrics,
             names=body["names"],
@@ -143,10 +140,28 @@ def _to_json(metric: float) -> Any:
 def _from_json(value: Any) -> float:
     if isinstance(value, dict) and list(value) == ["$float"] and value["$float"] in ("nan", "inf", "-inf"):
         return float(value["$float"])
-    if not isinstance(value, int | float):
+    if type(value) not in (int, float):
         raise TypeError(f"a metric is {str(value)[:60]!r}")
     float(value)  # raises OverflowError for an integer too large for a float
     return value
+
+
+def _whole(key: str, value: Any, *, least: int) -> int:
+    if type(value) is not int or not least <= value < _LARGEST:
+        raise ValueError(f"{key} is {str(value)[:60]!r}")
+    return value
+
+
+def _ranks(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"ranks is {str(value)[:60]!r}")
+    return tuple(_whole("a rank", rank, least=0) for rank in value)
+
+
+def _seconds(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"time is {str(value)[:60]!r}")
+    return float(value)
 
 
 def _safe(name: str) -> str:
@@ -157,6 +172,6 @@ def _safe(name: str) -> str:
 
 def _record(value: Mapping[str, Any]) -> FileRecord:
     size, digest = value["size"], value["xxh3_128"]
-    if type(size) is not int or not 0 <= size < 1 << 63 or not isinstance(digest, str):
+    if type(size) is not int or not 0 <= size < _LARGEST or not isinstance(digest, str):
         raise ValueError(f"unusable file record {value!r}")
     return FileRecord(size, digest)
