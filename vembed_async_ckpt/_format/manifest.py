@@ -140,7 +140,7 @@ def _to_json(metric: float) -> Any:
 def _from_json(value: Any) -> float:
     if isinstance(value, dict) and list(value) == ["$float"] and value["$float"] in ("nan", "inf", "-inf"):
         return float(value["$float"])
-    if type(value) not in (int, float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"a metric is {str(value)[:60]!r}")
     float(value)  # raises OverflowError for an integer too large for a float
     return value
