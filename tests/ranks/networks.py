@@ -79,6 +79,17 @@ class Training:
         return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
 
 
+class Large(nn.Module):
+    """With the state of AdamW 96 MiB, in tensors of 8 MiB and small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(1448, 1448), nn.Linear(1448, 8)) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(block(x) for block in self.blocks)  # type: ignore[return-value]
+
+
 def clean(name: str) -> str:
     """The name of a parameter on one process."""
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")

@@ -84,9 +84,10 @@ def _is_like(kept: torch.Tensor, parameter: Any, share: Share, dtype: torch.dtyp
 
 def local_part(value: Any) -> torch.Tensor:
     """Return what this rank holds of a tensor, as a plain tensor."""
+    if not is_dtensor(value):
+        return value  # type: ignore[no-any-return]
     with torch.no_grad():
-        local: torch.Tensor = value.to_local() if is_dtensor(value) else value
-    return local
+        return value.to_local()  # type: ignore[no-any-return]
 
 
 def _as_state(local: torch.Tensor, parameter: Any) -> torch.Tensor:

@@ -91,7 +91,9 @@ def plan_optimizer(
     stepped_there = set(itertools.chain.from_iterable(device_steps))
     moves: list[Move] = []
     for key in direct:
-        number, field = _split(source.path(file), key, state["state"])
+        number, field = _split(key, state["state"])
+        if number is None:
+            raise CorruptCheckpoint(f"{source.path(file)}: the state says nowhere what {key} belongs to")
         tensor = wanted = source.stored(file, key)
         place, home, part = None, torch.device("cpu"), None
         if number in of_saved:
@@ -117,19 +119,17 @@ def plan_optimizer(
     return PlannedOptimizer(moves, lambda: _restore_optimizer(optimizer, state), sources)
 
 
-def _split(path: str, key: str, entries: Container[Any]) -> tuple[Any, str]:
-    """Return (number or name of a parameter, field of its state) for the key of a tensor."""
+def _split(key: str, entries: Container[Any]) -> tuple[Any, str]:
+    """Return (number or name of a parameter, field of its state) for the key of a tensor; (None, "") if none fits."""
     head, dot, field = key.partition(".")
     if head.isdecimal() and int(head) in entries:
         return int(head), field
-    found = None
+    found: tuple[Any, str] = None, ""
     while dot:
         if head in entries:
             found = head, field  # if the names of two parameters fit, the longer one counts
         more, dot, field = field.partition(".")
         head = f"{head}.{more}"
-    if found is None:
-        raise CorruptCheckpoint(f"{path}: the state says nowhere what {key} belongs to")
     return found
 
 
@@ -279,6 +279,7 @@ def _restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
             }
 
 
+_WHOLE = (torch.Tensor, torch.nn.Parameter)
 _PLAIN = (torch.Tensor, bool, int, float, complex, type(None))
 
 
@@ -347,5 +348,6 @@ def _references(state: Any) -> dict[int, tuple[torch.Tensor, int]]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    tensor = local_part(tensor)
+    if type(tensor) not in _WHOLE:
+        tensor = local_part(tensor)
     return 0 if has_no_storage(tensor) else tensor.untyped_storage().data_ptr()

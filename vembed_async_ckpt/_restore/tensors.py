@@ -67,6 +67,9 @@ class Saved:
 
     def into(self, memory: memoryview) -> Iterator[tuple[str, int, memoryview]]:
         """Yield what to read into the memory: (file, offset, the part of the memory)."""
+        if self.region is None:
+            yield self.file, self.offset, memory
+            return
         at = 0
         for offset, count in self.stretches():
             yield self.file, offset, memory[at : at + count]
