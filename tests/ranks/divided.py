@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import vembed_async_ckpt._engine.patience as patience_of_ranks
-from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, SaveHandle
+from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, KeepLast, SaveHandle
 from vembed_async_ckpt._capture import request as requests
 from vembed_async_ckpt._capture import training_state
 from vembed_async_ckpt._engine import copying, node_exchange, sharded_follower
@@ -314,14 +314,15 @@ def save_on(
     """Train and save until something fails or the test has heard enough. Say each state of each save."""
     for name, seconds in patience.items():
         setattr(patience_of_ranks, name, seconds)
-    self = Rank(root, rank, world_size, port, rows, options)
+    self = Rank(root, rank, world_size, port, rows, {**options, "retention": KeepLast(3)})
     self.make()
     part = self.parts["this"]
-    for _ in range(first):
-        part.step()
+    for parameter in part.parameters.values():
+        parameter.data += first * STEP
+    part.step()  # from now on its optimizer is known at the barrier
     talk.say(f"READY {self.writer()}")
     talk.listen()
-    for step in range(first, first + 1000):
+    for step in range(first + 1, first + 1000):
         try:
             handle = self.checkpointer.save(step, model=part)
             part.step()

@@ -259,11 +259,11 @@ class NodeExchanges:
 
     # -- the ranks' thread
 
-    def refused(self, rank: int, reason: str) -> None:
+    def refused(self, error: CheckpointError) -> None:
         """A rank cannot connect."""
         with self._changed:
             for save in list(self._open):
-                self._fail(save, PlanError(f"{save.directory}: {reason}"))
+                self._fail(save, type(error)(f"{save.directory}: {error}"))
         self._run_due()
 
     def missing(self) -> list[int]:
@@ -598,13 +598,13 @@ class _Rendezvous:
             return True
         for rank in missing:
             if store.check([f"{CANNOT}{rank}"]):
-                self._exchanges.refused(rank, store.get(f"{CANNOT}{rank}").decode())
+                self._exchanges.refused(PlanError(store.get(f"{CANNOT}{rank}").decode()))
                 store.delete_key(f"{CANNOT}{rank}")
         return False
 
     def fail(self, error: CheckpointError) -> None:
-        for rank in self._exchanges.missing()[:1]:
-            self._exchanges.refused(rank, str(error))
+        if self._exchanges.missing():
+            self._exchanges.refused(error)
 
 
 class _Withdrawal:

@@ -370,3 +370,36 @@ def test_a_default_device_changes_nothing(root: Path) -> None:
         assert differing(expected, state_of(restored, restored_optimizer)) == []
     finally:
         torch.set_default_device("cpu")
+
+
+@pytest.mark.parametrize("rows", [1 << 20, 100])
+def test_columns_of_a_larger_tensor(device: Control, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Strided host memory is not what a device copies to while the host goes on: the columns pass through the two buffers,
+    many times where these are small. What lies beside them stays, and the state is that of the call."""
+    monkeypatch.setattr(devices, "ROWS_BUFFER", rows)
+    monkeypatch.setattr(devices, "_ROWS", {})
+    source = torch.arange(60.0).reshape(10, 6).to("second")
+    bytes_of_it = torch.arange(40, dtype=torch.uint8).reshape(10, 4).to("second")
+    whole, other = torch.full((10, 20), -1.0), torch.zeros(10, 9, dtype=torch.uint8)
+    issued: list[tuple[bool, int]] = []
+    real = DeviceCopies._issue_chunk
+
+    def note(self: DeviceCopies, where: Any, side: Any, places: Any, aliases: Any) -> None:
+        issued.extend((place.is_contiguous(), place.nbytes) for place in places)
+        real(self, where, side, places, aliases)
+
+    monkeypatch.setattr(DeviceCopies, "_issue_chunk", note)
+    copies = DeviceCopies.of([source])
+    assert copies is not None
+    copies.issue([whole[:, 7:13], other[:, 2:6]], [source, bytes_of_it])
+    copies.hold_back()
+    source.fill_(0)
+    copies.wait()
+    assert all(contiguous and size <= rows for contiguous, size in issued), issued
+    assert len(issued) == (2 if rows > 1000 else 4)
+    assert torch.equal(whole[:, 7:13], torch.arange(60.0).reshape(10, 6))
+    assert whole[:, :7].eq(-1).all()
+    assert whole[:, 13:].eq(-1).all()
+    assert torch.equal(other[:, 2:6], torch.arange(40, dtype=torch.uint8).reshape(10, 4))
+    assert other[:, :2].eq(0).all()
+    assert other[:, 6:].eq(0).all()

@@ -65,7 +65,7 @@ def test_a_mutant_is_noticed(
 ) -> None:
     """With a step at once or without: by other bytes in the checkpoint, or by memory that was released under a copy. The copies as
     they are pass."""
-    monkeypatch.setattr("vembed_async_ckpt._engine.saving.DeviceCopies", copies)
+    monkeypatch.setattr("vembed_async_ckpt._engine.copying.DeviceCopies", copies)
     noticed = [shows(tmp_path / str(steps), device, monkeypatch, copies, steps=steps) for steps in (False, True)]
     assert any(noticed) is (copies is not DeviceCopies)
 
