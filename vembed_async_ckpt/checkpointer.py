@@ -24,6 +24,7 @@ from ._bell import Bell
 from ._capture.arguments import step_number
 from ._capture.modes import in_neutral_modes
 from ._capture.request import Objects
+from ._engine.after_commit import AfterCommit
 from ._engine.options import OnError, Options, Staging, WhenBusy, WriterKind, root_path
 from ._engine.session import Session
 from ._format import names
@@ -53,6 +54,15 @@ class AsyncCheckpointer:
     - `policy`: when `should_save()` returns True (`every(steps=500) | on_request()`, see `vembed_async_ckpt.policies`).
     - `latest_link`: keep a relative link `latest` in the root that points to the newest checkpoint. Something else of
       that name is left alone.
+    - `after_commit`: what is done with each committed checkpoint, in this order, in the background: functions that take its
+      `CheckpointInfo`, and `upload()` and `push_to_hub()` of `vembed_async_ckpt.shipping`. A function is called in this
+      process, by the first rank, when the shipments before it are done. Shipments begin at once; a process of its own
+      does them, which survives this one. All are tried again when they fail, are reported as events, and never fail a
+      save. What was not shipped is shipped by the next run that saves here. Until then retention does not delete it.
+      A save under the same name replaces it.
+    - `max_unshipped`: how many checkpoints that retention does not keep may wait to be shipped. If more wait, the oldest
+      is deleted without being shipped, which a `failed` event says. None: any number, so the disk may become full while
+      the network is gone.
     - `progress`: show the save that is being written in the terminal's last line, if standard error is a terminal.
 
     Performance:
@@ -87,6 +97,8 @@ class AsyncCheckpointer:
         policy: SavePolicy | None = None,
         latest_link: bool = False,
         progress: bool = False,
+        after_commit: Sequence[AfterCommit] = (),
+        max_unshipped: int | None = None,
     ) -> None:
         if not sys.platform.startswith("linux"):
             raise CheckpointError("saving needs Linux (memfd, flock, O_DIRECT); checkpoints can be loaded everywhere")
@@ -105,6 +117,8 @@ class AsyncCheckpointer:
             policy=policy,
             latest_link=latest_link,
             progress=progress,
+            after_commit=after_commit,
+            max_unshipped=max_unshipped,
         )
         self._session = Session(self._options)
         self._engine, self._reporter, self._decider = (
@@ -277,7 +291,9 @@ class AsyncCheckpointer:
 
     @in_neutral_modes
     def close(self, timeout: float = 600.0) -> None:
-        """Wait for the saves in flight, end the writer, and give up the lock and the memory. May be called again.
+        """Wait for the saves in flight and for `after_commit`, end the writer, and give up the lock and the memory.
+
+        May be called again. If shipping keeps failing, this does not wait for it, and gives a warning.
 
         Raises TimeoutError if that takes longer than `timeout` seconds; the writer process then finishes on its own.
         Otherwise raises the failure of a save that nobody has read, once.

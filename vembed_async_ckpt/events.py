@@ -33,6 +33,7 @@ Stage = Literal[
     "prewarm",
     "call",
     "retention",
+    "after_commit",
     "step",
 ]
 Phase = Literal["started", "complete", "failed"]
@@ -44,7 +45,7 @@ class Event:
 
     - `seconds`: how long the stage took; 0.0 in `started`. For `held`, how long the device waited for the copy.
     - `bytes`: the bytes that the stage moved.
-    - `detail`: one line of text for people.
+    - `detail`: one line of text for people. For `after_commit`, what was done with the checkpoint, or the function's name.
     - `time`: when the stage ended, in seconds since the epoch.
     - `parts`: seconds of the stage's parts. For `write`: the writing and the commit. For `step`: each training step
       since the last such event.

@@ -68,6 +68,8 @@ def place(arena: Arena, n: int, step: int, keep: int) -> tuple[int, int]:
         "manifest": {},
         "retention": KeepLast(keep).spec(),
         "latest_link": False,
+        "ship": [],
+        "max_unshipped": None,
         "waves": 0,
     }
     encoded = json.dumps(job).encode()

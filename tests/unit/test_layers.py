@@ -18,13 +18,13 @@ PACKAGE = Path(vembed_async_ckpt.__file__).parent
 LAYERS = [
     *("__main__", "cli", "demo", "bench", "report", "testing", "integrations"),
     *("checkpointer", "loading", "listing"),
-    *("_engine", "_restore", "_capture", "_memory", "_writer"),
-    *("handle", "policies", "_disk", "_shared", "retention", "_format"),
+    *("_engine", "_restore", "_capture", "_memory", "_writer", "_ship"),
+    *("handle", "policies", "_disk", "_shared", "retention", "shipping", "_format"),
     *("sinks", "stall", "ettr", "events", "errors"),
     *("_bell", "_frozen", "_signals", "_tensor_guard"),
 ]
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
-TORCH_FREE = ["_writer", "_disk", "_shared", "_format", "retention"]
+TORCH_FREE = ["_writer", "_ship", "_disk", "_shared", "_format", "retention", "shipping"]
 HEAVY = {"torch", "numpy", "transformers", "accelerate", "safetensors", "anyio", "rich", "typer"}
 
 

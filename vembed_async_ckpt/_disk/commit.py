@@ -7,7 +7,6 @@ new one is durable.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import stat
 
@@ -15,11 +14,10 @@ from .._format import names
 from .._format.manifest import Manifest, too_large
 from ..errors import CommitError, CorruptCheckpoint, WriteError
 from . import filesystem as files
-from .deletion import foreign_files, make_directories
-from .filesystem import Filesystem
+from .deletion import foreign_files
+from .filesystem import Filesystem, make_directories, write_synced
 from .manifests import check, read
 
-_COPY_CHUNK = 16 << 20
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM)
 
 
@@ -39,7 +37,7 @@ def commit(fs: Filesystem, root: str, name: str, work: str, manifest: Manifest) 
     content = manifest.to_bytes()
     if excess := too_large(content):
         raise WriteError(f"{target}: its manifest would have {excess}")
-    _write_synced(fs, os.path.join(work, names.MANIFEST), content)
+    write_synced(fs, os.path.join(work, names.MANIFEST), content)
     # Without this, file names could be missing in the published directory after a power cut, although the contents are
     # safe.
     for directory in files.walk_directories(work):
@@ -97,28 +95,12 @@ def carry_over(fs: Filesystem, target: str, work: str) -> None:
                 _copy_synced(fs, source, destination)
 
 
-def _write_synced(fs: Filesystem, path: str, content: bytes | io.RawIOBase, mode: int | None = None) -> None:
-    fd = fs.create(path, direct=False)
-    try:
-        if mode is not None:
-            fs.set_mode(fd, mode)
-        at = 0
-        for chunk in [content] if isinstance(content, bytes) else iter(lambda: content.read(_COPY_CHUNK) or b"", b""):
-            done = 0
-            while done < len(chunk):
-                done += fs.write(fd, memoryview(chunk)[done:], at + done)
-            at += done
-        fs.sync(fd)
-    finally:
-        fs.close(fd)
-
-
 def _copy_synced(fs: Filesystem, source: str, destination: str) -> None:
     if os.path.islink(source):
         fs.symlink(os.readlink(source), destination)
         return
     with open(files.open_regular(source), "rb", buffering=0) as file:
-        _write_synced(fs, destination, file, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+        write_synced(fs, destination, file, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
 
 
 def _publish(fs: Filesystem, root: str, name: str, work: str, save_id: str) -> str | None:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from .._format import names
 from .._format.manifest import Manifest
 from ..errors import CorruptCheckpoint
+from ..events import logger
 from ..retention import Policy
 from . import filesystem as files
-from . import manifests
+from . import manifests, notes
 from .catalog import Entry, list_replaced, scan
-from .filesystem import Filesystem
+from .filesystem import Filesystem, make_directories
 
 _CHUNK = 16 << 20
 
@@ -39,14 +40,6 @@ def _own_files(directory: str) -> Collection[str]:
         return {*manifests.read(directory).files, names.MANIFEST}
     except CorruptCheckpoint:
         return ()  # nothing proves that any of the files is ours
-
-
-def make_directories(fs: Filesystem, path: str) -> None:
-    """Create a directory and its missing parents, durably."""
-    if os.path.islink(path) or not os.path.isdir(path):
-        make_directories(fs, os.path.dirname(path))
-        fs.make_directory(path)
-        fs.sync_directory(os.path.dirname(path))
 
 
 def dispose(fs: Filesystem, root: str, directory: str, name: str, save_id: str, carried_to: str | None = None) -> None:
@@ -141,28 +134,42 @@ def prune(
     policy: Policy,
     committed: Collection[tuple[str, Manifest]],
     allowed: Callable[[], object],
+    gave_way: Callable[[notes.Note], object] = lambda note: logger.warning("%s", gave_way_text(note)),
 ) -> list[str]:
     """Delete the checkpoints that `policy` does not keep. Each is moved to the trash first. Returns their names.
 
     `committed`: (path, manifest) of the checkpoints; the newest must be durable. These are never deleted: the newest
-    complete checkpoint, incomplete ones, one with a manifest that a reader has locked, and directories with names that
-    are not ours. `allowed` is called before each deletion and raises if nothing may be deleted any more. Raises the
-    first OSError after all others were tried.
+    complete checkpoint, incomplete ones, one with a manifest that a reader has locked, one that is still to be shipped,
+    and directories with names that are not ours. If more wait to be shipped than is allowed, the oldest give way:
+    `gave_way` is called for each. `allowed` is called before each deletion and raises if nothing may be deleted any
+    more. Raises the first OSError after all others were tried.
     """
-    manifests_of = dict(committed)
+    unkept = _unkept(policy, committed)
+    for note in notes.giving_way(_unshipped(unkept)):
+        allowed()
+        notes.remove(fs, root, note.save_id)
+        gave_way(note)
     gone: list[str] = []
     failures: list[OSError] = []
     for path in expendable(policy, committed):
         name = os.path.basename(path)
         allowed()
         try:
-            discard(fs, root, name, manifests_of[path].save_id)
+            discard(fs, root, name, unkept[path].save_id)
             gone.append(name)
         except OSError as error:
             failures.append(error)  # go on with the other checkpoints
     if failures:
         raise failures[0]
     return gone
+
+
+def gave_way_text(note: notes.Note) -> str:
+    """Return one line for people about a checkpoint that was deleted before it was shipped."""
+    return (
+        f"{note.name} was deleted and was not shipped: retention does not keep it, and more than {note.most} such checkpoints "
+        "were waiting to be shipped (max_unshipped)"
+    )
 
 
 def discard(fs: Filesystem, root: str, name: str, save_id: str) -> None:
@@ -200,12 +207,30 @@ def expendable(policy: Policy, committed: Collection[tuple[str, Manifest]]) -> l
     A checkpoint with missing or truncated files is neither counted nor deleted: it must not take the place of a
     complete one.
     """
+    unkept = _unkept(policy, committed)
+    gives_way = {note.save_id for note in notes.giving_way(_unshipped(unkept))}
+    waiting = {save_id for root in _roots(unkept) for save_id in notes.waiting(root)} - gives_way
+    return [path for path, found in unkept.items() if found.save_id not in waiting and not in_use(path)]
+
+
+def _unkept(policy: Policy, committed: Collection[tuple[str, Manifest]]) -> dict[str, Manifest]:
+    """Return the complete checkpoints that `policy` does not keep, newest first."""
     ours = [item for item in committed if names.parse_checkpoint(os.path.basename(item[0])) is not None]
     newest_first = sorted(ours, key=lambda item: item[1].order, reverse=True)
     if not _not_kept(policy, newest_first):
-        return []
+        return {}
     whole = [item for item in newest_first if _is_whole(*item)]
-    return [path for path in _not_kept(policy, whole) if not in_use(path)]
+    return {path: dict(whole)[path] for path in _not_kept(policy, whole)}
+
+
+def _unshipped(checkpoints: Mapping[str, Manifest]) -> list[notes.Note]:
+    """Return the notes of these checkpoints, as far as they can be read."""
+    save_ids = {manifest.save_id for manifest in checkpoints.values()}
+    return [note for root in _roots(checkpoints) for note in notes.readable(root) if note.save_id in save_ids]
+
+
+def _roots(checkpoints: Iterable[str]) -> set[str]:
+    return {os.path.dirname(path) for path in checkpoints}
 
 
 def _not_kept(policy: Policy, newest_first: Sequence[tuple[str, Manifest]]) -> list[str]:

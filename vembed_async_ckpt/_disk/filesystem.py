@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Literal, Protocol
 
 RenameMode = Literal["noreplace", "exchange", "plain"]
 
+_COPY_CHUNK = 16 << 20
 _RENAME_FLAGS = {"noreplace": 1, "exchange": 2}  # from linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
 
 
@@ -229,6 +231,34 @@ def _fsync(fd: int) -> None:
 # The file system that thread writers started in this context use instead of the real one. `testing.use_filesystem` sets
 # it.
 FILESYSTEM_OVERRIDE: ContextVar[Filesystem | None] = ContextVar("vembed_async_ckpt_filesystem", default=None)
+
+
+def make_directories(fs: Filesystem, path: str) -> None:
+    """Create a directory and its missing parents, durably."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        make_directories(fs, os.path.dirname(path))
+        fs.make_directory(path)
+        fs.sync_directory(os.path.dirname(path))
+
+
+def write_synced(fs: Filesystem, path: str, content: bytes | io.RawIOBase, mode: int | None = None) -> None:
+    """Write a new file and sync it. Its name is durable only when its directory is synced too.
+
+    `mode`: its permission bits; None leaves what the umask gives.
+    """
+    fd = fs.create(path, direct=False)
+    try:
+        if mode is not None:
+            fs.set_mode(fd, mode)
+        at = 0
+        for chunk in [content] if isinstance(content, bytes) else iter(lambda: content.read(_COPY_CHUNK) or b"", b""):
+            done = 0
+            while done < len(chunk):
+                done += fs.write(fd, memoryview(chunk)[done:], at + done)
+            at += done
+        fs.sync(fd)
+    finally:
+        fs.close(fd)
 
 
 def read_regular(path: str, limit: int | None = None) -> bytes:

@@ -27,26 +27,32 @@ class Gone(CheckpointError):
     """
 
 
-@contextlib.contextmanager
-def held(directory: str) -> Iterator[int | None]:
-    """Hold a shared lock on a checkpoint's manifest, so that retention does not delete the checkpoint.
+def hold(directory: str) -> int | None:
+    """Take a shared lock on a checkpoint's manifest, so that retention does not delete the checkpoint.
 
-    Yields the descriptor of the locked file, or None if there is no manifest to lock.
+    Returns the descriptor of the locked file, or None if there is no manifest to lock. The lock ends when it is closed.
     """
     try:
         fd = open_regular(os.path.join(directory, names.MANIFEST))
     except OSError:
-        yield None  # the code that reads the manifest reports the error
-        return
-    try:
-        if os.name == "posix":
-            import fcntl
+        return None  # the code that reads the manifest reports the error
+    if os.name == "posix":
+        import fcntl
 
-            with contextlib.suppress(OSError):  # on file systems without locks, read without one
-                fcntl.flock(fd, fcntl.LOCK_SH)
+        with contextlib.suppress(OSError):  # on file systems without locks, read without one
+            fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
+
+
+@contextlib.contextmanager
+def held(directory: str) -> Iterator[int | None]:
+    """Context manager: `hold` the checkpoint inside."""
+    fd = hold(directory)
+    try:
         yield fd
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
 
 
 def has_changed(directory: str, lock: int | None) -> bool:

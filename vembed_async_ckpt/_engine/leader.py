@@ -29,6 +29,7 @@ from .._memory.staging import StagingThread, TornSnapshot
 from ..errors import CheckpointerBusy, CheckpointError, PlanError, StageError, WriteError, warn
 from ..events import Event, Reporter, logger
 from ..handle import SaveHandle, SaveState
+from .after_commit import AfterCommits
 from .assembly import required_bytes
 from .ledger import Ledger
 from .messages import RaisedElsewhere, raised_elsewhere
@@ -75,7 +76,10 @@ class Leader:
         )
         self._staging_thread = StagingThread()
         self._pool = ArenaPool(options.max_in_flight, options.max_host_bytes, self._arena_added, self._arena_dropped)
-        self._supervisor = Supervisor(options.root, self._lock, options.writer, self._pool.arenas, reporter)
+        self._after_commits = AfterCommits(options.after_commit, reporter)
+        self._supervisor = Supervisor(
+            options.root, self._lock, options.writer, self._pool.arenas, reporter, self._after_commits.heard
+        )
         try:
             self._supervisor.refuse_without_writer()
         except BaseException:
@@ -88,12 +92,15 @@ class Leader:
             after={
                 "retention": None if options.retention is None else options.retention.spec(),
                 "latest_link": options.latest_link,
+                "ship": self._after_commits.shipments,
+                "max_unshipped": options.max_unshipped,
             },
             supervisor=self._supervisor,
             reporter=reporter,
             release=self._pool.release,
             retire=self._pool.retire,
             keep_for_ever=self._pool.keep_for_ever,
+            committed=self._after_commits.committed,
             ended=self._save_ended,
         )
         self._serials = itertools.count(1)
@@ -354,6 +361,7 @@ class Leader:
     def close(self, deadline: float) -> bool:
         self.closed = True
         self._staging_thread.close(max(deadline - time.monotonic(), 0.1))
+        left = self._after_commits.drain(deadline)
         ended = self._supervisor.close(max(deadline - time.monotonic(), 0.1))
         if self._node is not None:
             self._node.close(max(deadline - time.monotonic(), 0.1))
@@ -363,6 +371,8 @@ class Leader:
         if self._ranks is not None:
             self._ranks.close(max(deadline - time.monotonic(), 0.1))
         self._lock.close()
+        if left:
+            warn(f"{self._options.root}: {left}")
         return ended
 
     def refuse_to_delete(self) -> None:
@@ -374,6 +384,7 @@ class Leader:
         self._supervisor.forget()
         if self._node is not None:
             self._node.forget()
+        self._after_commits.forget()
         self._pool.forget()
 
     # -- bookkeeping

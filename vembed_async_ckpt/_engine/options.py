@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .._capture.arguments import size_in_bytes
 from .._disk.filesystem import FILESYSTEM_OVERRIDE
+from .._format.urls import is_url
 from ..events import Sink
 from ..policies import SavePolicy
 from ..retention import Policy
+from .after_commit import AfterCommit
+from .after_commit import check as check_after_commit
 
 WhenBusy = Literal["wait", "skip", "error"]
 OnError = Literal["raise", "warn"]
@@ -38,6 +40,8 @@ class Options:
     policy: SavePolicy | None = None
     latest_link: bool = False
     progress: bool = False
+    after_commit: Sequence[AfterCommit] = ()
+    max_unshipped: int | None = None
 
     def __post_init__(self) -> None:
         """Check every option.
@@ -75,6 +79,9 @@ class Options:
                 f"sinks is {self.sinks!r}; use a list of functions that take an Event, or of vembed_async_ckpt.sinks"
             )
         object.__setattr__(self, "sinks", tuple(self.sinks))
+        object.__setattr__(self, "after_commit", check_after_commit(self.after_commit))
+        if self.max_unshipped is not None and (type(self.max_unshipped) is not int or self.max_unshipped < 1):
+            raise ValueError(f"max_unshipped is {self.max_unshipped!r}; use a whole number of at least 1, or None")
         shard_size = size_in_bytes("max_shard_size", self.max_shard_size)
         if shard_size < 1:
             raise ValueError(f"max_shard_size is {self.max_shard_size!r}; use at least one byte")
@@ -104,8 +111,3 @@ def root_path(root: Any) -> str:
     if is_url(path):
         raise ValueError(f"root is {root!r}, a URL; use the path of a directory on this machine")
     return os.path.realpath(path)
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a URL, which as a path would be a directory of an odd name below the current one."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fsdecode(path)) is not None

@@ -9,14 +9,14 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import isal
-import xxhash
+from .._shared.packages import folders
 
 # Modules in the user's folder (a json.py, say) must not reach the writer. So its path has the standard library first,
 # then the named folders, and nothing else.
 _BOOTSTRAP = (
     "import sys; sys.path += sys.argv[5:]; from vembed_async_ckpt._writer.__main__ import main; main(sys.argv[1:5])"
 )
+_PACKAGES = ("vembed_async_ckpt", "xxhash", "isal", "obstore", "huggingface_hub")  # the last two are for the shipper
 REMEDY = "use writer='thread', which needs no process of its own"
 
 
@@ -34,7 +34,7 @@ def _popen(root: str, sock: int, lock: int, log: int) -> subprocess.Popen[bytes]
         [
             *(sys.executable, "-I", "-S", "-c", _BOOTSTRAP),
             *(root, str(os.getpid()), str(sock), str(lock)),
-            *_packages(),
+            *folders(*_PACKAGES),
         ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -43,19 +43,6 @@ def _popen(root: str, sock: int, lock: int, log: int) -> subprocess.Popen[bytes]
         pass_fds=(sock, lock),
         start_new_session=True,
     )
-
-
-def _packages() -> list[str]:
-    """Return the folders where this package and the writer's dependencies are installed, in the order of `sys.path`.
-
-    Each folder is the one from which this process imported the package.
-    """
-    import vembed_async_ckpt
-
-    modules = (vembed_async_ckpt, xxhash, isal)
-    found = {os.path.dirname(os.path.dirname(os.path.abspath(str(module.__file__)))) for module in modules}
-    known = [os.path.abspath(path) for path in sys.path]
-    return sorted(found, key=lambda path: (known.index(path) if path in known else len(known), path))
 
 
 def end_of(process: subprocess.Popen[bytes]) -> int:

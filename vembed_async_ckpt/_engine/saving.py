@@ -44,8 +44,8 @@ from .waves import Waves, part_size
 class Context:
     """What all saves of a checkpointer share.
 
-    `after`: what the writer does after a commit, as the job states it. `ended` is called for every save that ended,
-    with its failure or None.
+    `after`: what the writer does after a commit, as the job states it. `committed` is called with the save id of every
+    save that was committed. `ended` is called for every save that ended, with its failure or None.
     """
 
     root: Path
@@ -55,6 +55,7 @@ class Context:
     release: Callable[[Arena], None]
     retire: Callable[[Arena], None]
     keep_for_ever: Callable[[Arena], None]
+    committed: Callable[[str, CheckpointInfo], None]
     ended: Callable[[SaveHandle, CheckpointError | None], None]
 
 
@@ -303,6 +304,8 @@ class Save:
         self._give_arena_back()
         self.handle._move(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
         self._exchange.say(SaveState.FAILED if error else SaveState.COMMITTED, info, error)
+        if info is not None:
+            self._context.committed(self._request.save_id, info)
         self._context.ended(self.handle, error)
         took = time.perf_counter() - self._begun
         if error is None:

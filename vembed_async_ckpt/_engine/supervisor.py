@@ -109,13 +109,16 @@ class Supervisor:
         kind: WriterKind,
         arenas: Callable[[], list[Arena]],
         reporter: Reporter,
+        shipping: Callable[[dict[str, Any]], None],
         filesystem: Filesystem | None = None,
     ) -> None:
+        """`shipping` gets what the writer reports about checkpoints that are shipped, on the supervisor's thread."""
         self._root = root
         self._lock = lock
         self._kind = kind
         self._arenas = arenas
         self._reporter = reporter
+        self._shipping = shipping
         self._filesystem = filesystem or FILESYSTEM_OVERRIDE.get() or LocalFilesystem()
         self._inbox: deque[Callable[[], None]] = deque()
         self._bell = Bell()
@@ -457,6 +460,8 @@ class Supervisor:
             self._populate_here(reply["arena"])
         elif event == "warning":
             self._report("failed", f"{self._root}: {reply['message']}")
+        elif event in ("after_commit", "unshipped"):
+            self._shipping(reply)
         elif event == "tidy" and reply["pruned"]:
             detail = f"deleted {', '.join(reply['pruned'])}"
             self._reporter.emit(

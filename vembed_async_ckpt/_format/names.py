@@ -18,6 +18,7 @@ REPLACED = "replaced"
 ORPHAN_LOG = "orphan.log"
 LATEST = "latest"  # a link in the root to the newest checkpoint
 SAVE_NOW = "save-now"  # a file in the root; whoever creates it asks for a save
+SHIPPING = "shipping"  # in the work directory: what is still to be shipped
 
 MANIFEST = "vembed_manifest.json"
 CONFIG = "vembed_config.json"
@@ -35,6 +36,8 @@ _CHECKPOINT = re.compile(r"checkpoint(?:-|_|-step-|-epoch-)(0|[1-9][0-9]*)")
 _SAVE_ID = r"[0-9a-f]{32}"
 _WORK_ENTRY = re.compile(rf"(?P<kind>work|trash|rotated|scratch)-(?P<save_id>{_SAVE_ID})(?:\.(?P<attempt>[0-9]+))?")
 _NEW_LINK = re.compile(rf"latest-{_SAVE_ID}")
+_NOTE = re.compile(rf"({_SAVE_ID})\.json")
+_MARKER = re.compile(rf"([0-9]{{12}})-([^/]+\.{_SAVE_ID})")
 _SWAP = re.compile(rf"swap-({_SAVE_ID})\.([^/]+)")
 _FOR_RESUMING = (
     r"(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|(?:optimizer|scheduler|scaler)\.pt"
@@ -182,6 +185,56 @@ def kept_directory(root: str, save_id: str, name: str) -> str:
     The rest are the files that we did not write and cannot carry over.
     """
     return os.path.join(work_directory(root), REPLACED, f"kept-{save_id}.{name}")
+
+
+def shipping_directory(root: str) -> str:
+    """Return the directory that says what is still to be shipped."""
+    return os.path.join(work_directory(root), SHIPPING)
+
+
+def shipping_note(root: str, save_id: str) -> str:
+    """Return the file that says where the checkpoint of a save is still to be shipped."""
+    return os.path.join(shipping_directory(root), f"{save_id}.json")
+
+
+def parse_shipping_note(name: str) -> str | None:
+    """Return the save id in a name made by `shipping_note`, else None."""
+    match = _NOTE.fullmatch(name)
+    return match[1] if match else None
+
+
+def shipping_lock(root: str) -> str:
+    """Return the file that a process locks while it ships."""
+    return os.path.join(shipping_directory(root), "lock")
+
+
+def shipping_successor(root: str) -> str:
+    """Return the file that asks a process which ships, and which nobody watches any more, to end."""
+    return os.path.join(shipping_directory(root), "waiting")
+
+
+def remote_checkpoint(name: str, save_id: str) -> str:
+    """Return the key of a checkpoint below the URL of its run. Two saves never have the same key."""
+    return f"{name}.{save_id}"
+
+
+MARKERS = f"{WORK}/newest"  # the keys of the markers begin with this
+_LAST_ORDER = 10**12 - 1
+
+
+def remote_marker(order: int, key: str) -> str:
+    """Return the key of the marker of an uploaded checkpoint.
+
+    `order`: 1 for the first checkpoint of the run; at most 10^12 - 1. The marker of the newest comes first in a list
+    of keys, because stores list keys in the order of their bytes.
+    """
+    return f"{MARKERS}/{_LAST_ORDER - order:012d}-{key}"
+
+
+def parse_remote_marker(marker: str) -> tuple[int, str] | None:
+    """Return (order, key of the checkpoint) for a key made by `remote_marker`, else None."""
+    match = _MARKER.fullmatch(marker.removeprefix(f"{MARKERS}/"))
+    return (_LAST_ORDER - int(match[1]), match[2]) if match else None
 
 
 def optimizer(index: int) -> str:

@@ -85,6 +85,8 @@ class Job(TypedDict):
     manifest: dict[str, Any]  # world_size, time, versions, metrics, names, tensors
     retention: list[dict[str, Any]] | None
     latest_link: bool  # move the link `latest` to this checkpoint
+    ship: list[dict[str, Any]]  # where to ship it to after the commit: the specs of `shipping.Shipment`
+    max_unshipped: int | None  # see `notes.Note.most`
     waves: (
         int  # bytes per part if the plan exceeds the arena and its parts follow as WAVE commands (`wave_base`), else 0
     )

@@ -16,11 +16,11 @@ import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from .._disk import commit as commits
 from .._disk import deletion as removal
-from .._disk import link_update
+from .._disk import link_update, notes
 from .._disk.catalog import Committed, interrupted
 from .._disk.direct_io import CHUNK, STEP, FileWriter, IOThreads, sync_all, write_range
 from .._disk.filesystem import Filesystem, parent_of
@@ -32,6 +32,7 @@ from .._shared.memory import map_arena, populate
 from .._shared.protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply, wave_base
 from ..errors import CheckpointError, CommitError, WriteError
 from ..retention import Policy, from_spec, unknown_metrics
+from .shipping import Shippers, are_waiting
 from .trainer import Trainer
 
 TRIES = 3  # a failed write is repeated from the arena into new files
@@ -76,7 +77,10 @@ class Server:
         self._sending = threading.Lock()
         self._orphaned = False
         self._arenas: dict[int, _Arena] = {}
-        self._jobs: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        # "prune": something was shipped, so that retention may delete more. None: no job will come any more.
+        self._jobs: queue.SimpleQueue[_Pending | Literal["prune"] | None] = queue.SimpleQueue()
+        self._shippers = Shippers(lock.root, self._shipper_said)
+        self._retention: Policy | None = None  # that of the newest save
         self._waiting_for_waves: dict[int, _Pending] = {}
         self._threads = IOThreads()
         self._committed = Committed(lock.root)
@@ -110,6 +114,7 @@ class Server:
             self._jobs.put(None)
             worker.join()
             self._threads.close()
+            self._shippers.close()
         self._lock.clear()
 
     def _handle(self, command: Command, fd: int | None) -> None:
@@ -162,10 +167,16 @@ class Server:
             self._lock.refuse_if_lost()
             self._note(manifest.save_id for _, manifest in self._committed.refresh())
             self._send(event="ready", swept=removal.sweep(self._fs, self._root))
+            self._drop_notes()
+            if are_waiting(self._root):
+                self._shippers.wake()
         except Exception as error:
             self._litter = True
             self._send(event="ready", swept=[], error=f"leftovers could not be swept: {_said(error)}")
         while (pending := self._jobs.get()) is not None:
+            if pending == "prune":
+                self._prune_again()
+                continue
             self._run(pending)
             self._say_space()
             self._waiting_for_waves.pop(pending.serial, None)
@@ -181,6 +192,8 @@ class Server:
         if pending.job["latest_link"]:
             self._move_latest_link(pending)
         self._send(event="committed", serial=pending.serial, **reply)
+        if pending.job["ship"]:
+            self._shippers.wake()
         try:
             self._tidy(pending, replaced)
         except Exception as error:
@@ -266,6 +279,7 @@ class Server:
         The next sweep deletes the rest; the attempt's own error is reported.
         """
         try:
+            notes.remove(self._fs, self._root, save_id)
             if os.path.isdir(work):
                 removal.remove_work(self._fs, work, save_id)
         except OSError:
@@ -296,6 +310,11 @@ class Server:
             save_id=job["save_id"], step=job["step"], sequence=sequence, files=records, **job["manifest"]
         )
         self._secure()
+        if job["ship"]:
+            # Before the rename: if this process dies after it, the next run ships the checkpoint.
+            targets = tuple(notes.Target(spec) for spec in job["ship"])
+            note = notes.Note(job["save_id"], job["name"], job["step"], sequence, targets, job["max_unshipped"])
+            notes.put(fs, self._root, note)
         replaced = commits.commit(fs, self._root, job["name"], work, manifest)
         return replaced, self._reply(os.path.join(self._root, job["name"]), manifest, pending, begun, written)
 
@@ -364,7 +383,6 @@ class Server:
         First the replaced directory and leftovers are deleted, then the checkpoints that retention does not keep.
         """
         job = pending.job
-        pruned: dict[str, int] = {}
         try:
             if self._litter or replaced is not None:
                 self._lock.refuse_if_lost()
@@ -375,32 +393,61 @@ class Server:
             elif replaced is not None:
                 target = os.path.join(self._root, job["name"])
                 removal.dispose(self._fs, self._root, replaced, job["name"], job["save_id"], carried_to=target)
+            if replaced is not None:
+                self._drop_notes()
         finally:
             # Prune even if that failed: one directory that cannot be deleted must not let the others fill the disk.
-            began = time.perf_counter()
-            if job["retention"] is not None:
-                pruned = self._prune(pending, from_spec(job["retention"]))
+            self._retention = None if job["retention"] is None else from_spec(job["retention"])
+            self._prune(job["save_id"], job["step"])
+
+    def _prune(self, save_id: str, step: int | None) -> None:
+        """Delete the checkpoints that retention does not keep, and report it for this save."""
+        began = time.perf_counter()
+        pruned = {} if self._retention is None else self._apply(self._retention)
         self._send(
             event="tidy",
-            serial=pending.serial,
-            save_id=job["save_id"],
-            step=job["step"],
+            save_id=save_id,
+            step=step,
             pruned=list(pruned),
             freed=sum(pruned.values()),
             seconds=time.perf_counter() - began,
         )
 
-    def _prune(self, pending: _Pending, policy: Policy) -> dict[str, int]:
-        """Delete what retention does not keep. Returns the deleted names with the bytes of each."""
+    def _prune_again(self) -> None:
+        """Delete what retention kept only because it was still to be shipped."""
+        try:
+            self._lock.refuse_if_lost()
+            self._prune("", None)
+        except Exception as error:
+            self._send(event="warning", message=_said(error))
+
+    def _apply(self, policy: Policy) -> dict[str, int]:
+        """Delete what `policy` does not keep. Returns the deleted names with the bytes of each."""
         committed = self._committed.refresh()
         for problem in unknown_metrics(policy, [manifest for _, manifest in committed]):
             if len(committed) > 1 and problem not in self._said:
                 self._said.add(problem)
-                message = f"retention: {problem}. By that rule all are kept"
-                self._send(event="warning", serial=pending.serial, message=message)
-        gone = removal.prune(self._fs, self._root, policy, committed, self._lock.refuse_if_lost)
+                self._send(event="warning", message=f"retention: {problem}. By that rule all are kept")
+
+        def gave_way(note: notes.Note) -> None:
+            self._not_shipped(note, removal.gave_way_text(note))
+
+        gone = removal.prune(self._fs, self._root, policy, committed, self._lock.refuse_if_lost, gave_way)
         files = {os.path.basename(path): set(manifest.files.values()) for path, manifest in committed}
         return {name: sum(record.size for record in files[name]) for name in gone}  # a hard link counts once
+
+    def _drop_notes(self) -> None:
+        for note in notes.drop_unpublished(self._fs, self._root):
+            self._not_shipped(note, notes.not_shipped(note))
+
+    def _not_shipped(self, note: notes.Note, detail: str) -> None:
+        self._send(event="after_commit", phase="failed", save_id=note.save_id, step=note.step, detail=detail, over=True)
+
+    def _shipper_said(self, report: dict[str, Any]) -> None:
+        """Pass on a report of the shipper. Called on a thread of its own."""
+        self._send(**report)
+        if report["event"] == "after_commit" and report["phase"] == "complete":
+            self._jobs.put("prune")
 
     def _secure(self) -> None:
         """Check that the root still belongs to this writer, before anything is written or published.

@@ -13,8 +13,8 @@ from .. import _signals
 from .._capture.dialect import Accelerate
 from .._capture.request import Objects
 from .._capture.training_state import torch_save
-from .._engine.options import is_url
 from .._format import names
+from .._format.urls import is_url
 from ..checkpointer import AsyncCheckpointer
 from ..errors import PlanError
 from ..handle import SaveHandle

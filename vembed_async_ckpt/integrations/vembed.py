@@ -16,8 +16,8 @@ from .._capture.arguments import step_number
 from .._capture.dialect import Accelerate
 from .._capture.request import Objects
 from .._disk.filesystem import walk_files
-from .._engine.options import is_url
 from .._format import names
+from .._format.urls import is_url
 from .._frozen import FrozenDict
 from ..checkpointer import AsyncCheckpointer
 from ..errors import PlanError

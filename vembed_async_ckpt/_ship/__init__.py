@@ -1,0 +1,1 @@
+"""Sends committed checkpoints elsewhere, and reads them from there. No torch."""
