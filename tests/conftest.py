@@ -11,6 +11,8 @@ import pytest
 from vembed_async_ckpt import verify
 from vembed_async_ckpt._format import names
 
+from .buckets import Bucket, bucket
+
 
 def leftovers(root: Path) -> list[str]:
     """Entries of the work directory that no finished run leaves behind."""
@@ -47,3 +49,10 @@ def root(tmp_path: Path) -> Iterator[Path]:
     if directory.exists():
         check_root(directory)
         assert leftovers(directory) == []
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """moto's server with one bucket, the same for the whole session: every test uses a prefix of its own."""
+    with bucket("moto", tmp_path_factory) as found:
+        yield found

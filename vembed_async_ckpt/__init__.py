@@ -16,7 +16,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._disk.catalog import latest, verify
     from .checkpointer import AsyncCheckpointer
     from .errors import (
         CheckpointerBusy,
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from .events import Event
     from .handle import CheckpointInfo, SaveHandle, SaveState, Timings
     from .integrations.vembed import save_checkpoint
-    from .listing import CheckpointEntry, best, checkpoints, delete
+    from .listing import CheckpointEntry, best, checkpoints, delete, latest, verify
     from .loading import Restored, load
     from .retention import KeepBest, KeepEvery, KeepLast
     from .stall import StallMeter, StallReport
@@ -76,14 +75,13 @@ __all__ = [
 _HOMES = {
     ".checkpointer": ("AsyncCheckpointer",),
     ".handle": ("SaveHandle", "SaveState", "CheckpointInfo", "Timings"),
-    "._disk.catalog": ("latest", "verify"),
     ".retention": ("KeepLast", "KeepEvery", "KeepBest"),
     ".errors": (
         "CheckpointError", "PlanError", "StageError", "WriteError", "CommitError", "CorruptCheckpoint",
         "CheckpointerBusy", "CheckpointerClosed",
     ),
     ".events": ("Event",),
-    ".listing": ("CheckpointEntry", "checkpoints", "best", "delete"),
+    ".listing": ("CheckpointEntry", "checkpoints", "best", "delete", "latest", "verify"),
     ".loading": ("load", "Restored"),
     ".stall": ("StallMeter", "StallReport"),
     ".integrations.vembed": ("save_checkpoint",),

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -28,8 +28,10 @@ from ._capture.training_state import parse_rank
 from ._disk import latest_link
 from ._disk.manifests import Verify
 from ._disk.reader import has_changed, held, manifest_of
+from ._disk.source import Files, LocalFiles
 from ._format import names
 from ._format.manifest import Manifest
+from ._format.urls import is_url
 from ._restore.accelerated import by_name, load_hooks, models_to_load
 from ._restore.agreement import Agreement, among, divided, is_distributed
 from ._restore.models import plan_model
@@ -39,6 +41,9 @@ from ._restore.selection import Selection, check_names
 from ._restore.targets import Targets, ranks_that_share
 from ._restore.tensors import Move, Tensors
 from .errors import CheckpointError, warn
+
+if TYPE_CHECKING:
+    from ._ship.remote import RemoteFiles
 
 _T = TypeVar("_T")
 
@@ -88,7 +93,7 @@ def load(
     The random number generators are set too if anything but a model is given, so that the training continues exactly
     where it was.
 
-    `path`: the directory of the checkpoint.
+    `path`: the directory of the checkpoint, or the URL of an uploaded one. From there only what is needed is read.
     `accelerator`: its prepared models, optimizers, schedulers and scaler are restored where none are given. Its
         registered objects, dataloader positions and micro-batch counter are restored too, if they were saved. Its load
         hooks are called first and may remove models from their list, as with `accelerator.load_state`.
@@ -146,7 +151,7 @@ def load(
         given_optimizers = list(accelerator._optimizers)
     agreement = among(ranks_that_share(given_models, map(unwrap_optimizer, given_optimizers)))
     with contextlib.ExitStack() as stack:
-        source, planned = _of_one_save(latest_link.resolve(path), verify, stack, plan, agreement)
+        source, planned = _of_one_save(path, verify, stack, plan, agreement)
         return _restore(source, planned, agreement)
 
 
@@ -166,18 +171,18 @@ def read(path: str | os.PathLike[str], *, verify: Verify = "size") -> tuple[dict
         return weights, _plan(source, None, None, None, None, None, None, Selection())
 
     with contextlib.ExitStack() as stack:
-        source, (weights, planned) = _of_one_save(latest_link.resolve(path), verify, stack, plan)
+        source, (weights, planned) = _of_one_save(path, verify, stack, plan)
         return weights, _restore(source, planned)
 
 
 def _of_one_save(
-    directory: str,
+    path: str | os.PathLike[str],
     verify: Verify,
     stack: contextlib.ExitStack,
     plan: Callable[[Tensors], _T],
     agreement: Agreement | None = None,
 ) -> tuple[Tensors, _T]:
-    """Open a checkpoint and call `plan` on it.
+    """Open a checkpoint, in a directory or at a URL, and call `plan` on it.
 
     Everything comes from one save, even if another save replaces the checkpoint meanwhile. With an `agreement` that
     holds for all of its ranks.
@@ -186,13 +191,16 @@ def _of_one_save(
     files were opened, this starts again once. Raises what `plan` raises, `CorruptCheckpoint`, and `CheckpointError` if
     the checkpoint was replaced twice. With an `agreement`, an error on one rank is an error on all.
     """
+    uploaded = _uploaded(os.fspath(path)) if is_url(path) else None
+    directory = os.fspath(path) if is_url(path) else latest_link.resolve(path)
     for _ in range(2):
         with contextlib.ExitStack() as inner:
-            lock = inner.enter_context(held(directory))
+            lock = inner.enter_context(held(directory)) if uploaded is None else None
             error: BaseException | None = None
             try:
-                manifest = manifest_of(directory)
-                source = inner.enter_context(contextlib.closing(_opened(directory, manifest, verify, agreement)))
+                manifest = manifest_of(directory) if uploaded is None else uploaded.manifest()
+                files = uploaded or LocalFiles(directory)
+                source = inner.enter_context(contextlib.closing(_opened(files, manifest, verify, agreement)))
                 with _making_sense(directory):
                     planned = plan(source)
             except CheckpointError as raised:
@@ -201,7 +209,7 @@ def _of_one_save(
                 if agreement is not None:
                     agreement.on_one_save(directory, None, raised)
                 raise
-            changed = has_changed(directory, lock)
+            changed = uploaded is None and has_changed(directory, lock)
             if agreement is not None:
                 changed = not agreement.on_one_save(
                     directory, None if changed else manifest.save_id, None if changed else error
@@ -216,12 +224,19 @@ def _of_one_save(
     )
 
 
-def _opened(directory: str, manifest: Manifest, verify: Verify, agreement: Agreement | None) -> Tensors:
+def _uploaded(url: str) -> RemoteFiles:
+    """Return the files of a checkpoint that was uploaded. No other save ever takes its place."""
+    from ._ship.remote import RemoteFiles
+
+    return RemoteFiles(url)
+
+
+def _opened(files: Files, manifest: Manifest, verify: Verify, agreement: Agreement | None) -> Tensors:
     """Return the files of a checkpoint. The ranks of an agreement divide among them which files to hash."""
     if agreement is None:
-        return Tensors(directory, manifest, verify)
+        return Tensors(files, manifest, verify)
     sizes = {name: record.size for name, record in manifest.files.items()}
-    return Tensors(directory, manifest, verify, divided(sizes, agreement.place, agreement.size))
+    return Tensors(files, manifest, verify, divided(sizes, agreement.place, agreement.size))
 
 
 def _restore(source: Tensors, planned: _Planned, agreement: Agreement | None = None) -> Restored:

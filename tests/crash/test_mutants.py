@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from vembed_async_ckpt import CorruptCheckpoint, verify
-from vembed_async_ckpt._disk import commit, direct_io, manifests
+from vembed_async_ckpt._disk import commit, direct_io, filesystem, manifests
 from vembed_async_ckpt._disk import deletion as removal
 from vembed_async_ckpt._writer import server
 from vembed_async_ckpt.testing import (
@@ -149,7 +149,9 @@ BUGS: dict[str, list[Edit]] = {
             new='        self._fs.sync(self._fd)\n        self._fs.truncate(self._fd, self.slot["size"])\n',
         ),
     ],
-    "the manifest is not synced": [Edit(**COMMIT, old="        fs.sync(fd)\n", new="")],
+    "the manifest is not synced": [
+        Edit(filesystem, "write_synced", old="        fs.sync(fd)\n", new="", users=(commit,))
+    ],
     "no directory is synced": [
         Edit(
             **COMMIT,

@@ -89,6 +89,7 @@ SAVE = ["step", "model", "optimizer", "scheduler", "dataloader", "scaler", "proc
 OPTIONS = [
     *("root", "retention", "when_busy", "on_error", "staging", "writer", "max_in_flight", "max_host_bytes"),
     *("max_shard_size", "save_original_format", "sinks", "policy", "latest_link", "progress"),
+    *("after_commit", "max_unshipped"),
 ]
 SIGNATURES = {
     "AsyncCheckpointer": OPTIONS,

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from ..errors import CheckpointError, CorruptCheckpoint
 from .filesystem import open_regular
@@ -43,41 +44,64 @@ class OpenFile:
     def close(self) -> None:
         os.close(self.fd)
 
+    def fill(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, with the bytes from `offset` on.
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """One read call: fills `buffers`, one after the other, with the file's bytes from `offset` on."""
-
-    file: OpenFile
-    offset: int
-    buffers: list[memoryview]
-
-    def run(self) -> None:
-        offset, buffers = self.offset, self.buffers
+        Raises as `read_into` does.
+        """
         while buffers:
             try:
-                count = _preadv(self.file.fd, buffers, offset)
+                count = _preadv(self.fd, buffers, offset)
             except OSError as error:
                 if error.errno == errno.EFAULT:
                     raise CheckpointError(
-                        f"{self.file.path}: what is read cannot be written to the memory of a tensor; is it read-only?"
+                        f"{self.path}: what is read cannot be written to the memory of a tensor; is it read-only?"
                     ) from error
-                raise CorruptCheckpoint(f"{self.file.path}: cannot be read: {error.strerror}") from error
+                raise CorruptCheckpoint(f"{self.path}: cannot be read: {error.strerror}") from error
             if count == 0:
-                raise CorruptCheckpoint(
-                    f"{self.file.path}: ends at {offset}; it had {self.file.size} bytes when it was opened"
-                )
+                raise CorruptCheckpoint(f"{self.path}: ends at {offset}; it had {self.size} bytes when it was opened")
             offset += count
             buffers = _behind(buffers, count)
 
 
-def read_into(parts: Iterable[tuple[OpenFile, int, memoryview]]) -> None:
-    """Fill each memory with the bytes of its file from the offset on.
+class Fillable(Protocol):
+    """A file whose bytes can be read into memory. `path`: its name in errors."""
+
+    @property
+    def path(self) -> str: ...
+
+    def fill(self, offset: int, buffers: Sequence[memoryview]) -> None: ...
+
+
+File = TypeVar("File", bound=Fillable)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One read: fills `buffers`, one after the other, with the file's bytes from `offset` on."""
+
+    file: Fillable
+    offset: int
+    buffers: list[memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How reads are made. `size`: bytes of one. `gap`: as many bytes between two parts are read along with them."""
+
+    size: int
+    gap: int
+    threads: int
+
+
+def read_into(parts: Iterable[tuple[File, int, memoryview]], tuning: Tuning | None = None) -> None:
+    """Fill each memory with the bytes of its file from the offset on. `tuning`: None means that for local files.
 
     Raises `CorruptCheckpoint` that names the file if the system cannot read it or it has become shorter. Some of the
     memory is filled then. When this returns or raises, nothing writes to the memory any more.
     """
-    reads = deque(_reads(parts))
+    tuning = tuning or Tuning(READ_BYTES, MAX_GAP, THREADS)
+    reads = deque(_reads(parts, tuning))
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -87,13 +111,13 @@ def read_into(parts: Iterable[tuple[OpenFile, int, memoryview]]) -> None:
             except IndexError:
                 return  # no reads are left
             try:
-                read.run()
+                read.file.fill(read.offset, read.buffers)
             except BaseException as error:
                 errors.append(error)
 
     helpers: list[threading.Thread] = []
     try:
-        for _ in range(min(THREADS, len(reads)) - 1):
+        for _ in range(min(tuning.threads, len(reads)) - 1):
             helper = threading.Thread(target=work, daemon=True)
             try:
                 helper.start()
@@ -121,27 +145,27 @@ def _join(threads: Iterable[threading.Thread]) -> None:
         raise interrupt
 
 
-def _reads(parts: Iterable[tuple[OpenFile, int, memoryview]]) -> Iterable[_Read]:
+def _reads(parts: Iterable[tuple[File, int, memoryview]], tuning: Tuning) -> Iterable[_Read]:
     """Yield the read calls to make, in the order of the files' bytes."""
-    scratch = memoryview(bytearray(MAX_GAP))
+    scratch = memoryview(bytearray(tuning.gap))
     read: _Read | None = None
     end = size = 0
     for file, offset, memory in sorted(parts, key=lambda part: (part[0].path, part[1])):
         while len(memory):
             gap = offset - end
-            if read is None or read.file is not file or not 0 <= gap <= MAX_GAP or size >= READ_BYTES:
+            if read is None or read.file is not file or not 0 <= gap <= tuning.gap or size >= tuning.size:
                 if read is not None:
                     yield read
                 read, size, gap = _Read(file, offset, []), 0, 0
             if gap:
                 read.buffers.append(scratch[:gap])
-            taken = memory[: READ_BYTES - size]
+            taken = memory[: tuning.size - size]
             read.buffers.append(taken)
             size += gap + len(taken)
             offset, memory = offset + len(taken), memory[len(taken) :]
             end = offset
             if len(read.buffers) >= MAX_BUFFERS:
-                size = READ_BYTES
+                size = tuning.size
     if read is not None:
         yield read
 

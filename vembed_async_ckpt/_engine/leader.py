@@ -78,7 +78,12 @@ class Leader:
         self._pool = ArenaPool(options.max_in_flight, options.max_host_bytes, self._arena_added, self._arena_dropped)
         self._after_commits = AfterCommits(options.after_commit, reporter)
         self._supervisor = Supervisor(
-            options.root, self._lock, options.writer, self._pool.arenas, reporter, self._after_commits.heard
+            options.root,
+            self._lock,
+            options.writer,
+            self._pool.arenas,
+            reporter,
+            shipping=self._after_commits.heard,
         )
         try:
             self._supervisor.refuse_without_writer()

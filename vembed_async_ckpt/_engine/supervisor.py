@@ -109,8 +109,8 @@ class Supervisor:
         kind: WriterKind,
         arenas: Callable[[], list[Arena]],
         reporter: Reporter,
-        shipping: Callable[[dict[str, Any]], None],
         filesystem: Filesystem | None = None,
+        shipping: Callable[[dict[str, Any]], None] = lambda report: None,
     ) -> None:
         """`shipping` gets what the writer reports about checkpoints that are shipped, on the supervisor's thread."""
         self._root = root

@@ -64,6 +64,7 @@ class Shippers:
             thread, idle = self._thread, not self._waiting
         if thread is not None and idle:
             thread.join(_PATIENCE)
+        self._report = lambda report: None  # nobody listens any more, and the writer's memory is not held for it
 
     def _run(self) -> None:
         deaths = 0

@@ -8,8 +8,7 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -20,12 +19,18 @@ from rich.table import Table
 
 from .. import listing
 from .._disk import catalog, latest_link, manifests, places
+from .._disk.manifests import Verify
 from .._disk.reader import reading
 from .._format import names
 from .._format.manifest import Manifest
+from .._format.urls import is_url
 from ..errors import CheckpointError, CorruptCheckpoint
+from ..retention import Mode
 
-Root = Annotated[Path, typer.Argument(help="Directory that holds the checkpoints.")]
+if TYPE_CHECKING:
+    from .._ship.remote import RemoteFiles
+
+Root = Annotated[str, typer.Argument(help="Directory that holds the checkpoints, or the URL of an uploaded run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
 
 
@@ -51,8 +56,7 @@ def shown(name: str) -> str:
 
 def ls(root: Root, as_json: AsJson = False) -> None:
     """List the checkpoints under ROOT, oldest first: step, age, size, metrics, and whether each is complete."""
-    places.refuse_no_root(os.fspath(root))
-    rows = [_row(entry) for entry in catalog.survey(os.fspath(root))]
+    rows = [_row(entry) for entry in _entries(root)]
     if as_json:
         print_json(rows)
     elif not rows:
@@ -60,6 +64,16 @@ def ls(root: Root, as_json: AsJson = False) -> None:
     else:
         Console().print(_table(rows))
     raise typer.Exit(0 if rows and all(row["complete"] for row in rows) else 1)
+
+
+def _entries(root: str) -> list[catalog.Entry]:
+    """Return the checkpoints in a directory or below a URL, oldest first."""
+    if not is_url(root):
+        places.refuse_no_root(root)
+        return catalog.survey(root)
+    from .._ship import remote
+
+    return [catalog.Entry(found.url, found.manifest, found.error) for found in remote.uploaded(root)][::-1]
 
 
 def _row(entry: catalog.Entry) -> dict[str, Any]:
@@ -126,9 +140,9 @@ def latest(
         raise typer.BadParameter(f"{mode!r}; use min or max", param_hint="--mode")
     missing = f"no checkpoints under {root}"
     if best is None:
-        found = catalog.latest(root, verify=verify)  # type: ignore[arg-type]  # checked above
+        found = listing.latest(root, verify=cast(Verify, verify))
     else:
-        found = listing.best(root, best, mode)  # type: ignore[arg-type]  # checked above
+        found = listing.best(root, best, cast(Mode, mode))
         missing = f"no complete checkpoint under {root} has a metric {best!r}"
     if as_json:
         print(json.dumps(None if found is None else os.fspath(found)))
@@ -140,18 +154,15 @@ def latest(
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, or a directory that holds some.")], as_json: AsJson = False
+    path: Annotated[str, typer.Argument(help="A checkpoint, or a directory that holds some, or the URL of either.")],
+    as_json: AsJson = False,
 ) -> None:
     """Check PATH, or every checkpoint under it: manifests, sizes, and the hash of every file."""
-    directory = latest_link.resolve(path)
-    is_root = not os.path.lexists(os.path.join(directory, names.MANIFEST)) and os.path.isdir(directory)
-    found = catalog.scan(directory) if is_root else []
-    entries = [entry.path for entry in found if entry.manifest or isinstance(entry.error, CorruptCheckpoint)]
-    others = [str(entry.error) for entry in found if entry.path not in entries]
+    entries, others, listed = _to_verify(path)
     with Progress(
         *Progress.get_default_columns(), DownloadColumn(), console=Console(stderr=True), transient=True
     ) as bar:
-        results = [_verified(entry, bar, listed=bool(entries)) for entry in (entries if found else [directory])]
+        results = [_verified(entry, bar, listed=listed) for entry in entries]
     if as_json:
         print_json(results)
     else:
@@ -160,6 +171,21 @@ def verify(
         for line in others:
             print(line)
     raise typer.Exit(1 if not results or any(result["ok"] is False for result in results) else 0)
+
+
+def _to_verify(path: str) -> tuple[list[str], list[str], bool]:
+    """Return the checkpoints to check, what is said of others, and whether the checkpoints were found in a list."""
+    if is_url(path):
+        from .._ship import remote
+
+        found_there = [found.url for found in remote.uploaded(path, "none")]
+        return found_there or [path], [], False
+    directory = latest_link.resolve(path)
+    is_root = not os.path.lexists(os.path.join(directory, names.MANIFEST)) and os.path.isdir(directory)
+    found = catalog.scan(directory) if is_root else []
+    entries = [entry.path for entry in found if entry.manifest or isinstance(entry.error, CorruptCheckpoint)]
+    others = [str(entry.error) for entry in found if entry.path not in entries]
+    return entries if found else [directory], others, bool(entries)
 
 
 def _verdict(result: dict[str, Any]) -> str:
@@ -177,14 +203,28 @@ def _verified(path: str, bar: Progress, *, listed: bool) -> dict[str, Any]:
     def look(found: Manifest) -> dict[str, Any]:
         size = sum(record.size for record in found.files.values())
         task = bar.add_task(escape(os.path.basename(path)), total=size)
-        manifests.check(path, found, "full", lambda count: bar.advance(task, count))
+
+        def hashed(count: int) -> None:
+            bar.advance(task, count)
+
+        if remote is None:
+            manifests.check(path, found, "full", hashed)
+        else:
+            remote.check(found, "full", hashed=hashed)
         return {"path": path, "ok": True, "reason": None, "files": len(found.files), "bytes": size}
 
+    remote = _remote(path) if is_url(path) else None
     try:
-        return reading(path, look)
+        return reading(path, look) if remote is None else look(remote.manifest())
     except CorruptCheckpoint as error:
         return {"path": path, "ok": False, "reason": str(error)}
     except CheckpointError as error:
         if not listed:
             raise
         return {"path": path, "ok": None, "reason": str(error)}
+
+
+def _remote(url: str) -> RemoteFiles:
+    from .._ship.remote import RemoteFiles
+
+    return RemoteFiles(url)

@@ -14,16 +14,16 @@ from rich.filesize import decimal
 
 from .. import listing
 from .._disk import places
-from .reading import Root, finite, shown
+from .reading import finite, shown
 
 
 def watch(
-    root: Root,
+    root: Annotated[str, typer.Argument(help="Directory that holds the checkpoints.")],
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one line of JSON for each change.")] = False,
 ) -> None:
     """Print a line for each checkpoint under ROOT, and another whenever one appears, breaks or goes. Ctrl-C ends it."""
-    places.refuse_no_root(os.fspath(root))
+    places.refuse_no_root(root)
     try:
         for change in _changes(root, interval):
             print(json.dumps(finite(change)) if as_json else _line(change), flush=True)
@@ -31,8 +31,8 @@ def watch(
         raise typer.Exit(0) from None
 
 
-def _changes(root: Path, interval: float) -> Iterator[dict[str, Any]]:
-    known: dict[Path, listing.CheckpointEntry] = {}
+def _changes(root: str, interval: float) -> Iterator[dict[str, Any]]:
+    known: dict[Path | str, listing.CheckpointEntry] = {}
     while True:
         now = {entry.path: entry for entry in reversed(listing.checkpoints(root))}
         for path, entry in now.items():

@@ -49,11 +49,11 @@ from .._capture.shares import Sharding
 from .._disk import commit as commits
 from .._disk import deletion, manifests
 from .._disk.catalog import Committed, interrupted
-from .._disk.filesystem import LocalFilesystem
+from .._disk.filesystem import LocalFilesystem, make_directories
 from .._disk.lock import RootLock
 from .._disk.manifests import Verify
 from .._disk.reader import held, manifest_of
-from .._disk.source import Source
+from .._disk.source import LocalFiles, Source
 from .._format import names
 from .._format.manifest import Manifest
 from .._format.plan import is_safe_relative
@@ -130,7 +130,7 @@ class _Publication:
     def write(self, name: str, content: bytes, size: int | None = None) -> None:
         """Write a synced file. `size`: bytes of the whole file if the ranks write the rest of it."""
         path = os.path.join(self.work, *name.split("/"))
-        deletion.make_directories(self.fs, os.path.dirname(path))
+        make_directories(self.fs, os.path.dirname(path))
         with open(path, "xb") as file:
             file.write(content)
             file.truncate(len(content) if size is None else size)
@@ -234,7 +234,7 @@ class StorageWriter(storage.StorageWriter):
             for tensor in specs[file]:
                 fqn = tensor.name if file != names.WEIGHTS else self._prefix + tensor.name
                 of[fqn] = file, found.offsets[tensor.name], tensor.shape
-        deletion.make_directories(publication.fs, os.path.join(publication.work, names.DCP_OBJECTS))
+        make_directories(publication.fs, os.path.join(publication.work, names.DCP_OBJECTS))
         of |= {fqn: (names.dcp_object(index), 0, ()) for index, fqn in enumerate(sorted(objects))}
         return [
             dataclasses.replace(
@@ -445,7 +445,7 @@ class StorageReader(storage.StorageReader):
         self._held.close()
         self._held.enter_context(held(self._path))
         manifest = manifest_of(self._path)
-        source = self._source = Source(self._path, manifest, "none" if self._verify == "none" else "size")
+        source = self._source = Source(LocalFiles(self._path), manifest, "none" if self._verify == "none" else "size")
         self._held.callback(source.close)
         described = (
             source.json(names.DCP) if names.DCP in manifest.files else {"prefix": "", "objects": {}, "paths": None}

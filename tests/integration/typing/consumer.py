@@ -30,6 +30,7 @@ from vembed_async_ckpt import (
     save_checkpoint,
 )
 from vembed_async_ckpt.policies import SavePolicy, before_time_limit, budget, every, on_best, on_request
+from vembed_async_ckpt.shipping import push_to_hub, upload
 from vembed_async_ckpt.sinks import ChromeTrace, JsonLines, Prometheus, TrackerSink
 
 
@@ -69,7 +70,11 @@ def plan(model: torch.nn.Module) -> None:
     policy = every(steps=5) | every(minutes=1.5) | budget(percent=2) | on_request() | on_best("loss", mode="max")
     assert_type(policy, SavePolicy)
     with AsyncCheckpointer(
-        "runs/one", policy=policy | before_time_limit(minutes=5, end=2e9), latest_link=True
+        "runs/one",
+        policy=policy | before_time_limit(minutes=5, end=2e9),
+        latest_link=True,
+        max_unshipped=3,
+        after_commit=[upload("s3://bucket/run"), push_to_hub("me/model", private=True), lambda info: print(info.path)],
     ) as checkpointer:
         assert_type(checkpointer.should_save(1), bool)
         assert_type(checkpointer.should_save(2, metrics={"loss": 0.5}), bool)
@@ -84,7 +89,8 @@ async def look(handle: SaveHandle) -> None:
 
 def resume(model: torch.nn.Module) -> int | None:
     path = latest("runs/one")
-    assert_type(path, Path | None)
+    assert_type(path, Path | str | None)  # a URL gives a URL
+    assert_type(latest(Path("runs/one")), Path | None)
     if path is None:
         return 0
     restored = load(path, model=model, verify="full")
@@ -93,7 +99,7 @@ def resume(model: torch.nn.Module) -> int | None:
         assert_type(entry, CheckpointEntry)
         if not entry.complete:
             delete(entry.path)
-    assert_type(best("runs/one", "loss", mode="min"), Path | None)
+    assert_type(best(Path("runs/one"), "loss", mode="min"), Path | None)
     return restored.step
 
 
