@@ -62,6 +62,7 @@ KINDS = {
     "test_hostile": "a directory made to do harm",
     "test_compound": "a fault while another one is dealt with",
     "test_order": "calls followed by the order oracle",
+    "test_shipping": "an upload, disturbed",
     "test_mutants": "planted bugs, each noticed",
 }
 

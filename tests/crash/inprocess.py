@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,9 +86,9 @@ class Writer:
         send_command(self._sock, Command(Kind.ARENA, 1, self._arena.size), (self._arena.fd,))
         self.ready = self._wait_for("ready")
 
-    def save(self, n: int, step: int, keep: int) -> Outcome:
-        """Make save `n`; returns when it has ended and all that follows it too."""
-        offset, length = place(self._arena, n, step, keep)
+    def save(self, n: int, step: int, keep: int, ship: Sequence[dict[str, Any]] = ()) -> Outcome:
+        """Make save `n`; returns when it has ended and all that follows it too. `ship`: where it is to be shipped."""
+        offset, length = place(self._arena, n, step, keep, ship)
         send_command(self._sock, Command(Kind.JOB, 1, n, offset, length))
         outcome = Outcome()
         while True:

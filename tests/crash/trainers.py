@@ -31,21 +31,23 @@ from vembed_async_ckpt import (
     latest,
     load,
 )
+from vembed_async_ckpt.shipping import upload
 
 if TYPE_CHECKING:
     from .nursery import Talk
 
 _FLOATS = 1 << 19  # per tensor
+_SHIPPED_FLOATS = 1 << 20  # together more than one part of an upload
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 1 << 18  # linux/sched.h, linux/mount.h
 
 
 class Counting(torch.nn.Module):
     """Three tensors and a buffer that all say how many steps were made."""
 
-    def __init__(self) -> None:
+    def __init__(self, floats: int = _FLOATS) -> None:
         super().__init__()
-        self.weights = torch.nn.ParameterList([torch.zeros(_FLOATS) for _ in range(3)])
-        self.register_buffer("steps", torch.zeros(_FLOATS))
+        self.weights = torch.nn.ParameterList([torch.zeros(floats) for _ in range(3)])
+        self.register_buffer("steps", torch.zeros(floats))
 
     def forward(self) -> torch.Tensor:
         return -torch.stack([weight.sum() for weight in self.weights]).sum()
@@ -60,13 +62,14 @@ class Counting(torch.nn.Module):
 class Training:
     """A model, its optimizer, and a checkpointer that says which writers it starts."""
 
-    def __init__(self, talk: Talk, root: str, **options: Any) -> None:
+    def __init__(self, talk: Talk, root: str, floats: int = _FLOATS, **options: Any) -> None:
         logging.getLogger("vembed_async_ckpt").addHandler(talk.log_handler())
         torch.set_num_threads(1)
         self._talk = talk
-        self.model = Counting()
+        self.model = Counting(floats)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
-        self.checkpointer = AsyncCheckpointer(root, retention=KeepLast(2), sinks=[self._heard], **options)
+        options = {"retention": KeepLast(2), "sinks": [self._heard], **options}
+        self.checkpointer = AsyncCheckpointer(root, **options)
 
     def _heard(self, event: Event) -> None:
         if event.stage == "writer" and event.detail.startswith("pid "):
@@ -124,6 +127,24 @@ def resume(talk: Talk, root: str) -> None:
     talk.say(f"FOUND {training.model.count()}")
     training.step()
     training.save().result(100)
+    training.checkpointer.close()
+    talk.say("CLOSED")
+    os._exit(0)
+
+
+def ship(talk: Talk, root: str, url: str, environment: dict[str, str]) -> None:
+    """Go on from the newest checkpoint, save after every step and upload all of it, until told to stop."""
+    os.environ.update(environment)
+    stopped = threading.Event()
+    training = Training(talk, root, _SHIPPED_FLOATS, retention=KeepLast(1), after_commit=[upload(url)])
+    if (found := latest(root)) is not None:
+        load(found, model=training.model, optimizer=training.optimizer)
+    threading.Thread(target=lambda: (talk.listen(), stopped.set()), daemon=True).start()
+    talk.say("READY")
+    while not stopped.is_set():
+        training.step()
+        talk.say(f"COMMITTED {training.save().result(100).step}")
+        stopped.wait(0.6)  # about as long as its upload takes
     training.checkpointer.close()
     talk.say("CLOSED")
     os._exit(0)

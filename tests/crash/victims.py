@@ -16,7 +16,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
@@ -50,7 +50,7 @@ def contents(n: int) -> dict[str, bytes]:
     }
 
 
-def place(arena: Arena, n: int, step: int, keep: int) -> tuple[int, int]:
+def place(arena: Arena, n: int, step: int, keep: int, ship: Sequence[dict[str, Any]] = ()) -> tuple[int, int]:
     """Put save `n` into `arena`, files and job; returns offset and length of the job."""
     start, slots = DATA_START, []
     for name, data in contents(n).items():
@@ -68,7 +68,7 @@ def place(arena: Arena, n: int, step: int, keep: int) -> tuple[int, int]:
         "manifest": {},
         "retention": KeepLast(keep).spec(),
         "latest_link": False,
-        "ship": [],
+        "ship": list(ship),
         "max_unshipped": None,
         "waves": 0,
     }
@@ -136,7 +136,7 @@ class _Supervisor(Supervisor):
 
     def _handle(self, reply: dict[str, Any]) -> None:
         super()._handle(reply)
-        if reply["event"] == "tidy" or (reply["event"] == "warning" and reply["serial"] not in self._jobs):
+        if reply["event"] == "tidy" or (reply["event"] == "warning" and reply.get("serial") not in self._jobs):
             self.tidied()
 
     def _start(self) -> Any:

@@ -398,26 +398,21 @@ class Server:
         finally:
             # Prune even if that failed: one directory that cannot be deleted must not let the others fill the disk.
             self._retention = None if job["retention"] is None else from_spec(job["retention"])
-            self._prune(job["save_id"], job["step"])
+            pruned = self._prune(job["save_id"], job["step"])
+        self._send(event="tidy", **pruned)
 
-    def _prune(self, save_id: str, step: int | None) -> None:
-        """Delete the checkpoints that retention does not keep, and report it for this save."""
+    def _prune(self, save_id: str, step: int | None) -> dict[str, Any]:
+        """Delete the checkpoints that retention does not keep. Returns what to report, for this save."""
         began = time.perf_counter()
         pruned = {} if self._retention is None else self._apply(self._retention)
-        self._send(
-            event="tidy",
-            save_id=save_id,
-            step=step,
-            pruned=list(pruned),
-            freed=sum(pruned.values()),
-            seconds=time.perf_counter() - began,
-        )
+        freed, seconds = sum(pruned.values()), time.perf_counter() - began
+        return {"save_id": save_id, "step": step, "pruned": list(pruned), "freed": freed, "seconds": seconds}
 
     def _prune_again(self) -> None:
         """Delete what retention kept only because it was still to be shipped."""
         try:
             self._lock.refuse_if_lost()
-            self._prune("", None)
+            self._send(event="tidy", **self._prune("", None))
         except Exception as error:
             self._send(event="warning", message=_said(error))
 
