@@ -61,6 +61,7 @@ class Line:
     `rank`: of the other process; -1 until it is known.
     `heard`: when the last bytes came, as time.monotonic().
     `closed`: nothing more can be received.
+    `wake`: called when something could not be sent at once, so that the channel's thread sends it later.
     """
 
     def __init__(self, sock: socket.socket, rank: int = -1) -> None:
@@ -77,6 +78,7 @@ class Line:
         self.pidfd = -1
         with contextlib.suppress(OSError, AttributeError):  # no pidfd in this sandbox, or another pid namespace
             self.pidfd = os.pidfd_open(pid)
+        self.wake: Callable[[], None] = lambda: None
         self._sending = threading.Lock()
         self._unsent: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._buffer = bytearray()
@@ -99,6 +101,8 @@ class Line:
                 return
             self._unsent.append((memoryview(message.encode()), tuple(map(os.dup, message.fds))))
             self._flush()
+        if self._unsent:
+            self.wake()
 
     def flush(self) -> None:
         """Send what is queued, as far as the socket takes it now."""
@@ -293,6 +297,7 @@ class Channel:
 
     def add(self, line: Line) -> None:
         """Serve this connection."""
+        line.wake = self.wake
         with self._lock:
             self._lines.append(line)
         self.wake()
@@ -390,6 +395,7 @@ class Channel:
                 logger.warning("a connection to the ranks' channel was refused: %s", error)
                 sock.close()
                 continue
+            line.wake = self.wake
             with self._lock:
                 self._lines.append(line)
 
