@@ -52,8 +52,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ("world_size", "ways"), [(2, ["fsdp2", "fsdp1", "tp", "ddp"]), (4, ["fsdp2", "fsdp1", "hsdp", "fsdp2_tp"])]
 )
 def test_each_rank_gets_what_it_holds(saved: Path, world_size: int, ways: list[str]):
-    """Model, optimizer and scheduler, into objects that have stepped and, on two ranks, into new ones. The state, gathered by torch itself,
-    is what was saved, and the training goes on with the same losses. A rank reads what it holds, and takes little more memory."""
+    """Model, optimizer and scheduler, into objects that have stepped and, on two ranks, into new ones.
+
+    The state, gathered by torch itself, is what was saved, and the training goes on with the same losses. A rank reads
+    what it holds, and takes little more memory.
+    """
     expected = torch.load(saved / "expected.pt", weights_only=True)
     reports = run_ranks("restoring.py", world_size, str(saved), *ways)
     for rank, report in enumerate(reports):

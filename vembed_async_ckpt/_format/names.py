@@ -241,6 +241,11 @@ def optimizer(index: int) -> str:
     return f"optimizer_{index}.bin" if index else "optimizer.bin"
 
 
+def divided_optimizer(index: int) -> str:
+    """Return the name of the file for an optimizer of models that are divided among ranks."""
+    return f"optimizer_{index}.safetensors" if index else "optimizer.safetensors"
+
+
 def scheduler(index: int) -> str:
     return f"scheduler_{index}.bin" if index else "scheduler.bin"
 

@@ -14,13 +14,23 @@ def load_hooks(accelerator: Any) -> list[Callable[[list[Any], str], None]]:
     return [hook for hook in hooks if not getattr(hook, "loads_models_of_ours", False)]
 
 
+def is_fsdp(accelerator: Any) -> bool:
+    """Return whether the accelerator divides models by FSDP, of either version."""
+    return str(getattr(accelerator, "distributed_type", "NO")).rpartition(".")[2] == "FSDP"
+
+
 def models_to_load(accelerator: Any, saved: Mapping[str, Any], directory: str) -> dict[str, Any]:
     """Call the load hooks as `accelerator.load_state` does.
 
-    Return the models that the hooks leave, by their names in `saved`.
+    Return the models that the hooks leave, by their names in `saved`. With FSDP, accelerate gives the hooks no models, and
+    all are left.
 
     Raises `CheckpointError` for a model with no weights in the checkpoint that no hook takes.
     """
+    if is_fsdp(accelerator):
+        for hook in load_hooks(accelerator):
+            hook([], directory)
+        return matched(saved, accelerator._models, accelerator._models, directory)
     models = list(accelerator._models)
     for hook in load_hooks(accelerator):
         hook(models, directory)

@@ -24,14 +24,22 @@ class Targets:
         reshard(models)
         together = torch.nn.ModuleList(models)
         self._sharding = Sharding(together)
-        self._knows_fsdp1 = has_fsdp1(together)
+        self._in_fsdp1 = _parameters_in_fsdp1(together)
 
     def share(self, name: str, tensor: torch.Tensor) -> Share | None:
         """Return what this rank holds of a parameter or buffer; None if it is a plain tensor, whole on every rank.
 
         Raises `PlanError` naming the tensor and the rank if that is not certain.
         """
+        self._refuse_unknown(name, tensor)
         return self._sharding.share(name, tensor) if self.is_divided(tensor) else None
+
+    def _refuse_unknown(self, name: str, tensor: torch.Tensor) -> None:
+        if getattr(tensor, "_fsdp_flattened", False) and id(tensor) not in self._in_fsdp1:
+            raise CheckpointError(
+                f"{name} is inside FSDP version 1, and only its FSDP wrapper says what this rank holds of it; pass the model "
+                "with this wrapper, too if only an optimizer is loaded"
+            )
 
     def state_share(self, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> Share:
         """Return what this rank holds of a tensor in the state of a parameter. Raises as `share` does."""
@@ -44,11 +52,7 @@ class Targets:
     def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """Return the shape of a parameter as one process has it. Raises `CheckpointError` if it is not known."""
         piece = self._sharding.flat.get(id(tensor))
-        if not self._knows_fsdp1 and getattr(tensor, "_fsdp_flattened", False):
-            raise CheckpointError(
-                "the optimizer steps parameters inside FSDP version 1, and only their model says what this rank holds of them: "
-                "pass the model too"
-            )
+        self._refuse_unknown("a parameter of the optimizer", tensor)
         return tuple(tensor.shape) if piece is None else piece.shape
 
     def has_none_of(self, tensor: torch.Tensor) -> bool:
@@ -73,6 +77,14 @@ def reshard(models: Iterable[torch.nn.Module]) -> None:
             part.reshard()  # type: ignore[operator]  # the class is not known to the type checker
         elif isinstance(part, fsdp.FullyShardedDataParallel):
             _reshard_flat(part)
+
+
+def _parameters_in_fsdp1(model: torch.nn.Module) -> set[int]:
+    """Return the ids of the parameters below the wrappers of FSDP version 1 in the model."""
+    if not has_fsdp1(model):
+        return set()
+    wrappers = [part for part in model.modules() if part._modules.get("_fsdp_wrapped_module") is not None]
+    return {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
 
 
 def _reshard_flat(unit: Any) -> None:

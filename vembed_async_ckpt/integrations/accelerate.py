@@ -9,12 +9,16 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from .. import _signals
 from .._capture.dialect import Accelerate
+from .._capture.model import unwrap
 from .._capture.request import Objects
 from .._capture.training_state import torch_save
 from .._format import names
 from .._format.urls import is_url
+from .._restore.accelerated import is_fsdp
 from ..checkpointer import AsyncCheckpointer
 from ..errors import PlanError
 from ..handle import SaveHandle
@@ -35,7 +39,8 @@ def save_state(
     """Do what `accelerator.save_state(output_dir)` does, without stopping the training. Every rank calls it.
 
     The files and their names are the same. So stock `accelerator.load_state` resumes from them, and so does our
-    `load(path, accelerator=...)`.
+    `load(path, accelerator=...)`. With FSDP, the weights are in `model.safetensors` and the optimizers in
+    `optimizer.safetensors`, whole; any number of ranks resumes from them, after `attach(accelerator)`.
 
     With `ProjectConfiguration(automatic_checkpoint_naming=True)` the directory is
     `{project_dir}/checkpoints/checkpoint_{iteration}`. When it is durable, the oldest of our checkpoints beyond
@@ -120,12 +125,28 @@ def in_order(values: Sequence[Any]) -> Any:
 
 
 def refuse_what_is_sharded(accelerator: Any) -> None:
-    """Raise `PlanError` where one process does not hold the whole state."""
+    """Raise `PlanError` for states of which nothing says what this process holds."""
     kind = str(getattr(accelerator, "distributed_type", "NO")).rpartition(".")[2]
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise PlanError(f"states sharded by {kind} cannot be saved yet; use accelerator.save_state for them")
+    if kind == "DEEPSPEED":
+        raise PlanError(
+            "states sharded by DEEPSPEED are kept by its own engine; save them with accelerator.save_state, or train with "
+            "DDP or FSDP"
+        )
+    if kind in ("MEGATRON_LM", "TP"):
+        raise PlanError(f"states sharded by {kind} cannot be saved here; use accelerator.save_state for them")
     if accelerator.project_configuration.save_on_each_node:
         raise PlanError("save_on_each_node is not supported: the first rank writes for all; use accelerator.save_state")
+
+
+def prepared(accelerator: Any, model: Any) -> Any:
+    """Return the model with the wrapper that FSDP version 1 gave it when it was prepared, or the model as it is.
+
+    The wrapper says what this rank holds.
+    """
+    if not is_fsdp(accelerator) or not isinstance(model, torch.nn.Module):
+        return model
+    inner = unwrap(model)
+    return next((wrapped for wrapped in accelerator._models if unwrap(wrapped) is inner), model)
 
 
 def further_files(accelerator: Any, hooks: SaveHooks, safe_serialization: bool = True) -> dict[str, bytes]:
@@ -179,9 +200,13 @@ def _seedable_sampler(dataloader: Any) -> Any:
 def attach(accelerator: Any) -> Any:
     """Make `accelerator.load_state(path)` read every directory of ours.
 
-    That includes shards, adapters, and models whose files use other names than their state_dict. Directories that are
-    not ours load as before. Your own load hooks are called first and see all models, whenever they were registered. The
-    models that they leave in the list are restored. Returns the handle of the hook; `handle.remove()` undoes this.
+    That includes shards, adapters, models whose files use other names than their state_dict, and everything that a
+    training with FSDP saved or loads. Directories that are not ours load as before. Your own load hooks are called first
+    and see all models, whenever they were registered. The models that they leave in the list are restored. Returns the
+    handle of the hook; `handle.remove()` undoes this.
+
+    With FSDP, or for a checkpoint of a training with FSDP, `load(path, accelerator=accelerator)` takes the place of
+    `load_state`, because accelerate does not call a hook before it loads FSDP models.
     """
     look_after(accelerator)
     return accelerator.register_load_state_pre_hook(load_models)

@@ -25,7 +25,7 @@ from .._capture.tensor_map import has_no_storage
 from .._capture.training_state import torch_save
 from .._disk import manifests
 from .._format import names
-from .._restore.accelerated import by_name, matched
+from .._restore.accelerated import by_name, is_fsdp, matched
 from ..errors import CheckpointError, PlanError
 from ..events import logger
 from .shared import close_shared, wait_for, wait_for_all
@@ -61,6 +61,15 @@ def _waiting_load_state(load_state: Callable[..., Any]) -> Callable[..., Any]:
             wait_for_all(os.path.realpath(os.path.join(self.project_dir, "checkpoints")))
         restore.wait_for_copies()
         hooks = self._load_model_state_pre_hook
+        directory = _directory_to_load(self, input_dir)
+        if directory is not None and _only_we_can_load(self, directory):
+            if load_models not in hooks.values():
+                raise CheckpointError(
+                    f"{directory}: accelerate cannot load it with FSDP, or the training that saved it had FSDP: call "
+                    "vembed_async_ckpt.integrations.accelerate.attach(accelerator) first"
+                )
+            restore.load(directory, accelerator=self, strict=bool(kwargs.get("strict", True)))
+            return None
         for key in [key for key, hook in hooks.items() if hook is load_models]:
             hooks.move_to_end(key)  # the user's own hooks come first and see all models, whenever they were registered
         token = _LOADING.set((self, bool(kwargs.get("strict", True))))
@@ -70,6 +79,25 @@ def _waiting_load_state(load_state: Callable[..., Any]) -> Callable[..., Any]:
             _LOADING.reset(token)
 
     return wait_and_load_state
+
+
+def _directory_to_load(accelerator: Any, input_dir: str | os.PathLike[str] | None) -> str | None:
+    """Return the directory that `load_state(input_dir)` loads; None if accelerate reports that there is none."""
+    if input_dir is not None:
+        return os.path.expanduser(os.fspath(input_dir))
+    if accelerator.project_dir is None or not accelerator.project_configuration.automatic_checkpoint_naming:
+        return None
+    parent = os.path.join(accelerator.project_dir, "checkpoints")
+    found = os.listdir(parent) if os.path.isdir(parent) else []
+    numbered = [(number, name) for name in found if (number := names.trailing_number(name)) is not None]
+    return os.path.join(parent, max(numbered)[1]) if numbered else None
+
+
+def _only_we_can_load(accelerator: Any, directory: str) -> bool:
+    """Return whether a directory is ours and accelerate cannot load it into what the accelerator prepared."""
+    if not os.path.lexists(os.path.join(directory, names.MANIFEST)):
+        return False
+    return is_fsdp(accelerator) or names.divided_optimizer(0) in manifests.read(directory).files
 
 
 def _draining_end_training(end_training: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,13 +175,15 @@ class SaveHooks:
         """Call the hooks. Return the files that they wrote into their directory, which has the checkpoint's name."""
         if not self._accelerator._save_model_state_pre_hook:
             return {}
-        refuse_shares(self.weights)
+        if not is_fsdp(self._accelerator):
+            refuse_shares(self.weights)
         self.weights, files = in_scratch(self._call)
         return files
 
     def _call(self, scratch: str) -> tuple[list[Any], dict[str, bytes]]:
         """Return (weights, files) that the hooks leave. May be called again: nothing is kept from the first call."""
-        models = self.weights
+        divided = is_fsdp(self._accelerator)  # then accelerate gives the hooks no weights
+        models = [] if divided else self.weights
         states = [self._accelerator.get_state_dict(model, unwrap=False) for model in models]
         before = {id(state): (model, _content(state)) for model, state in zip(models, states, strict=True)}
         left = list(states)
@@ -162,6 +192,10 @@ class SaveHooks:
         for hook in list(self._accelerator._save_model_state_pre_hook.values()):
             hook(self._accelerator._models, left, directory)
         files = {content.name: content.data for content in read_files(directory)}
+        if divided:
+            if left:
+                raise PlanError("a save hook put a state_dict into the list of weights, which is empty with FSDP")
+            return self.weights, files
         return [_what_is_left(state, before.get(id(state))) for state in left], files
 
     def pickled(self) -> dict[str, bytes]:

@@ -43,6 +43,7 @@ from ..sinks import log_values
 from . import trainer_state
 from .rotation import Rotation
 from .shared import figures_of
+from .trainer_resume import ResumingTrainer
 
 _PLACEHOLDER = "checkpoint-is-incomplete.txt"  # trainer_jit_checkpoint.py puts it into the directory before it saves
 _NEEDED = ("_save_checkpoint", "_maybe_log_save_evaluate", "_finalize_training", "_prepare_for_training")
@@ -95,7 +96,7 @@ class _Run:
     states: trainer_state.Renderer = field(default_factory=trainer_state.Renderer)
 
 
-class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
+class AsyncCheckpointMixin(ResumingTrainer):
     """Saves Trainer's checkpoints without stopping the training: `class MyTrainer(AsyncCheckpointMixin, Trainer)`.
 
     The same files appear in `{output_dir}/checkpoint-{global_step}`, all at once and durable. `on_save` and the push to
@@ -105,9 +106,12 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
     `class MyTrainer(SFTTrainer, AsyncCheckpointMixin)`.
 
     The failure of a save is raised by the next save or at the end of `train()`. With `on_error="warn"` it is only
-    logged: see `async_checkpoint_options`. In three cases Trainer saves by itself, after one warning: the state is not
-    whole in this process (DeepSpeed, FSDP, XLA, SageMaker), the training is a hyperparameter search, or `save()` raises
-    `PlanError`.
+    logged: see `async_checkpoint_options`. In three cases Trainer saves by itself, after one warning: nothing says what
+    this process holds of the state (DeepSpeed, XLA, SageMaker, FSDP version 1 without `use_orig_params`), the training is
+    a hyperparameter search, or `save()` raises `PlanError`.
+
+    With FSDP every rank writes what it holds into the files that one process writes, but for `optimizer.safetensors`. Any
+    number of ranks resumes from them, with `resume_from_checkpoint`.
 
     `save_total_limit` counts our checkpoints and Trainer's own earlier ones, and deletes only those. It never deletes
     the newest, the best, or one whose `on_save` or upload is still due. The option `retention` replaces it.
@@ -287,9 +291,12 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
             return "the trials of a hyperparameter search have directories of their own"
         if is_torch_xla_available() or is_sagemaker_mp_enabled():
             return "XLA and SageMaker write their own files"
-        sharded = (getattr(self, f"is_{name}_enabled", False) for name in ("fsdp", "fsdp_xla", "deepspeed"))
-        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP") or any(sharded):
-            return f"states sharded by {kind} cannot be saved yet"
+        sharded = (getattr(self, f"is_{name}_enabled", False) for name in ("fsdp_xla", "deepspeed"))
+        if kind in ("DEEPSPEED", "MEGATRON_LM", "TP") or any(sharded):
+            return f"states sharded by {kind} are kept by its own engine"
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        if kind == "FSDP" and getattr(plugin, "fsdp_version", 1) == 1 and not getattr(plugin, "use_orig_params", False):
+            return "FSDP version 1 keeps no state per parameter without use_orig_params"
         if getattr(accelerator, "parallelism_config", None) is not None:
             return "states sharded by a parallelism_config cannot be saved yet"
         if getattr(self, "is_distributed_loading_by_transformers", False):
@@ -315,7 +322,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
 
     def _has_save_pretrained(self) -> bool:
         """Return whether Trainer would use the model's `save_pretrained`, and not its plain state_dict."""
-        return isinstance(self.model, _supported())
+        return isinstance(unwrap(self.model) if self.is_fsdp_enabled else self.model, _supported())
 
     @contextlib.contextmanager
     def _falling_back(self, run: _Run) -> Iterator[None]:

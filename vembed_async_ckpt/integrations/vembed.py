@@ -74,7 +74,8 @@ def save_checkpoint(
     `integrations.accelerate.attach(accelerator)`. Do not use it for a model that writes a file of that name itself.
 
     Under DDP every rank calls it. The first rank writes, and the directory has the random states of all ranks. If only
-    the first rank calls it, the checkpoint is saved without the random states of the others, after one warning.
+    the first rank calls it, the checkpoint is saved without the random states of the others, after one warning. With
+    FSDP every rank must call it; the files are those of one process, but for `optimizer.safetensors`.
 
     An existing directory is replaced atomically by the new one; files in it that are not ours are kept. The saves of
     one parent directory share one checkpointer. It is drained by `accelerator.end_training()` and at interpreter exit.
@@ -103,7 +104,7 @@ def save_checkpoint(
     progress = {names.PROGRESS: _render(training_state)} if isinstance(training_state, Mapping) else {}
     hooks = SaveHooks(accelerator, directory)
     objects = Objects(
-        model=model,
+        model=accelerates.prepared(accelerator, model),
         optimizer=accelerates.in_order(accelerator._optimizers) if resumable else None,
         scheduler=accelerates.in_order(accelerator._schedulers) if resumable else None,
         scaler=accelerator.scaler if resumable else None,

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -1404,7 +1405,7 @@ def test_what_goes_wrong_later_is_no_reason_to_lose_a_save(root: Path, reasons: 
     ("spoil", "reason"),
     [
         (lambda t: setattr(t, "is_deepspeed_enabled", True), "sharded"),
-        (lambda t: setattr(t, "is_fsdp_enabled", True), "sharded"),
+        (lambda t: setattr(t.accelerator.state, "distributed_type", DistributedType.FSDP), "without use_orig_params"),
         (lambda t: setattr(t, "is_distributed_loading_by_transformers", True), "sharded at load time"),
         (lambda t: setattr(t.accelerator.state, "parallelism_config", object()), "parallelism_config"),
         (lambda t: setattr(t, "model", torch.nn.DataParallel(t.model)), "DataParallel"),

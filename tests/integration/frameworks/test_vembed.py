@@ -5,7 +5,7 @@ What the original did wrong, and the test that would see it here:
 - a full fine-tune could not be resumed: test_readers.py (each_of_them_resumes), test_resume.py ([...-full])
 - weights were written twice: the_directory_holds_what_every_reader_expects
 - LoRA wrote the whole base: test_readers.py (the_base_of_an_adapter_is_not_written)
-- FSDP hung, or saved one rank's shard: sharded_states_are_refused_on_every_rank
+- FSDP hung, or saved one rank's shard: tests/ranks (test_frameworks.py)
 - under DDP only the first rank's random states were saved: test_distributed.py
 - one process of each node wrote: a_stand_in_off_the_main_process_writes_nothing
 - a kill left half a directory: test_resume.py (after_a_kill_in_the_midst_of_a_save), tests/crash
@@ -206,7 +206,7 @@ def test_a_foreign_save_pretrained_is_taken_as_it_is(root: Path) -> None:
         assert all(torch.equal(backbone[key], expected[f"backbone.{key}"]) for key in backbone)
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
 @pytest.mark.parametrize("main", [True, False])
 def test_sharded_states_are_refused_on_every_rank(
     root: Path, monkeypatch: pytest.MonkeyPatch, kind: str, main: bool
