@@ -259,7 +259,7 @@ class Prometheus(PerSave):
 
 class ChromeTrace:
     """Writes a trace that Perfetto and chrome://tracing open: training steps, the time that saves block training, copying,
-    writing, committing and retention, each on a track of its own.
+    writing, committing, retention and `after_commit`, each on a track of its own.
 
     The file is on the clock of torch.profiler's own traces, and under the same process id: opened together in Perfetto they show
     one picture. It is whole JSON after each event. It is bounded: when it has grown to half of `max_bytes`, it is renamed to
@@ -330,7 +330,8 @@ class ChromeTrace:
             name = f"checkpoint {event.step}" if event.phase == "complete" else f"checkpoint {event.step} failed"
             return self._spans(self._free_track(begun), [name], begun, (event.seconds,), args)
         if event.stage in _TRACKS and event.phase == "complete":
-            return self._spans(event.stage, [_SPANS.get(event.stage, event.stage)], begun, (event.seconds,), args)
+            name = event.detail if event.stage == "after_commit" else _SPANS.get(event.stage, event.stage)
+            return self._spans(event.stage, [name], begun, (event.seconds,), args)
         if event.phase == "failed":
             common = {"name": f"{event.stage} failed", "cat": "checkpoint", "pid": os.getpid(), "tid": _FIRST_TRACK}
             return [{**common, "ph": "i", "s": "p", "ts": self._microseconds(event.time), "args": args}]
@@ -369,6 +370,7 @@ _TRACKS = {
     "stage": "copy",
     "write": "write and commit",
     "retention": "retention",
+    "after_commit": "after the commit",
     "save": "until durable",
     "save2": "until durable, beside another",
 }

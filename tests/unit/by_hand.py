@@ -76,6 +76,8 @@ def job(number: int, files: Mapping[str, bytes] = FILES, **values: Any) -> tuple
         "manifest": {},
         "retention": None,
         "latest_link": False,
+        "ship": [],
+        "max_unshipped": None,
         "waves": 0,
     }
     described.update(values)  # type: ignore[typeddict-item]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .._format import names
+from .._format import bounded_json, names
 from ..errors import CorruptCheckpoint
 from . import manifests
 from .filesystem import Filesystem, make_directories, read_regular, write_synced
@@ -111,7 +111,7 @@ def read(root: str, save_id: str) -> Note | None:
     """Return a note, or None if there is none. Raises `CorruptCheckpoint` if it cannot be read."""
     path = names.shipping_note(root, save_id)
     try:
-        body = json.loads(read_regular(path, _MAX_BYTES))
+        body = bounded_json.loads(read_regular(path, _MAX_BYTES))
         if body["format"] != _FORMAT or body["version"] != _VERSION:
             raise ValueError(f"it is {body['format']!r} of version {body['version']!r}")
         return Note(

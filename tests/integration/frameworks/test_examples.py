@@ -199,8 +199,13 @@ def checkpoints(directory: Path) -> list[Path]:
     "ignore:.*number of training batches", "ignore:.*LeafSpec.* is deprecated", "ignore:.*tensorboardX"
 )
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_a_block_of_the_readme_runs(directory: Path, block: Block) -> None:
+def test_a_block_of_the_readme_runs(
+    directory: Path, block: Block, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As it stands; whatever it saves is whole."""
+    if "s3://" in block.code:
+        for name, value in request.getfixturevalue("moto").environment.items():
+            monkeypatch.setenv(name, value)
     run(block, scope_of(block))
     close_shared(60)
     found = checkpoints(directory)

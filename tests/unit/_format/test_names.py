@@ -159,3 +159,28 @@ def test_no_two_ranks_or_indices_share_a_name() -> None:
 def test_the_second_name_of_the_weights() -> None:
     assert names.is_second_name(names.state_dict("model"))
     assert not names.is_second_name(names.WEIGHTS)
+
+
+def test_notes_of_what_is_to_be_shipped() -> None:
+    """They are found again by their save id; nothing else in their directory is taken for one."""
+    note = names.shipping_note("/root", "0" * 32)
+    assert names.parse_shipping_note(note.rpartition("/")[2]) == "0" * 32
+    for path in (names.shipping_lock("/root"), names.shipping_successor("/root"), note + ".new", "x.json"):
+        assert names.parse_shipping_note(path.rpartition("/")[2]) is None
+
+
+def test_the_marker_of_the_newest_comes_first_in_a_list_of_keys() -> None:
+    """In the order of bytes, whatever the checkpoints are called; markers tell their checkpoint, other keys nothing."""
+    keys = [
+        names.remote_checkpoint(name, f"{n:032x}") for n, name in enumerate(["checkpoint-10", "checkpoint-9", "a b"])
+    ]
+    markers = [names.remote_marker(order, key) for order, key in zip((9, 10, 1000), keys, strict=True)]
+    assert sorted(markers, key=str.encode) == markers[::-1]
+    assert [names.parse_remote_marker(marker) for marker in markers] == list(zip((9, 10, 1000), keys, strict=True))
+    for key in (
+        keys[0],
+        f"{names.MARKERS}/x",
+        f"{names.MARKERS}/{'1' * 12}-checkpoint-1",
+        f"{names.MARKERS}/1-{keys[0]}",
+    ):
+        assert names.parse_remote_marker(key) is None
