@@ -21,7 +21,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,9 +131,11 @@ class Line:
             for fd in self._unsent.popleft()[1]:
                 os.close(fd)
 
-    def receive(self) -> list[Message]:
-        """Return the complete messages that are there. Raises `Broken`."""
-        messages: list[Message] = []
+    def receive(self) -> Iterator[Message]:
+        """Yield the complete messages that are there. Raises `Broken`.
+
+        A message is looked at only when the one before it was handled, which may have set `rank`.
+        """
         while not self.closed:
             try:
                 data, fds, _, _ = socket.recv_fds(self._sock, 1 << 20, 16, socket.MSG_CMSG_CLOEXEC)
@@ -147,11 +149,9 @@ class Line:
                 break
             self.heard = time.monotonic()
             self._buffer += data
-            messages += self._complete()
-        return messages
+            yield from self._complete()
 
-    def _complete(self) -> list[Message]:
-        messages = []
+    def _complete(self) -> Iterator[Message]:
         while len(self._buffer) >= _FRAME.size:
             text, data, fds = _FRAME.unpack_from(self._buffer)
             strange = text + data > _MAX_HELLO if self.rank < 0 else text > _MAX_TEXT or data > _MAX_DATA
@@ -160,9 +160,9 @@ class Line:
             end = _FRAME.size + text + data
             if len(self._buffer) < end:
                 break
-            messages.append(self._parse(bytes(self._buffer[_FRAME.size : end]), text, fds))
+            message = self._parse(bytes(self._buffer[_FRAME.size : end]), text, fds)
             del self._buffer[:end]
-        return messages
+            yield message
 
     def _parse(self, body: bytes, text: int, fds: int) -> Message:
         try:

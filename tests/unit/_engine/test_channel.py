@@ -86,6 +86,16 @@ def test_messages_with_data_and_descriptors(first: End, other: tuple[End, Line])
     assert end.expect("message")[1].kind == "answer"
 
 
+def test_what_comes_with_the_token_is_a_message_too(first: End, address: Address) -> None:
+    """However large: it is looked at when the token has been seen."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect("\0" + address.name)
+        hello = Message("hello", {"token": address.token, "rank": 5}).encode()
+        sock.sendall(hello + Message("large", {}, (bytes(10_000),)).encode())
+        assert first.expect("accepted")[1] == 5
+        assert first.expect("message")[1].data == (bytes(10_000),)
+
+
 def test_sending_never_waits_for_a_reader(first: End, address: Address) -> None:
     """What a stopped rank does not read is kept here, and is there when it reads on."""
     line = connect(address, 1)  # nobody serves it
