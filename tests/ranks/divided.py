@@ -6,6 +6,7 @@ from its position and the number of optimizer steps: so the test knows every byt
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -201,6 +202,17 @@ class Rank:
             return f"{name} {time.monotonic() - begun:.2f} {type(error).__name__}: {error}"
         return f"COMMITTED {sorted(info.files)}"
 
+    def state(self, step: int) -> str:
+        return self.handles[step].state.name
+
+    def fork(self) -> str:
+        """Fork a child behind Python's back, as libraries do: it keeps every descriptor, and lives for some seconds."""
+        libc = ctypes.CDLL(None)
+        if libc.fork() == 0:
+            libc.sleep(15)
+            libc._exit(0)
+        return "forked"
+
     def statistics(self) -> str:
         return json.dumps(self.checkpointer.statistics())
 
@@ -290,6 +302,8 @@ def run(
     talk.say("READY")
     while message := talk.listen():
         method, arguments = json.loads(message)
+        if method == "leave":
+            return  # the interpreter exits, and nobody has closed the checkpointer
         talk.say(f"ANSWER {getattr(self, method)(*arguments)}")
 
 

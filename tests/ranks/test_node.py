@@ -227,6 +227,7 @@ def test_a_stopped_rank_does_not_tear_the_next_save(nursery: Nursery, root: Path
         assert all(answer.startswith("COMMITTED") for answer in ranks.save(1))
         ranks.ask(2, "stop_in_late_copy")
         ranks.all("save", 2)
+        assert ranks.all("state", 2, ranks=[0, 1, 3]) == ["STAGING"] * 3, "not all ranks have copied"
         results = [ranks.ask(rank, "result", 2) for rank in (0, 1, 3)]
         assert all("rank 2 has not been heard of" in answer for answer in results), results
         ranks.ranks[2].kill(signal.SIGCONT)
@@ -243,3 +244,98 @@ def test_a_stopped_rank_does_not_tear_the_next_save(nursery: Nursery, root: Path
         assert (wrong != []) == planted, wrong
         assert json.loads(ranks.ask(0, "statistics"))["arenas_free"] == 1
         ranks.all("close")
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["alone", "with a forked child"])
+def test_a_rank_that_dies_in_the_middle_of_its_copy(nursery: Nursery, root: Path, forked: bool) -> None:
+    """The others are told within a second, also when a child of it has its connection; the arena is free again at once, and what
+    they save later is refused with the reason, without a wait."""
+    with job(nursery, root) as ranks:
+        assert all(answer.startswith("COMMITTED") for answer in ranks.save(1))
+        if forked:
+            ranks.ask(2, "fork")
+        ranks.ask(2, "die_in_copy")
+        for rank in range(WORLD):
+            ranks.tell(rank, "save", 2)
+        called = [ranks.answer(rank) for rank in (0, 1, 3)]
+        assert all(answer.startswith("called") for answer in called), called
+        assert ranks.ranks[2].wait() == -signal.SIGKILL
+        for rank in (0, 1, 3):
+            answer = ranks.ask(rank, "result", 2)
+            assert answer.startswith("FAILED"), answer
+            assert float(answer.split()[1]) < 1.0, answer
+            assert "rank 2" in answer
+        assert json.loads(ranks.ask(0, "statistics"))["arenas_free"] == 1
+        assert "rank 2 has ended" in ranks.ask(0, "save", 3)
+        ranks.all("close", ranks=[0, 1, 3])
+    assert steps_of(root) == [1]
+
+
+def test_the_first_rank_dies(nursery: Nursery, root: Path) -> None:
+    """The others are told within a second, in the call and on the handle."""
+    with job(nursery, root) as ranks:
+        assert all(answer.startswith("COMMITTED") for answer in ranks.save(1))
+        ranks.ask(0, "die_in_copy")
+        for rank in range(WORLD):
+            ranks.tell(rank, "save", 2)
+        answers = [ranks.answer(rank) for rank in (1, 2, 3)]
+        ended = [
+            ranks.ask(rank, "result", 2) if answer.startswith("called") else answer
+            for rank, answer in zip((1, 2, 3), answers, strict=True)
+        ]
+        assert all("rank 0, which writes," in answer for answer in ended), ended
+        assert all(float(answer.split()[1]) < 1.0 for answer in (*answers, *ended)), ended
+
+
+@pytest.mark.parametrize(
+    ("when_busy", "told"), [("skip", "SKIPPED"), ("error", "CheckpointerBusy"), ("wait", "called")]
+)
+def test_all_ranks_wait_skip_or_raise_together(nursery: Nursery, root: Path, when_busy: str, told: str) -> None:
+    """While the writer, which is stopped, has the only arena."""
+    with job(nursery, root, when_busy=when_busy, patience={}) as ranks:
+        assert all(answer.startswith("COMMITTED") for answer in ranks.save(1))
+        writer = int(ranks.ask(0, "writer"))
+        os.kill(writer, signal.SIGSTOP)
+        assert all(answer.startswith("called") for answer in ranks.all("save", 2))
+        for rank in range(WORLD):
+            ranks.tell(rank, "save", 3)
+        if when_busy == "wait":
+            before = [len(rank.messages) for rank in ranks.ranks]
+            for rank in ranks.ranks:
+                rank.listen(0.1)
+            assert [len(rank.messages) for rank in ranks.ranks] == before, "the calls wait"
+            os.kill(writer, signal.SIGCONT)
+        answers = [ranks.answer(rank) for rank in range(WORLD)]
+        if when_busy == "skip":
+            assert ranks.all("state", 3) == [told] * WORLD
+        else:
+            assert all(answer.startswith(told) for answer in answers), answers
+        os.kill(writer, signal.SIGCONT)
+        for step in (2, 3) if when_busy == "wait" else (2,):
+            assert all(answer.startswith("COMMITTED") for answer in ranks.all("result", step))
+        assert all(answer.startswith("COMMITTED") for answer in ranks.save(4))
+        counts = [json.loads(answer) for answer in ranks.all("statistics")]
+        assert [count["skipped"] for count in counts] == [int(when_busy != "wait")] * WORLD
+        ranks.all("close")
+
+
+def test_a_state_that_does_not_fit_is_refused_on_all_ranks(nursery: Nursery, root: Path) -> None:
+    with job(nursery, root, world_size=2, rows=60_000, max_host_bytes=16 << 20) as ranks:
+        answers = ranks.all("save", 1)
+        assert all(answer.startswith(("StageError", "RaisedElsewhere")) for answer in answers), answers
+        assert all("raise max_host_bytes" in answer for answer in answers), answers
+        assert steps_of(root) == []
+        ranks.all("close")
+
+
+def test_interpreters_that_exit_finish_their_saves(nursery: Nursery, root: Path) -> None:
+    """Nobody closes a checkpointer: the exit of each rank waits until its save has ended everywhere."""
+    with job(nursery, root, rows=1001) as ranks:
+        ranks.all("step")
+        for step in (1, 2):
+            assert all(answer.startswith("called") for answer in ranks.all("save", step))
+        for rank in (3, 0, 1, 2):
+            ranks.tell(rank, "leave")
+        assert [rank.wait() for rank in ranks.ranks] == [0] * WORLD, [str(rank) for rank in ranks.ranks]
+    assert steps_of(root) == [1, 2]
+    assert differing(root / "checkpoint-2", WORLD, 1001, 1) == []

@@ -77,7 +77,10 @@ class ShardedFollower:
                 outcome.heard(SaveState.SKIPPED, None, skipped.why)
                 return handle
             except BaseException as error:
-                self._ledger.withdrawn(handle)
+                if isinstance(error, CheckpointerBusy):
+                    self._ledger.skipped(handle)
+                else:
+                    self._ledger.withdrawn(handle)
                 if call.refusal is not None:
                     self._ledger.raise_unread()  # the first rank may have raised an earlier failure, as this rank must
                 if not self._may_return(error):
