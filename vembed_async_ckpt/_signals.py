@@ -20,6 +20,7 @@ from typing import Any
 SLICE = 0.05  # while a call waits, it looks for held-back signals every so many seconds
 
 _NUMBERS = sorted(_signal.valid_signals())
+_main = threading.main_thread().ident
 
 # The main thread alone touches all of these.
 _depth = 0  # number of nested calls that hold signals back
@@ -42,7 +43,7 @@ class held(ContextDecorator):
 
     def __enter__(self) -> None:
         global _depth
-        if threading.get_ident() != threading.main_thread().ident:
+        if threading.get_ident() != _main:
             return
         if not _depth:
             _stand_in()
@@ -76,7 +77,7 @@ def deliver() -> None:
     may.
     """
     global _depth, _raised
-    if not _pending or threading.get_ident() != threading.main_thread().ident:
+    if not _pending or threading.get_ident() != _main:
         return
     depth, _depth = _depth, 0
     try:
@@ -124,12 +125,15 @@ class _StandIn:
         return hash(self.handler)
 
 
+# not a Python handler, the default or ignored, replaced already
+_NO_HANDLERS = (type(None), int, _StandIn)
+
+
 def _stand_in() -> None:
     """Replace every handler that is a Python function by a stand-in."""
-    for signum in _NUMBERS:
-        handler = _signal.getsignal(signum)
-        if handler is None or type(handler) in (int, _StandIn):
-            continue  # not a Python handler, the default, ignored, or replaced already
+    for signum, handler in zip(_NUMBERS, map(_signal.getsignal, _NUMBERS), strict=True):
+        if type(handler) in _NO_HANDLERS:
+            continue
         known = _stand_ins.get(signum)
         if known is None or known.handler is not handler:
             known = _stand_ins[signum] = _StandIn(handler)
@@ -164,8 +168,8 @@ def _run_handlers() -> None:
 
 def _forget() -> None:
     """In a forked child: drop the signals that were held back in the parent."""
-    global _depth
-    _depth = 0
+    global _depth, _main
+    _depth, _main = 0, threading.main_thread().ident
     _pending.clear()
 
 

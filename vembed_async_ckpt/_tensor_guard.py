@@ -1,9 +1,10 @@
-"""Checks with one call whether many tensors look as they did, instead of with a loop for each property."""
+"""Checks whether many tensors look as they did, with one call if torch has it, else with a loop for each property."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,24 +13,52 @@ import torch
 class TensorGuard:
     """Records how tensors look, to check later tensors against it. Keeps none of the tensors.
 
-    It records type, dtype, device, shape and strides of each tensor, whether it is a conjugate, negative or inference
-    tensor, and whether it requires gradients.
+    The look of a tensor is its type, dtype, device, shape and strides, and whether it is a conjugate, negative or
+    inference tensor.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._count = len(tensors)
-        self._check = _make(tensors) if tensors else None
+        self._looks = _looks(tensors)
+        self._check = _make(tensors)
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return True if each tensor looks like the recorded one in its place.
+        """Return whether there are as many tensors, and each looks like the recorded one in its place."""
+        if len(tensors) != self._count:
+            return False
+        if self._check is not None and self._check(*tensors):
+            return True
+        if _looks(tensors) != self._looks:
+            return False
+        # torch's guard also compares what is no part of a look, such as `requires_grad`.
+        self._check = _make(tensors)
+        return True
 
-        False may also mean that this cannot tell, for example under autocast. Then compare the tensors themselves.
-        """
-        return self._check is not None and len(tensors) == self._count and bool(self._check(*tensors))
+
+_PROPERTIES = (
+    type,
+    attrgetter("dtype"),
+    attrgetter("device"),
+    torch.Tensor.size,
+    torch.Tensor.is_conj,
+    torch.Tensor.is_neg,
+    torch.Tensor.is_inference,
+)
+
+
+def _looks(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
+    return [*(list(map(look, tensors)) for look in _PROPERTIES), _strides(tensors)]
+
+
+def _strides(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    try:
+        return list(map(torch.Tensor.stride, tensors))
+    except RuntimeError:  # some have none: they are sparse or nested
+        return [tensor.stride() if tensor.layout is torch.strided else None for tensor in tensors]
 
 
 def _make(tensors: Sequence[torch.Tensor]) -> Any:
-    if _GUARDS is None:
+    if _GUARDS is None or not tensors:
         return None
     try:
         return _GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
@@ -56,7 +85,7 @@ def _working_guards() -> Any:
                 torch.nn.Parameter(known),
             ]
             check = make(known, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-            if check(known.clone()) is True and not any(map(check, others)):
+            if check(known.clone()) is True and not any(check(other) for other in others):
                 return make
     except Exception:
         pass  # another version of torch

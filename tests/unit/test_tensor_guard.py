@@ -24,37 +24,6 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("place", [0, 7, 15])
-def test_a_tensor_that_looks_otherwise_is_noticed(change: str, place: int) -> None:
-    """Whichever it is. Other values are no difference."""
-    tensors = [torch.ones(4, 4, dtype=torch.complex64) for _ in range(16)]
-    guard = TensorGuard(tensors)
-    assert guard.holds([tensor.clone() for tensor in tensors])
-    tensors[place] = CHANGES[change](tensors[place])
-    assert not guard.holds(tensors)
-    assert not guard.holds(tensors[:-1])
-
-
-def test_an_inference_tensor_is_noticed() -> None:
-    """It has no version: nothing would tell that it was changed."""
-    guard = TensorGuard([torch.ones(3)])
-    with torch.inference_mode():
-        other = torch.ones(3)
-    assert not guard.holds([other])
-
-
-def test_a_guard_holds_no_tensor() -> None:
-    import weakref
-
-    tensor = torch.ones(3)
-    gone = weakref.ref(tensor)
-    guard = TensorGuard([tensor])
-    del tensor
-    assert gone() is None
-    assert guard.holds([torch.zeros(3)])
-
-
 @pytest.fixture(params=["guards of torch", "loops"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With torch's private guards, and as with a version of torch that has none."""
@@ -63,6 +32,58 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     else:
         assert guards._GUARDS is not None, "this torch has no working TensorGuards: every save takes the loops"
     return str(request.param)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("place", [0, 7, 15])
+def test_a_tensor_that_looks_otherwise_is_noticed(way: str, change: str, place: int) -> None:
+    """Whichever it is. Other values are no difference, nor is whether gradients are required."""
+    tensors = [torch.ones(4, 4, dtype=torch.complex64) for _ in range(16)]
+    guard = TensorGuard(tensors)
+    assert guard.holds([tensor.clone() for tensor in tensors])
+    tensors[place] = CHANGES[change](tensors[place])
+    assert not guard.holds(tensors)
+    assert not guard.holds(tensors[:-1])
+    assert not guard.holds([])
+
+
+def test_what_is_no_part_of_a_look(way: str) -> None:
+    """Whether gradients are required, and modes in which torch's guard says no to anything."""
+    tensors = [torch.ones(4) for _ in range(3)]
+    guard = TensorGuard(tensors)
+    tensors[1].requires_grad_()
+    for _ in range(2):
+        assert guard.holds(tensors)
+    with torch.autocast("cpu"):
+        assert guard.holds(tensors)
+    assert guard.holds(tensors)
+    assert not guard.holds([*tensors[:2], torch.ones(5)])
+
+
+def test_tensors_without_strides(way: str) -> None:
+    dense, sparse = torch.eye(3), torch.eye(3).to_sparse()
+    guard = TensorGuard([dense, sparse])
+    assert guard.holds([dense, sparse])
+    assert not guard.holds([sparse, dense])
+
+
+def test_an_inference_tensor_is_noticed(way: str) -> None:
+    """It has no version: nothing would tell that it was changed."""
+    guard = TensorGuard([torch.ones(3)])
+    with torch.inference_mode():
+        other = torch.ones(3)
+    assert not guard.holds([other])
+
+
+def test_a_guard_holds_no_tensor(way: str) -> None:
+    import weakref
+
+    tensor = torch.ones(3)
+    gone = weakref.ref(tensor)
+    guard = TensorGuard([tensor])
+    del tensor
+    assert gone() is None
+    assert guard.holds([torch.zeros(3)])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, lambda: torch.autocast("cpu"), torch.inference_mode], ids=str)

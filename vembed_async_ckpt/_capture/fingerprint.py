@@ -22,7 +22,6 @@ class Fingerprint:
         self,
         module: torch.nn.Module,
         watched: Sequence[torch.Tensor],
-        divided: Sequence[torch.Tensor],
         empty: Sequence[torch.Tensor],
         left_out: Sequence[torch.Tensor],
         ties: Sequence[tuple[torch.Tensor, torch.Tensor]],
@@ -30,7 +29,6 @@ class Fingerprint:
         """Record the module.
 
         `watched`: the tensors that are stored.
-        `divided`: those of them that are stored in parts.
         `empty`: tensors without elements.
         `left_out`: frozen parameters that are not stored.
         `ties`: pairs of tensors that share memory.
@@ -50,11 +48,7 @@ class Fingerprint:
         self._sets = [names for names in sets if names]
         self._copies = [set(names) for names in self._sets]
         self._watched = list(watched)
-        self._guard = TensorGuard(self._watched)
-        self._shapes = [tensor.shape for tensor in watched]
-        self._dtypes = [tensor.dtype for tensor in watched]
-        self._divided = list(divided)
-        self._strides = [tensor.stride() for tensor in divided]
+        self.looks = TensorGuard(self._watched)
         self._empty = list(empty)
         self._left_out = list(left_out)
         self._one = [one for one, _ in ties]
@@ -63,28 +57,20 @@ class Fingerprint:
         self.stable = not _decides_anew(module) and self._settings.unchanged()
 
     def matches(self) -> bool:
-        """Return whether structure, identity, shape, dtype, ties and configuration are still as recorded."""
+        """Return whether structure, identity, looks, ties and configuration are still as recorded."""
         return (
             all(map(is_, map(dict.get, self._holders, self._keys), self._values))
             and not any(self._vacant)
             and list(map(len, self._filled)) == self._counts
             and self._sets == self._copies
-            and (self._guard.holds(self._watched) or self._look_as_learned())
+            and self.looks.holds(self._watched)
             and not any(map(torch.Tensor.numel, self._empty))
             and not any(map(_REQUIRES_GRAD, self._left_out))
             and list(map(torch.Tensor.data_ptr, self._one)) == list(map(torch.Tensor.data_ptr, self._other))
             and self._settings.unchanged()
         )
 
-    def _look_as_learned(self) -> bool:
-        return (
-            list(map(torch.Tensor.size, self._watched)) == self._shapes
-            and list(map(_DTYPE, self._watched)) == self._dtypes
-            and list(map(torch.Tensor.stride, self._divided)) == self._strides
-        )
 
-
-_DTYPE = attrgetter("dtype")
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from .._format import names
 from .._format.plan import BytesContent, Content
+from .._tensor_guard import TensorGuard
 from ..errors import CheckpointError, PlanError
 from .fingerprint import Fingerprint
 from .interception import INTERCEPTOR, Captured, Files
@@ -52,7 +53,9 @@ class ModelState:
     `labels`: the name of each tensor in errors.
     `owners`: the parameter or buffer of each tensor; None if the tensor was computed for this save.
     `volatile`: ids of owners that the forward pass changes.
-    `names`: what the manifest records so that `load` finds the place of each tensor.
+    `names`: what the manifest records so that `load` finds the place of each tensor. It is the same object as long as
+        the structure of the model is the same.
+    `looks`: the same object as long as each of the tensors and owners looks the same.
     `files`: (name, bytes) of files that hold values as they are now.
     """
 
@@ -62,6 +65,7 @@ class ModelState:
     owners: Sequence[torch.Tensor | None]
     volatile: frozenset[int]
     names: Mapping[str, Any]
+    looks: TensorGuard
     files: Sequence[tuple[str, bytes]] = ()
 
 
@@ -136,6 +140,7 @@ class ModelReader:
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._wrapped: weakref.ref[torch.nn.Module] | None = None
         self._learned: _Learned | None = None
+        self._looks = TensorGuard([])  # of a model that is learned anew for each save
 
     def read(self, model: Any) -> ModelState:
         """Return the model as it is now. Raises `PlanError` naming the tensor that cannot be saved."""
@@ -156,8 +161,18 @@ class ModelReader:
                 tensors[place] = whole.as_strided(size, stride, start + offset)
         if learned.fingerprint is None:
             learned.tensors = []
+            looked_at = [*tensors, *(owner for owner in learned.owners if owner is not None)]
+            if not self._looks.holds(looked_at):
+                self._looks = TensorGuard(looked_at)
         return ModelState(
-            learned.contents, tensors, learned.labels, learned.owners, learned.volatile, learned.names, files
+            contents=learned.contents,
+            tensors=tensors,
+            labels=learned.labels,
+            owners=learned.owners,
+            volatile=learned.volatile,
+            names=learned.names,
+            looks=self._looks if learned.fingerprint is None else learned.fingerprint.looks,
+            files=files,
         )
 
     def _learn(self, module: torch.nn.Module, model: torch.nn.Module, before: _Learned | None) -> _Learned:
@@ -214,7 +229,6 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
     fingerprint = Fingerprint(
         module,
         watched=list({id(owner): owner for owner in book.owners if owner is not None}.values()),
-        divided=book.divided,
         empty=[item.tensor for item in live if not item.tensor.numel()],
         left_out=[item.tensor for item in left_out if isinstance(item.tensor, torch.nn.Parameter)],
         ties=ties,

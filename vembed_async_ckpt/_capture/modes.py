@@ -34,10 +34,24 @@ def neutral() -> Iterator[None]:
         stack.callback(_push, functions)
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-        for device in ("cpu", "cuda"):
+        for device in _AUTOCAST:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+_AUTOCAST = ("cpu", "cuda")
+_NOTHING = contextlib.nullcontext()
+
+
+def _some_mode_is_on() -> bool:
+    """Return whether `neutral` would change anything."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.is_inference_mode_enabled()
+        or any(map(torch.is_autocast_enabled, _AUTOCAST))
+    )
 
 
 def _push(functions: list[Any]) -> None:
@@ -49,7 +63,7 @@ def in_neutral_modes(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Decorate a function to run in `neutral()` modes. Inside a torch.compile region the call is not traced."""
 
     def neutrally(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with _signals.held(), neutral():
+        with _signals.held(), neutral() if _some_mode_is_on() else _NOTHING:
             return function(*args, **kwargs)
 
     @functools.cache

@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from .._tensor_guard import TensorGuard
 from ..errors import PlanError
 from . import memory_format, optimizer_pickle, tree
 from .dtypes import FROM_TORCH, check_storage
-from .optimizer_layout import Numbers, PlainState, direct_key, has_torchs_layout, is_direct
+from .optimizer_layout import Numbers, Parts, PlainState, direct_key, has_torchs_layout, is_direct
 from .optimizer_pickle import Kind
 from .parameters import Described, Names, Parameter, groups_of
 from .tree import Ref
@@ -45,6 +44,7 @@ class OptimizerState:
     `arrays`: copies of the numpy arrays. The pickle contains them by value.
     `state_pickle`: the pickle of the "state" part, or None if that part must be pickled for every save.
     `rough_size`: an upper bound for `rest()`, in bytes of JSON.
+    `looks`: the same object as long as keys and looks of the tensors are the same.
     """
 
     content: ZipContent
@@ -59,6 +59,7 @@ class OptimizerState:
     arrays: Mapping[str, torch.Tensor]
     state_pickle: bytes | None
     rough_size: int
+    looks: TensorGuard
 
     @property
     def owners(self) -> list[Any]:
@@ -139,7 +140,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 _GROUP = "group."
 _NO_NAMES = Names()
-_DTYPE = attrgetter("dtype")
 
 
 def unwrap(optimizer: Any) -> Any:
@@ -172,18 +172,13 @@ def call_state_dict(what: str, owner: Any, ask: Callable[[Any], Any] = lambda ow
         ) from error
 
 
-def _looks(tensors: Sequence[torch.Tensor]) -> Any:
-    return [list(map(look, tensors)) for look in (_DTYPE, torch.Tensor.size, torch.Tensor.stride)]
-
-
 class OptimizerReader:
     """Reads one optimizer repeatedly. It keeps only names, shapes and the pickle that describes them."""
 
     def __init__(self, file: str) -> None:
         self._file = file
         self._layout: Any = None
-        self._looks: Any = None
-        self._guard = TensorGuard([])
+        self._looks = TensorGuard([])
         self._content: ZipContent | None = None
         self._keys: list[str] = []
         self._labels: list[str] = []
@@ -202,7 +197,7 @@ class OptimizerReader:
         inner = unwrap(optimizer)
         if not callable(getattr(inner, "state_dict", None)):
             raise PlanError(f"optimizer: a {kind_of(inner)} has no state_dict()")
-        state = call_state_dict("optimizer", inner, self._numbers.state_dict)
+        state = call_state_dict("optimizer", inner, self._numbers.read)
         return self._read(inner, state, self._described.read(inner, names))
 
     def _read(self, inner: Any, state: Any, parameters: list[list[Parameter]] | None) -> OptimizerState:
@@ -213,14 +208,15 @@ class OptimizerReader:
             keys.append(key)
             tensors.append(tensor)
 
-        plain = self._plain_state(state, tensors)
+        parts = state if isinstance(state, Parts) else Parts.of(state)
+        plain = None if parts is None else self._plain_state(parts, tensors)
         put = tree.sharing(append)
-        if plain is None:
-            captured = self._capture(state, put)
+        if parts is None or plain is None:
+            captured = self._capture(state.state_dict() if isinstance(state, Parts) else state, put)
             small = [captured]
         else:
             keys += plain.keys
-            groups = _capture_groups(state["param_groups"], put)
+            groups = _capture_groups(parts.groups, put)
             captured, small = {"state": plain.refs, "param_groups": groups}, [groups]
         self._plain = plain
         beside = len(keys) if plain is None else len(keys) - len(plain.keys)  # number of tensors and arrays in `small`
@@ -228,10 +224,9 @@ class OptimizerReader:
         # When the pickled values have grown to twice their size, the file gets more room for them.
         rough_size = tree.rough_size(small) + (0 if plain is None else 24 * len(plain.indices))
         layout = (rough_size.bit_length(), keys)
-        if self._content is None or layout != self._layout or not self._look_as_learned(tensors):
+        if self._content is None or layout != self._layout or not self._looks.holds(tensors):
             self._learn(keys, tensors, captured, arrays)
-            self._layout = layout
-            self._looks, self._guard = _looks(tensors), TensorGuard(tensors)
+            self._layout, self._looks = layout, TensorGuard(tensors)
         assert self._content is not None
         for place, order in self._orders:
             tensors[place] = tensors[place].permute(order)
@@ -251,13 +246,11 @@ class OptimizerReader:
             arrays=arrays,
             state_pickle=None if plain is None else plain.pickled,
             rough_size=rough_size,
+            looks=self._looks,
         )
 
-    def _look_as_learned(self, tensors: Sequence[torch.Tensor]) -> bool:
-        return self._guard.holds(tensors) or _looks(tensors) == self._looks
-
-    def _plain_state(self, state: Any, tensors: list[torch.Tensor]) -> PlainState | None:
-        return PlainState.of(state, self._plain, tensors)
+    def _plain_state(self, parts: Parts, tensors: list[torch.Tensor]) -> PlainState | None:
+        return PlainState.of(parts, self._plain, tensors)
 
     def _capture(self, state: Any, put: tree.Put) -> Any:
         if not has_torchs_layout(state):
@@ -308,7 +301,7 @@ class RegisteredReader(OptimizerReader):
         """Return the object as it is now. None of it is copied late. Raises `PlanError` naming what cannot be saved."""
         return self._read(None, registered.state_dict(), None)
 
-    def _plain_state(self, state: Any, tensors: list[torch.Tensor]) -> None:
+    def _plain_state(self, parts: Parts, tensors: list[torch.Tensor]) -> None:
         return None
 
     def _capture(self, state: Any, put: tree.Put) -> Any:

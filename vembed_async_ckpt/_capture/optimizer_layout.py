@@ -5,6 +5,7 @@ Values that contain only names are made once and reused for every save.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -35,6 +36,30 @@ def has_torchs_layout(state: Any) -> bool:
     return isinstance(state, dict) and isinstance(state.get("state"), dict) and has_groups(state)
 
 
+@dataclass
+class Parts:
+    """A state_dict of torch's layout that has nothing but the two parts.
+
+    `indices`, `entries`: keys and values of its "state".
+    `groups`: its "param_groups".
+    """
+
+    indices: Sequence[Any]
+    entries: list[Any]
+    groups: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, state: Any) -> Parts | None:
+        """Return the parts of a state_dict, or None if it has another layout."""
+        if not has_torchs_layout(state) or len(state) != 2 or type(state["state"]) is not dict:
+            return None
+        entries = state["state"]
+        return cls(list(entries), list(entries.values()), state["param_groups"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": dict(zip(self.indices, self.entries, strict=True)), "param_groups": self.groups}
+
+
 class Numbers:
     """The numbers of an optimizer's parameters in its state_dict.
 
@@ -47,16 +72,16 @@ class Numbers:
         self._of_groups: list[list[int]] = []  # numbers
         self._of_keys: list[Any] = []
 
-    def state_dict(self, inner: Any) -> Any:
-        """Return `inner.state_dict()`.
+    def read(self, inner: Any) -> Parts | Any:
+        """Return the state_dict of `inner`; as `Parts` if it is made by torch's own `state_dict()`.
 
-        If the numbers are known, build the same result without looking at every parameter.
+        If the numbers are known, the parts are made without looking at every parameter.
         """
         if not _packs_as_torch(inner):
             return inner.state_dict()
         grouped = [list(map(id, group["params"])) for group in inner.param_groups]
         keys = list(map(id, inner.state))
-        if (grouped, keys) != (self._grouped, self._keys):
+        if keys != self._keys or grouped != self._grouped:
             state = inner.state_dict()
             self._grouped = []  # after an interruption the numbers count as unknown
             self._of_groups = [group["params"] for group in state["param_groups"]]
@@ -64,28 +89,27 @@ class Numbers:
             self._keys = keys
             if len(self._of_keys) == len(keys):  # every parameter has its own key
                 self._grouped = grouped
-            return state
-        return {
-            "state": dict(zip(self._of_keys, inner.state.values(), strict=True)),
-            "param_groups": [
-                {key: value for key, value in group.items() if key != "params"} | {"params": numbers}
-                for group, numbers in zip(inner.param_groups, self._of_groups, strict=True)
-            ],
-        }
+            return Parts.of(state) or state
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} | {"params": numbers}
+            for group, numbers in zip(inner.param_groups, self._of_groups, strict=True)
+        ]
+        return Parts(self._of_keys, list(inner.state.values()), groups)
 
 
 _TORCHS = torch.optim.Optimizer.state_dict
 
 
 def _packs_as_torch(optimizer: Any) -> bool:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return False
+    attributes = vars(optimizer)
     return (
-        isinstance(optimizer, torch.optim.Optimizer)
-        and type(optimizer).state_dict is _TORCHS
-        and "state_dict" not in vars(optimizer)
-        and not vars(optimizer).get(
-            "_optimizer_state_dict_pre_hooks", True
-        )  # absent if super().__init__ was not called
-        and not vars(optimizer).get("_optimizer_state_dict_post_hooks", True)
+        type(optimizer).state_dict is _TORCHS
+        and "state_dict" not in attributes
+        # absent if super().__init__ was not called
+        and not attributes.get("_optimizer_state_dict_pre_hooks", True)
+        and not attributes.get("_optimizer_state_dict_post_hooks", True)
     )
 
 
@@ -102,32 +126,38 @@ class PlainState:
     names: list[str]  # names of these tensors, parameter by parameter
     keys: list[str]
     refs: dict[int, dict[str, Ref]]
+    ids: list[int]  # of the tensors when they were last looked at: no two of them are equal
     pickled: bytes | None = None
 
     @classmethod
-    def of(cls, state: Any, known: PlainState | None, tensors: list[torch.Tensor]) -> PlainState | None:
-        """Return `known` if it still describes `state`, else a new one.
+    def of(cls, parts: Parts, known: PlainState | None, tensors: list[torch.Tensor]) -> PlainState | None:
+        """Return `known` if it still describes the parts, else a new one.
 
-        Append the tensors of `state` to `tensors`, in the order of `keys`.
+        Append the tensors to `tensors`, in the order of `keys`.
 
         Returns None and appends nothing if this state contains anything else.
         """
-        if not has_torchs_layout(state) or len(state) != 2:
+        entries = parts.entries
+        if not set(map(type, entries)) <= {dict}:
             return None
-        entries = state["state"]
-        if type(entries) is not dict or not set(map(type, entries.values())) <= {dict}:
-            return None
-        values = list(chain.from_iterable(map(dict.values, entries.values())))
+        values = list(chain.from_iterable(map(dict.values, entries)))
+        names, counts = list(chain.from_iterable(entries)), list(map(len, entries))
         if not all(issubclass(kind, torch.Tensor) for kind in set(map(type, values))):
             return None
-        if len(set(map(id, values))) != len(values):  # some of them share a tensor
+        ids = list(map(id, values))
+        if (known is None or ids != known.ids) and len(set(ids)) != len(ids):  # some of them share a tensor
             return None
-        indices, counts = list(entries), list(map(len, entries.values()))
-        names = list(chain.from_iterable(entries.values()))
-        if known is None or (known.indices, known.counts, known.names) != (indices, counts, names):
+        if known is None or (known.names, known.counts, known.indices) != (names, counts, parts.indices):
+            indices = list(parts.indices)
             if not set(map(type, indices)) <= {int} or not set(map(type, names)) <= {str}:
                 return None
-            refs = {index: {key: Ref(direct_key(index, key)) for key in entry} for index, entry in entries.items()}
-            known = cls(indices, counts, names, [ref.name for entry in refs.values() for ref in entry.values()], refs)
+            refs = {
+                index: {key: Ref(direct_key(index, key)) for key in entry}
+                for index, entry in zip(indices, entries, strict=True)
+            }
+            known = cls(
+                indices, counts, names, [ref.name for entry in refs.values() for ref in entry.values()], refs, ids
+            )
+        known.ids = ids
         tensors += values
         return known

@@ -7,12 +7,15 @@ each parameter by its name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
 import torch
 
+from .._tensor_guard import TensorGuard
 from . import memory_format
+from .model import ModelState
 from .tensor_map import live_tensors, shown
 from .wrappers import spellings, unwrapped_inside
 
@@ -23,25 +26,28 @@ class Names:
     """The names of the parameters in the models of a save. They are looked up again only after a model has changed."""
 
     def __init__(self) -> None:
-        self._models: list[tuple[str, torch.nn.Module]] = []
+        self._models: Sequence[tuple[str, torch.nn.Module]] = ()
         self._tokens: list[Any] = []
         self._names: dict[int, str] | None = {}
+        self._watched: frozenset[int] = frozenset()
         self.version = 0
 
-    def update(self, models: Sequence[tuple[str, torch.nn.Module]], tokens: Sequence[Any]) -> None:
-        """Set the models of this save, by name.
+    def update(self, models: Sequence[tuple[str, torch.nn.Module]], states: Sequence[ModelState]) -> None:
+        """Set the models of this save, by name, and their states.
 
-        `tokens`: one object per model. It must be the same object as long as the structure of the model is the same.
+        Afterwards `version` is another one if structure or looks of a model are.
         """
+        tokens: list[Any] = [token for state in states for token in (state.names, state.looks)]
         if len(tokens) != len(self._tokens) or not all(map(is_, tokens, self._tokens)):
-            self._tokens = list(tokens)
+            self._tokens = tokens
             self._names = None
+            self._watched = frozenset(id(owner) for state in states for owner in state.owners)
             self.version += 1
-        self._models = list(models)
+        self._models = models
 
     def forget_models(self) -> None:
         """Release the modules."""
-        self._models = []
+        self._models = ()
 
     def of(self, parameter: torch.Tensor) -> str | None:
         if self._names is None:
@@ -49,6 +55,10 @@ class Names:
             for name, found in names_of(self._models).items():
                 self._names.setdefault(id(found), name)
         return self._names.get(id(parameter))
+
+    def watches(self, parameter: torch.Tensor) -> bool:
+        """Return whether `version` also tells that this parameter looks the same."""
+        return id(parameter) in self._watched
 
 
 def names_of(models: Sequence[tuple[str, torch.nn.Module]]) -> dict[str, torch.nn.Parameter]:
@@ -100,6 +110,8 @@ class Described:
 
     def __init__(self) -> None:
         self._key: Any = None
+        self._unwatched: list[int] = []  # indices of the parameters whose looks `names.version` does not tell
+        self._looks = TensorGuard([])
         self._groups: list[list[Parameter]] = []
 
     def read(self, optimizer: Any, names: Names) -> list[list[Parameter]] | None:
@@ -107,15 +119,21 @@ class Described:
         groups = groups_of(optimizer)
         if groups is None:
             return None
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        sizes = [len(group["params"]) for group in groups]
-        shapes, strides = list(map(torch.Tensor.size, parameters)), list(map(torch.Tensor.stride, parameters))
-        key = (names.version, sizes, list(map(id, parameters)), shapes, strides)
-        if key != self._key:
-            described = iter([_describe(names.of(parameter), parameter) for parameter in parameters])
-            self._groups = [[next(described) for _ in range(size)] for size in sizes]
-            self._key = key
+        key = (names.version, [list(map(id, group["params"])) for group in groups])
+        if key != self._key or not self._looks.holds(self._those_unwatched(groups)):
+            described = [[_describe(names.of(each), each) for each in group["params"]] for group in groups]
+            if described != self._groups:
+                self._groups = described
+            parameters = chain.from_iterable(group["params"] for group in groups)
+            self._unwatched = [index for index, each in enumerate(parameters) if not names.watches(each)]
+            self._key, self._looks = key, TensorGuard(self._those_unwatched(groups))
         return self._groups
+
+    def _those_unwatched(self, groups: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+        if not self._unwatched:
+            return []
+        parameters = list(chain.from_iterable(group["params"] for group in groups))
+        return [parameters[index] for index in self._unwatched]
 
 
 def _describe(name: str | None, parameter: torch.Tensor) -> Parameter:

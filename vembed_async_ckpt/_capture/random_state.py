@@ -46,9 +46,10 @@ def _of_numpy(put: tree.Put) -> Any:
     state = np.random.get_state(legacy=False)
     if state["bit_generator"] != "MT19937":  # another one, set with `np.random.set_bit_generator`
         return tree.capture(state, "rng.numpy", put)
-    kind, keys, *rest = np.random.get_state()
-    put("rng.numpy", torch.from_numpy(keys))
-    return (kind, tree.Ref("rng.numpy", numpy=True), *rest)
+    put("rng.numpy", torch.from_numpy(state["state"]["key"]))
+    # the tuple that `np.random.get_state()` would return, which takes as long again
+    keys = tree.Ref("rng.numpy", numpy=True)
+    return (state["bit_generator"], keys, state["state"]["pos"], state["has_gauss"], state["gauss"])
 
 
 def of_devices(state: dict[str, Any]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class RequestReader:
         modules = [
             (name, unwrap_model(value)) for name, value in of_optimizers.items() if isinstance(value, torch.nn.Module)
         ]
-        self._names.update(modules, [(models or plain)[name].names for name, _ in modules])
+        self._names.update(modules, [(models or plain)[name] for name, _ in modules])
         optimizers = {
             name: self._read_optimizer(name, objects.dialect.optimizer(index), value)
             for index, (name, value) in enumerate(named("optimizer", objects.optimizer).items())

@@ -9,6 +9,7 @@ import torch
 
 from .._format import names
 from .._format.plan import TensorContent
+from .._tensor_guard import TensorGuard
 from .dtypes import spec
 from .model import ModelState
 
@@ -29,6 +30,7 @@ class MappingReader:
     def __init__(self, file: str = names.WEIGHTS) -> None:
         self._file = file
         self._content = TensorContent(file, ())
+        self._looks = TensorGuard([])
 
     def read(self, tensors: Mapping[str, torch.Tensor]) -> ModelState:
         """Return the tensors as they are now, in one file. Tied tensors are stored once, under their first name.
@@ -46,9 +48,12 @@ class MappingReader:
         content = TensorContent(self._file, tuple(specs[name] for name in stored), {"format": "pt"})
         if content != self._content:
             self._content = content
+        live = list(stored.values())
+        if not self._looks.holds(live):
+            self._looks = TensorGuard(live)
         return ModelState(
             contents=(self._content,),
-            tensors=list(stored.values()),
+            tensors=live,
             labels=[f"{self._file}: {name}" for name in stored],
             owners=[None] * len(stored),
             volatile=frozenset(),
@@ -61,6 +66,7 @@ class MappingReader:
                 "by_name": True,
                 "left_out": [],
             },
+            looks=self._looks,
         )
 
 

@@ -34,8 +34,9 @@ class TrainingState:
         possible.
     `accelerator`: what else an accelerator knows (see `accelerator.state`).
     `classes`: class names of the schedulers and the scaler.
-    `tensors`: the tensors found in the values, by name. They are copied before `save()` returns and then released.
-    `copies`: copies of those tensors that pickles for other programs need later.
+    `tensors`: the tensors found in the values, by name. Those that are not in `copies` are copied before `save()`
+        returns. Then all are released.
+    `copies`: those of them that are copies already. Pickles for other programs need them later.
     `layout`: the layout of the file with the tensors.
     `scaler_numbers`: keys of the scaler's state that are tensors on a device now and numbers in the files.
     """
@@ -85,7 +86,8 @@ class TrainingState:
 
         `staged` are the tensors in host memory. They are filled by the time `render` is called.
         """
-        self.copies.update({name: staged[name] for name in (f"scaler.{key}" for key in self.scaler_numbers)})
+        for key in self.scaler_numbers:
+            self.copies[f"scaler.{key}"] = staged[f"scaler.{key}"]
 
     def _whole_scaler(self) -> Any:
         if not self.scaler_numbers:

@@ -13,7 +13,7 @@ import torch
 
 from .._capture.request import Request
 from .._memory.arena import Arena
-from .._memory.barrier import STEP_BARRIER, CopyPlan, pick
+from .._memory.barrier import STEP_BARRIER, CopyPlan
 from .._memory.devices import DeviceCopies, is_on_device
 from .._memory.host_copy import copy_blocking
 from .._memory.staging import DeferredCopy, Snapshot
@@ -57,16 +57,16 @@ class Copying:
         begun = time.perf_counter()
         tensors = request.tensors
         to = [*further[0], *targets.now]
-        sources = [*further[1], *pick(tensors, copy_plan.now)]
-        late = pick(tensors, copy_plan.late)
-        self._device = DeviceCopies.of([*sources, *late])
+        sources = [*further[1], *copy_plan.now.of(tensors)]
+        late = copy_plan.late.of(tensors)
+        self._device = DeviceCopies.of([*sources, *copy_plan.on_device.of(late)])
         if self._device is not None:
             arena.pin()
             to, sources = _issue(self._device, to, sources)
-        targets.small.fill(pick(tensors, copy_plan.small))
+        targets.small.fill(copy_plan.small.of(tensors))
         copy_blocking(to, sources)
         if late:
-            wrappers = pick(request.wrappers, copy_plan.late) if request.wrappers else ()
+            wrappers = copy_plan.late.of(request.wrappers) if request.wrappers else ()
             self._snapshot = Snapshot(DeferredCopy(copy_plan, targets.late, late, wrappers), self._device)
             handle._copy_with_more_threads = self._snapshot.copy_with_more_threads
             STEP_BARRIER.add(self._snapshot)

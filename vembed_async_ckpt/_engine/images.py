@@ -12,9 +12,10 @@ from .._capture.training_state import TrainingState
 from .._format.plan import SavePlan, pages
 from .._format.safetensors import Layout
 from .._memory.arena import Arena
-from .._memory.barrier import CopyPlan, pick
+from .._memory.barrier import CopyPlan
 from .._memory.host_copy import SmallPlaces
 from .._memory.places import Destinations, Place
+from .._memory.staging import LatePlaces
 from .assembly import FixedJson
 
 
@@ -24,7 +25,7 @@ class Targets:
 
     small: SmallPlaces
     now: list[torch.Tensor]
-    late: list[torch.Tensor]
+    late: LatePlaces
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Image:
     def targets(self, copy_plan: CopyPlan) -> Targets:
         if self.divided is None or self.divided[0] is not copy_plan:
             tensors = self.destinations.tensors
-            small = SmallPlaces(pick(tensors, copy_plan.small))
-            self.divided = copy_plan, Targets(small, pick(tensors, copy_plan.now), pick(tensors, copy_plan.late))
+            late = LatePlaces(copy_plan, copy_plan.late.of(tensors))
+            self.divided = copy_plan, Targets(SmallPlaces(copy_plan.small.of(tensors)), copy_plan.now.of(tensors), late)
         return self.divided[1]
 
 

@@ -11,6 +11,7 @@ from .._format.plan import Content, SavePlan, TensorContent, ZipContent, plan
 from .._memory import devices
 from .._memory.barrier import STEP_BARRIER, CopyPlan, OverlapPolicy, all_now
 from .._memory.places import Place, place_of
+from .._tensor_guard import TensorGuard
 from ..events import Reporter
 from .options import Staging
 
@@ -25,6 +26,7 @@ class Planner:
     def __init__(self, staging: Staging, reporter: Reporter) -> None:
         self._reporter = reporter
         self._policy = OverlapPolicy()
+        self._of_regions = TensorGuard([])
         self._known: tuple[tuple[Content, ...], bytes, SavePlan, list[Place]] | None = None
         self.overlap = self.overlapped = staging == "overlap"
 
@@ -49,7 +51,8 @@ class Planner:
         # A signal handler may save in the middle of a step, and the step goes on afterwards.
         if not self.overlap or STEP_BARRIER.is_stepping():
             return all_now(len(request.tensors))
-        key = (*map(id, (*request.contents, *(state.optimizer for state in request.optimizers))), request.digest)
+        ids = list(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
+        key = (ids, request.digest, self._looks(request))
         stepped = [state for state in request.optimizers if state.optimizer is not None]
         return self._policy.divide(
             key,
@@ -60,6 +63,14 @@ class Planner:
             stepped,
             places if request.regions is not None else None,
         )
+
+    def _looks(self, request: Request) -> list[TensorGuard]:
+        """Return the same objects as long as all tensors look the same."""
+        if request.regions is None:
+            return [part.looks for part in request.parts]
+        if not self._of_regions.holds(request.tensors):
+            self._of_regions = TensorGuard(request.tensors)
+        return [self._of_regions]
 
 
 def places(plan: SavePlan, request: Request) -> list[Place]:

@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .._capture.request import Request
 from .._format.plan import SavePlan, pages
 from .._frozen import FrozenDict
 from .._memory.arena import Arena
 from .._memory.barrier import CopyPlan
 from .._memory.devices import any_on_device
+from .._memory.host_copy import copy_alone
 from .._memory.places import Place
 from .._shared.protocol import PROGRESS
 from ..errors import CheckpointError, CommitError, StageError, WriteError
@@ -109,6 +112,7 @@ class Save:
         self._stall = 0.0
         self._staging = 0.0
         self._copying = Copying()
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # small values of the call, and their places
         self._moving = threading.Lock()
         self._stage = Stage.CALLED  # guarded by _moving
 
@@ -129,9 +133,11 @@ class Save:
         """
         request, state = self._request, self._request.state
         image = lay_out(self.arena, self._plan, request, self._places)
-        training = image.training_targets(self.arena, state)
-        state.find_numbers(dict(zip(state.tensors, training, strict=True)))
-        further = training, list(state.tensors.values())
+        training = dict(zip(state.tensors, image.training_targets(self.arena, state), strict=True))
+        live = [name for name in training if name not in state.copies]
+        further = [training[name] for name in live], [state.tensors[name] for name in live]
+        self._copies = [(training[name], copy) for name, copy in state.copies.items()]
+        state.find_numbers(training)
         self._copying.begin(
             self.arena, image.targets(copy_plan), copy_plan, request, self.handle, further, blocking=blocking
         )
@@ -243,6 +249,8 @@ class Save:
 
     def _place(self, assembly: Assembly) -> tuple[int, int]:
         """Write the assembled files and the job into the arena. Return (offset, length) of the job."""
+        for place, copy in self._copies:
+            copy_alone([place], [copy])
         if assembly.end + len(assembly.job) > self.arena.size:
             raise StageError(
                 f"{self.handle.path}: needs {assembly.end + len(assembly.job) - self.arena.size} bytes more than its arena has"

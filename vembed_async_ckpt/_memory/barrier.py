@@ -9,31 +9,27 @@ but waits too late. Only the checks of `staging.DeferredCopy` detect that.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import compress
-from operator import attrgetter, is_, not_
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .. import _signals
 from .._tensor_guard import TensorGuard
+from .addresses import PROBE_BYTES, Tails
 from .captures import is_capturing
+from .chosen import Chosen
 from .devices import is_on_device
-from .host_copy import are_plain, is_small
+from .host_copy import is_small
 from .places import Place
-from .probe import PROBE_BYTES, TailProbe
-
-_DEVICE = attrgetter("device")
-_Value = TypeVar("_Value")
 
 
 class Pending(Protocol):
@@ -165,27 +161,22 @@ class CopyPlan:
     `now`: the other tensors that are copied before `save()` returns.
     `late`: tensors that may be copied later. The remaining fields describe these.
     `names`: the name of each late tensor.
-    `devices`: the device of each late tensor.
-    `on_device`: whether a device copies the late tensor.
-    `tails`: the probe of those late tensors that are in host memory. `staged_tails`: the probe of their places.
+    `in_host`, `on_device`: those late tensors that are in host memory, and those that a device copies. Given by index
+        among the late ones.
+    `shapes`: dtype, size and strides of each late tensor.
+    `looks`: of their `.data`.
+    `tails`: reads the last bytes of those in host memory.
     """
 
-    small: list[int]
-    now: list[int]
-    late: list[int]
+    small: Chosen
+    now: Chosen
+    late: Chosen
     names: list[str]
-    devices: list[torch.device]
-    on_device: list[bool]
-    tails: TailProbe
-    staged_tails: TailProbe
-
-    def host_part(self, values: Sequence[_Value]) -> Sequence[_Value]:
-        """Of `values`, one for each late tensor, return those of the tensors in host memory."""
-        return list(compress(values, map(not_, self.on_device))) if True in self.on_device else values
-
-    def device_part(self, values: Sequence[_Value]) -> list[_Value]:
-        """Of `values`, one for each late tensor, return those of the tensors that a device copies."""
-        return list(compress(values, self.on_device))
+    in_host: Chosen
+    on_device: Chosen
+    shapes: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]
+    looks: TensorGuard
+    tails: Tails
 
 
 class OverlapPolicy:
@@ -197,7 +188,6 @@ class OverlapPolicy:
     def __init__(self) -> None:
         self._key: Any = None
         self._copy_plan = all_now(0)
-        self._guard = TensorGuard([])
 
     def divide(
         self,
@@ -211,7 +201,8 @@ class OverlapPolicy:
     ) -> CopyPlan:
         """Divide the tensors of a save into those copied at once and those that may be copied late.
 
-        `key`: equal as long as names, owners, dtypes, shapes and their order are the same.
+        `key`: equal as long as names and owners of the tensors, their looks (see `TensorGuard`), their places and their
+            order are the same.
         `names`, `owners`: return the name of each tensor, and the parameter, buffer or optimizer to which it belongs.
         `volatile`: ids of the parameters that the forward pass changes.
         `saved`: the optimizers that are saved.
@@ -219,17 +210,16 @@ class OverlapPolicy:
 
         These are copied at once: small tensors, buffers, frozen parameters, copies that no optimizer steps (EMA),
         computed values, parameters in `volatile`, host tensors that are not contiguous, and those that go to rows of less
-        than 8 bytes. So is everything of an
-        optimizer that has not been recorded, or whose step a CUDA graph replays. So are the parameters of a wrapper
-        that has not been recorded itself, because it may change them before or after the step that it wraps. So are the
-        parameters of an optimizer with `train()` and `eval()`, which change them between its steps; such a
-        schedule-free optimizer must be saved between `eval()` and `train()`.
+        than 8 bytes. So is everything of an optimizer that has not been recorded, or whose step a CUDA graph replays. So
+        are the parameters of a wrapper that has not been recorded itself, because it may change them before or after the
+        step that it wraps. So are the parameters of an optimizer with `train()` and `eval()`, which change them between
+        its steps; such a schedule-free optimizer must be saved between `eval()` and `train()`.
         """
         seen = STEP_BARRIER.optimizers()
         groups = [group["params"] for optimizer in seen if not _switches(optimizer) for group in optimizer.param_groups]
-        unseen = [each.parameter_ids() for each in saved if not any(map(partial(is_, each.optimizer), seen))]
+        unseen = [each.parameter_ids() for each in saved if not any(other is each.optimizer for other in seen)]
         now = (key, STEP_BARRIER.generation, [list(map(id, parameters)) for parameters in groups], unseen)
-        if now != self._key or not self._still_divides(tensors):
+        if now != self._key:
             small = {n for n, tensor in enumerate(tensors) if is_small(tensor) and not is_on_device(tensor)}
             if places is not None:
                 small = {n for n in small if places[n].strides is None}
@@ -246,33 +236,18 @@ class OverlapPolicy:
                 and (places is None or places[n].row(tensors[n]) >= PROBE_BYTES)
             ]
             rest = sorted(set(range(len(tensors))) - small - set(late))
-            self._copy_plan = _copy_plan(sorted(small), rest, late, pick(names(), late), tensors, places)
-            self._key, self._guard = now, TensorGuard(tensors)
+            self._copy_plan = _copy_plan(sorted(small), rest, late, Chosen(late).of(names()), tensors)
+            self._key = now
         return self._copy_plan
-
-    def _still_divides(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether the copy plan is still valid for these tensors.
-
-        Their dtypes and shapes are the same as when it was made. This compares their devices, strides and flags.
-        """
-        if self._guard.holds(tensors):
-            return True
-        copy_plan = self._copy_plan
-        late = pick(tensors, copy_plan.late)
-        return (
-            are_plain(pick(tensors, copy_plan.small))
-            and list(map(_DEVICE, late)) == copy_plan.devices
-            and True not in map(torch.Tensor.is_inference, late)
-            and False not in map(torch.Tensor.is_contiguous, copy_plan.host_part(late))
-        )
 
 
 def _switches(optimizer: torch.optim.Optimizer) -> bool:
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
+@functools.lru_cache(maxsize=8)
 def all_now(count: int) -> CopyPlan:
-    """Return the plan in which no tensor is copied late."""
+    """Return the plan in which none of `count` tensors is copied late."""
     return _copy_plan([], list(range(count)), [], [], [])
 
 
@@ -282,29 +257,29 @@ def _copy_plan(
     late: list[int],
     names: list[str],
     tensors: Sequence[torch.Tensor],
-    places: Sequence[Place] | None = None,
 ) -> CopyPlan:
-    copied_late = pick(tensors, late)
-    on_device = list(map(is_on_device, copied_late))
-    in_host = [n for n, by_device in zip(late, on_device, strict=True) if not by_device]
-    tails = staged = TailProbe([tensors[n].nbytes for n in in_host])
-    if places is not None:
-        staged = TailProbe([places[n].end(tensors[n]) - places[n].start for n in in_host])
-    return CopyPlan(small, now, late, names, list(map(_DEVICE, copied_late)), on_device, tails, staged)
-
-
-def pick(values: Sequence[_Value], indices: Sequence[int]) -> list[_Value]:
-    """Return the values at these indices."""
-    return list(map(values.__getitem__, indices))
+    copied_late = [tensors[n].data for n in late]
+    in_host = Chosen([n for n, tensor in enumerate(copied_late) if not is_on_device(tensor)])
+    return CopyPlan(
+        small=Chosen(small),
+        now=Chosen(now),
+        late=Chosen(late),
+        names=names,
+        in_host=in_host,
+        on_device=Chosen([n for n, tensor in enumerate(copied_late) if is_on_device(tensor)]),
+        shapes=[(tensor.dtype, tensor.size(), tensor.stride()) for tensor in copied_late],
+        looks=TensorGuard(copied_late),
+        tails=Tails([tensor.nbytes for tensor in in_host.of(copied_late)]),
+    )
 
 
 def _can_be_late(tensor: torch.Tensor) -> bool:
     """Return whether the tensor may be copied late.
 
     A device copies any strides, and its tensors are not probed: they need only a version counter and at least one
-    element.
+    element. A conjugate or negative tensor is not what its memory says.
     """
-    if tensor.is_inference():
+    if tensor.is_inference() or tensor.is_conj() or tensor.is_neg():
         return False
     if tensor.is_cpu:
         return tensor.nbytes >= PROBE_BYTES and tensor.is_contiguous()

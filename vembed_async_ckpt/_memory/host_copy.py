@@ -6,13 +6,17 @@ import ctypes
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
 
 from ..errors import StageError
+from .addresses import FewBytes
+from .chosen import Chosen
 
 SMALL_BYTES = 4096  # up to this size, copying now costs no more than preparing a later copy
+FEW_BYTES = 64  # up to this size, copying single words costs no more than a call of memcpy
 GROUP_BYTES = 32 << 20  # per call of _foreach_copy_, which releases the GIL; few calls mean few waits for the GIL
 PIECE_BYTES = 16 << 20  # per call of memcpy, so that the threads end at about the same time
 MAX_THREADS = 8  # a few threads saturate the memory bus
@@ -29,9 +33,7 @@ _holding_gil = ctypes.PyDLL(None)
 _holding_gil.memcpy.argtypes = _libc.memcpy.argtypes
 _holding_gil.memcpy.restype = None
 
-_IS_CPU = attrgetter("is_cpu")
-
-Group = tuple[list[torch.Tensor], list[torch.Tensor]]  # destinations, sources
+_DTYPE = attrgetter("dtype")
 
 
 def is_small(tensor: torch.Tensor) -> bool:
@@ -39,79 +41,95 @@ def is_small(tensor: torch.Tensor) -> bool:
     return 0 < tensor.nbytes <= SMALL_BYTES and tensor.untyped_storage().data_ptr() != 0 and _is_plain(tensor, tensor)
 
 
-def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether tensors that were small may still be copied as bytes.
-
-    Their dtypes and shapes must be unchanged.
-    """
-    return (
-        False not in map(_IS_CPU, tensors)
-        and False not in map(torch.Tensor.is_contiguous, tensors)
-        and True not in map(torch.Tensor.is_conj, tensors)
-        and True not in map(torch.Tensor.is_neg, tensors)
-    )
+def no_memory(what: str) -> StageError:
+    return StageError(f"{what} has no memory: its storage was freed before the save")
 
 
-def addresses_of(tensors: Sequence[torch.Tensor], names: Sequence[str] = ()) -> list[int]:
+def addresses_of(tensors: Sequence[torch.Tensor]) -> list[int]:
     """Return the start address of each tensor. Raises `StageError` for a tensor with freed storage."""
     addresses = list(map(torch.Tensor.data_ptr, tensors))
     # If the storage is freed, the address of a part of it is just its offset, so 0 does not show it.
     if 0 in addresses or any(map(torch.Tensor.storage_offset, tensors)):
-        for n, tensor in enumerate(tensors):
+        for tensor in tensors:
             if not tensor.untyped_storage().data_ptr():
-                what = repr(names[n]) if names else f"a tensor of shape {tuple(tensor.shape)}"
-                raise StageError(f"{what} has no memory: its storage was freed before the save")
+                raise no_memory(f"a tensor of shape {tuple(tensor.shape)}")
     return addresses
 
 
 class SmallPlaces:
-    """The destinations of many small tensors. Each is filled by one memcpy, in a loop that runs in C."""
+    """The destinations of many small tensors.
+
+    Those of a few bytes are filled with one call, each of the others by one memcpy, in a loop that runs in C.
+    """
 
     def __init__(self, places: Sequence[torch.Tensor]) -> None:
-        self._addresses = list(map(torch.Tensor.data_ptr, places))
-        self._sizes = [place.nbytes for place in places]
+        addresses, sizes = list(map(torch.Tensor.data_ptr, places)), [place.nbytes for place in places]
+        self._few = Chosen([n for n, size in enumerate(sizes) if size <= FEW_BYTES])
+        self._more = Chosen([n for n, size in enumerate(sizes) if size > FEW_BYTES])
+        self._few_bytes = FewBytes(self._few.of(addresses), self._few.of(sizes))
+        self._addresses, self._sizes = self._more.of(addresses), self._more.of(sizes)
 
     def fill(self, sources: Sequence[torch.Tensor]) -> None:
-        """Copy `sources`. All of them must satisfy `are_plain`."""
-        deque(map(_holding_gil.memcpy, self._addresses, addresses_of(sources), self._sizes), maxlen=0)
+        """Copy `sources`. All of them must be small (see `is_small`)."""
+        addresses = addresses_of(sources)
+        self._few_bytes.fill(self._few.of(addresses))
+        deque(map(_holding_gil.memcpy, self._addresses, self._more.of(addresses), self._sizes), maxlen=0)
 
 
-def groups(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Iterator[Group]:
-    """Yield a copy in parts of a few milliseconds each.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A part of a copy: destinations and sources, and the tensors of the copy to which they belong."""
 
-    Large tensors are split, if both sides are contiguous or the copy goes to a part of a larger tensor. Small ones share a
-    group.
-    """
-    to: list[torch.Tensor] = []
-    of: list[torch.Tensor] = []
-    size = 0
-    for destination, source in zip(destinations, sources, strict=True):
-        if source.dtype in AS_BYTES:
-            source = source.view(torch.uint8)
-        for part, part_of in zip(*_pieces(destination, source), strict=True):
-            to.append(part)
-            of.append(part_of)
-            size += part.nbytes
-            if size >= GROUP_BYTES:
-                yield to, of
-                to, of, size = [], [], 0
-    if to:
-        yield to, of
+    to: list[torch.Tensor]
+    of: list[torch.Tensor]
+    tensors: slice
+
+
+class Groups:
+    """Divides a copy to fixed destinations into groups of a few milliseconds each."""
+
+    def __init__(self, destinations: Sequence[torch.Tensor]) -> None:
+        self._destinations = list(destinations)
+        self._together: list[slice] = []
+        first, size = 0, 0
+        for n, destination in enumerate(destinations):
+            if n > first and size + destination.nbytes > GROUP_BYTES:
+                self._together.append(slice(first, n))
+                first, size = n, 0
+            size += destination.nbytes
+        if destinations:
+            self._together.append(slice(first, len(destinations)))
+
+    def of(self, sources: Sequence[torch.Tensor]) -> Iterator[Group]:
+        """Yield the groups.
+
+        Small tensors share one. Each large one is split among several, if both sides are contiguous or the copy goes to a
+        part of a larger tensor.
+        """
+        for tensors in self._together:
+            to, of = self._destinations[tensors], list(sources[tensors])
+            if not AS_BYTES.isdisjoint(map(_DTYPE, of)):
+                of = [source.view(torch.uint8) if source.dtype in AS_BYTES else source for source in of]
+            if len(of) == 1 and to[0].nbytes > GROUP_BYTES:
+                for part, part_of in zip(*_pieces(to[0], of[0]), strict=True):
+                    yield Group([part], [part_of], tensors)
+            else:
+                yield Group(to, of, tensors)
 
 
 def _pieces(destination: torch.Tensor, source: torch.Tensor) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    if destination.nbytes > GROUP_BYTES and not destination.is_contiguous():
+    if not destination.is_contiguous():
         dim = max(range(destination.ndim), key=destination.shape.__getitem__)
         rows = max(1, destination.shape[dim] * GROUP_BYTES // destination.nbytes)
         return torch.split(destination, rows, dim), torch.split(source, rows, dim)
-    if destination.nbytes > GROUP_BYTES and source.is_contiguous():
+    if source.is_contiguous():
         count = GROUP_BYTES // destination.itemsize
         return torch.split(destination.view(-1), count), torch.split(source.view(-1), count)
     return (destination,), (source,)
 
 
 def copy_group(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Copy one of the `groups` without holding the GIL. Returns when every byte has arrived."""
+    """Copy the tensors of a `Group` without holding the GIL. Returns when every byte has arrived."""
     with torch.no_grad():
         torch._foreach_copy_(destinations, sources)
 
@@ -186,8 +204,8 @@ def _is_plain(to: torch.Tensor, source: torch.Tensor) -> bool:
 
 
 def _copy_serially(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    for group in groups(destinations, sources):
-        copy_group(*group)
+    for group in Groups(destinations).of(sources):
+        copy_group(group.to, group.of)
 
 
 def _copy_pieces(pieces: deque[tuple[int, int, int]]) -> None:

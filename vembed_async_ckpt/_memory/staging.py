@@ -1,7 +1,7 @@
 """Staging: copies a state to its place in an arena, either at once or while forward and backward run.
 
-A late copy holds `.data` aliases, made for each save and dropped when the copy is done. They keep the old memory alive
-when a parameter gets new storage. (`detach()` would do the same in twice the time.)
+A late copy holds the storages of its tensors until it is done. They keep the old memory alive when a parameter gets new
+storage.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
+from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from .. import _signals
 from ..errors import StageError
 from ..events import logger
+from .addresses import Tails
 from .barrier import STEP_BARRIER, CopyPlan
 from .captures import is_capturing
 from .devices import DeviceCopies
-from .host_copy import DEADLINE, MAX_THREADS, TOO_SLOW, Group, addresses_of, copy_alone, copy_group, groups
+from .host_copy import DEADLINE, MAX_THREADS, TOO_SLOW, Group, Groups, copy_alone, copy_group, no_memory
 from .profiling import recorded
 
 _DATA, _VERSION = attrgetter("data"), attrgetter("_version")
+_START: Callable[[Any], int] = torch.UntypedStorage.data_ptr
 
 
 class DeferredCopy:
@@ -38,57 +42,67 @@ class DeferredCopy:
     def __init__(
         self,
         copy_plan: CopyPlan,
-        destinations: Sequence[torch.Tensor],
+        places: LatePlaces,
         tensors: Sequence[torch.Tensor],
         wrappers: Sequence[torch.Tensor | None] = (),
     ) -> None:
-        """Make aliases of the late `tensors`, and record their versions, addresses and last bytes.
+        """Hold the storages of the late `tensors`, and record their versions, addresses and last bytes.
 
         `wrappers`: for each of them, another tensor that shows the same memory and has a version counter of its own, as
         a DTensor has.
+
+        Raises `StageError` for a tensor with freed storage.
         """
         self.names = copy_plan.names
         self._copy_plan = copy_plan
-        self._destinations = destinations
+        self._places = places
         self._tensors = tensors
-        self.aliases: list[torch.Tensor] = list(map(_DATA, tensors))
-        watched = [(name, wrapper) for name, wrapper in zip(self.names, wrappers, strict=False) if wrapper is not None]
-        self._wrapped = [name for name, _ in watched], [wrapper for _, wrapper in watched]
-        self._versions = list(map(_VERSION, tensors)), list(map(_VERSION, self._wrapped[1]))
-        self._addresses = addresses_of(self.aliases, self.names)
-        self._last_bytes = copy_plan.tails.read(copy_plan.host_part(self._addresses))
+        named = [(name, wrapper) for name, wrapper in zip(self.names, wrappers, strict=False) if wrapper is not None]
+        self._counting = [*tensors, *(wrapper for _, wrapper in named)]
+        self._names_of_counting = [*self.names, *(name for name, _ in named)]
+        self._versions = list(map(_VERSION, self._counting))
+        self._storages = list(map(torch.Tensor.untyped_storage, tensors))
+        self._memory = list(map(_START, self._storages))
+        if 0 in self._memory:
+            raise no_memory(repr(self.names[self._memory.index(0)]))
+        self._addresses = list(map(torch.Tensor.data_ptr, tensors))
+        self._in_host: tuple[list[torch.UntypedStorage], list[int]] = [], []
+        self._last_bytes = copy_plan.tails.read(copy_plan.in_host.of(self._addresses))
 
-    def device_part(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def sources(self) -> list[torch.Tensor]:
+        """Return the tensors as they were at the call: `p.data = other` may have given them other memory since."""
+        aliases = list(map(_DATA, self._tensors))
+        # `.data` holds the GIL. So the training cannot give a tensor other memory in the middle of it.
+        if list(map(torch.Tensor.data_ptr, aliases)) == self._addresses and self._copy_plan.looks.holds(aliases):
+            return aliases
+        return list(map(_tensor_at, self._storages, self._addresses, self._copy_plan.shapes))
+
+    def groups(self, sources: Sequence[torch.Tensor]) -> Iterator[Group]:
+        """Return the copies within host memory, in groups."""
+        in_host = self._copy_plan.in_host
+        self._in_host = in_host.of(self._storages), in_host.of(self._memory)
+        return self._places.groups.of(in_host.of(sources))
+
+    def device_part(self, sources: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return (destinations, sources) of the copies from devices."""
-        return self._copy_plan.device_part(self._destinations), self._copy_plan.device_part(self.aliases)
+        return self._places.on_device, self._copy_plan.on_device.of(sources)
 
-    def host_part(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """Return (destinations, sources) of the copies within host memory."""
-        return self._copy_plan.host_part(self._destinations), self._copy_plan.host_part(self.aliases)
+    def refuse_if_moved(self, group: Group) -> None:
+        """Raise `StageError` if the storage of a tensor in `group` was freed or resized since the call."""
+        storages, before = self._in_host
+        if list(map(_START, storages[group.tensors])) != before[group.tensors]:
+            raise StageError("a tensor lost its memory")
 
     def moved(self) -> str | None:
         """Return the name of a tensor whose storage was freed or resized since the call, or None.
 
         The memory of such a tensor must not be read.
         """
-        for name, before, now in zip(
-            self.names, self._addresses, map(torch.Tensor.data_ptr, self.aliases), strict=True
-        ):
-            if now != before:
-                return name
-        return None
+        return _first_difference(self.names, self._memory, list(map(_START, self._storages)))
 
     def changed_version(self) -> str | None:
         """Return the name of a tensor that changed since the call according to its version counter, or None."""
-        wrapped, wrappers = self._wrapped
-        for names, before, tensors in (
-            (self.names, self._versions[0], self._tensors),
-            (wrapped, self._versions[1], wrappers),
-        ):
-            for name, then, now in zip(names, before, map(_VERSION, tensors), strict=True):
-                if now != then:
-                    return name
-        return None
+        return _first_difference(self._names_of_counting, self._versions, list(map(_VERSION, self._counting)))
 
     def check(self) -> str | None:
         """Return the name of a tensor that changed between the call and the end of the copy, or None.
@@ -98,24 +112,55 @@ class DeferredCopy:
         changed = self.changed_version()
         if changed is not None:
             return changed
-        copy_plan = self._copy_plan
-        copied = copy_plan.staged_tails.read(list(map(torch.Tensor.data_ptr, copy_plan.host_part(self._destinations))))
-        if copied == self._last_bytes:
-            return None
-        for name, alias, before, after in zip(
-            copy_plan.host_part(self.names), copy_plan.host_part(self.aliases), self._last_bytes, copied, strict=True
-        ):
-            # A tensor that is not contiguous (any more) has its last bytes elsewhere.
-            if before != after and alias.is_contiguous():
-                return name
+        differ = self._places.last_bytes() != self._last_bytes
+        return self._copy_plan.in_host.of(self.names)[int(differ.argmax())] if differ.any() else None
+
+
+def _first_difference(names: Sequence[str], before: list[int], now: list[int]) -> str | None:
+    if now == before:
         return None
+    return next(name for name, old, new in zip(names, before, now, strict=True) if old != new)
+
+
+def _tensor_at(
+    storage: torch.UntypedStorage, address: int, shape: tuple[torch.dtype, torch.Size, tuple[int, ...]]
+) -> torch.Tensor:
+    dtype, size, strides = shape
+    empty = torch.empty(0, dtype=dtype, device=storage.device)
+    return empty.set_(storage, (address - storage.data_ptr()) // dtype.itemsize, size, strides)
+
+
+class LatePlaces:
+    """The places of the late tensors of a copy plan in an arena.
+
+    `groups`: divides the copies within host memory.
+    `on_device`: the places of the tensors that devices copy.
+    """
+
+    def __init__(self, copy_plan: CopyPlan, places: Sequence[torch.Tensor]) -> None:
+        in_host = copy_plan.in_host.of(places)
+        self.groups = Groups(in_host)
+        self.on_device = copy_plan.on_device.of(places)
+        self._addresses = list(map(torch.Tensor.data_ptr, in_host))
+        self._tails = Tails(list(map(_extent, in_host)))
+
+    def last_bytes(self) -> npt.NDArray[Any]:
+        """Return the last bytes that were copied to each place in host memory, as `CopyPlan.tails` does."""
+        return self._tails.read(self._addresses)
+
+
+def _extent(place: torch.Tensor) -> int:
+    """Return how many bytes there are from the first element to the end of the last one."""
+    return (sum((n - 1) * step for n, step in zip(place.shape, place.stride(), strict=True)) + 1) * place.itemsize
 
 
 class SharedCopy:
     """A copy within host memory. One thread makes it beside the training; more threads join when the training waits."""
 
-    def __init__(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        self._left: deque[Group] = deque(groups(destinations, sources))  # groups that no thread has taken yet
+    def __init__(self, groups: Iterable[Group], check: Callable[[Group], None]) -> None:
+        """`check` is called before a group is copied, and raises if its sources must not be read."""
+        self._left: deque[Group] = deque(groups)  # groups that no thread has taken yet
+        self._check = check
         self._changed = threading.Condition()
         self._open = len(self._left)  # groups that are not finished yet
         self._error: BaseException | None = None
@@ -146,17 +191,17 @@ class SharedCopy:
     def _copy(self, copy: Callable[[list[torch.Tensor], list[torch.Tensor]], None]) -> None:
         while True:
             try:
-                to, of = self._left.popleft()
+                group = self._left.popleft()
             except IndexError:
                 return
             try:
                 if self._error is None:
-                    addresses_of(of)
-                    copy(to, of)
+                    self._check(group)
+                    copy(group.to, group.of)
             except BaseException as error:
                 self._error = error
             finally:
-                del to, of
+                del group
                 with self._changed:
                     self._open -= 1
                     self._changed.notify_all()
@@ -190,7 +235,7 @@ class Snapshot:
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Copy. Afterwards optimizers continue, also after a failure, and no alias is held any more."""
+        """Copy. Afterwards optimizers continue, also after a failure, and nothing of the tensors is held any more."""
         late = self._late
         assert late is not None
         try:
@@ -202,7 +247,7 @@ class Snapshot:
                     "Later saves of this checkpointer are blocking"
                 )
         except BaseException as error:
-            self.error = error.with_traceback(None)  # the frames of the traceback hold the aliases
+            self.error = error.with_traceback(None)  # the frames of the traceback hold the tensors
         finally:
             self._late = self._host = None
             del late
@@ -220,9 +265,11 @@ class Snapshot:
 
     def _copy(self, late: DeferredCopy) -> str | None:
         """Copy the tensors. Return the name of one that changed meanwhile, or None."""
+        sources = late.sources()
         if self._device is not None:
-            self._device.issue(*late.device_part())
-        self._host = SharedCopy(*late.host_part())
+            self._device.issue(*late.device_part(sources))
+        self._host = SharedCopy(late.groups(sources), late.refuse_if_moved)
+        del sources
         self._host.help(self._helpers)
         self._host.run()
         changed = late.check()
@@ -237,7 +284,7 @@ class Snapshot:
     def abandon(self) -> None:
         """Drop the snapshot of a save that failed before it was submitted.
 
-        The aliases are released, and no optimizer waits for it.
+        Its memory is released, and no optimizer waits for it.
         """
         self._late = None
         self._end()

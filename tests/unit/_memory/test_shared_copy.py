@@ -282,7 +282,9 @@ def test_the_copy_is_over_only_when_nobody_copies(held: Held, monkeypatch: pytes
     """`run` waits for who helps, also when its own copy has failed: the arena may be another save's afterwards."""
     of = [torch.ones(64 << 10 >> 2) for _ in range(2)]
     to = [torch.zeros_like(tensor) for tensor in of]
-    shared = SharedCopy(to, of)
+    shared = SharedCopy(
+        [host_copy.Group([one], [other], slice(0, 1)) for one, other in zip(to, of, strict=True)], lambda _: None
+    )
     copying, copy_group, copy_alone = threading.Event(), host_copy.copy_group, host_copy.copy_alone
 
     def first(*group: Any) -> None:
@@ -326,9 +328,9 @@ def test_groups_hold_every_byte_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(host_copy, "GROUP_BYTES", 1000)
     of = [torch.rand(7, 100), torch.rand(30), torch.rand(20, 50).t(), torch.rand(40), torch.rand(0), torch.rand(251)]
     to = [torch.zeros(source.shape) for source in of]
-    made = list(host_copy.groups(to, of))
-    assert sum(part.nbytes for group in made for part in group[0]) == sum(source.nbytes for source in of)
-    assert all(sum(part.nbytes for part in group[0][:-1]) < 1000 for group in made)
+    made = list(host_copy.Groups(to).of(of))
+    assert sum(part.nbytes for group in made for part in group.to) == sum(source.nbytes for source in of)
+    assert all(sum(part.nbytes for part in group.to[:-1]) < 1000 for group in made)
     for group in made:
-        host_copy.copy_group(*group)
+        host_copy.copy_group(group.to, group.of)
     assert all(map(torch.equal, to, of))

@@ -686,6 +686,35 @@ def test_new_storage_and_a_freed_model_do_not_tear_the_copy(root: Path, late: La
     assert same(frozen(fresh), expected)
 
 
+@pytest.mark.parametrize("look", ["turned", "cut", "as bits", "elsewhere"])
+def test_what_data_becomes_after_the_call_is_not_in_the_copy(
+    root: Path, late: LateCopies, monkeypatch: pytest.MonkeyPatch, look: str
+):
+    """`p.data` gets the same memory with another look, or other memory, before anything is copied: the copy is of the call."""
+    views: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "turned": lambda t: t.view(*reversed(t.shape)).t() if t.dim() == 2 else t,
+        "cut": lambda t: t[:1],
+        "as bits": lambda t: t.view(torch.int32),
+        "elsewhere": lambda t: torch.zeros_like(t),
+    }
+    begin, moved = threading.Event(), staging.DeferredCopy.moved
+    monkeypatch.setattr(staging.DeferredCopy, "moved", lambda late: (begin.wait(BOUND), moved(late))[1])
+    model = Net()
+    optimizer = seen(model)
+    expected = frozen(model)
+    late.go.set()
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        handle = checkpointer.save(1, model=model, optimizer=optimizer)
+        for parameter in model.parameters():
+            with torch.no_grad():
+                parameter.requires_grad_(False).data = views[look](parameter.data)
+        begin.set()
+        path = handle.result(BOUND).path
+    fresh = Net()
+    load(path, model=fresh)
+    assert same(frozen(fresh), expected)
+
+
 def test_a_step_does_not_wait_for_a_copy_that_is_complete(root: Path, late: LateCopies):
     """Once staged, the barrier is open."""
     model = Net()
