@@ -74,6 +74,22 @@ def test_state_of_several_parameters_goes_on_as_one_tensor(root: Path, stepped: 
         assert all(map(torch.equal, model.state_dict().values(), resumed.state_dict().values()))
 
 
+def test_state_that_is_shared_later_is_stored_once(root: Path):
+    """Saves before were of tensors of their own, and their number, names and looks are the same."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer)
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        for step in range(2):
+            checkpointer.save(step, model=model, optimizer=optimizer).result(BOUND)
+        entries = list(optimizer.state.values())
+        for entry in entries:
+            entry["step"] = entries[0]["step"]
+        path = checkpointer.save(2, model=model, optimizer=optimizer).result(BOUND).path
+    saved = torch.load(path / "optimizer.bin", weights_only=True)["state"]
+    assert len({entry["step"].data_ptr() for entry in saved.values()}) == 1
+
+
 def test_a_rate_that_groups_share_stays_one_tensor(root: Path):
     """A scheduler that multiplies it in each group does so twice, before and after."""
 

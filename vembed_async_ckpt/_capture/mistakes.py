@@ -10,6 +10,7 @@ import torch
 
 from ..errors import PlanError, warn
 from .optimizer import OptimizerState, kind_of
+from .parameters import Parameter
 
 _KINDS: tuple[tuple[str, type], ...] = (
     ("model", torch.nn.Module),
@@ -90,12 +91,16 @@ class StrangeOptimizers:
 
 
 def _is_strange(state: OptimizerState) -> bool:
-    parameters = [parameter for group in state.parameters or () for parameter in group]
+    parameters = [parameter for group in _groups(state) for parameter in group]
     return bool(parameters) and all(name is None for name, *_ in parameters)
 
 
+def _groups(state: OptimizerState) -> list[list[Parameter]]:
+    return [] if state.parameters is None else state.parameters.groups
+
+
 def _matrices(state: OptimizerState) -> set[Any]:
-    shapes = (torch.Size(parameter[1]) for group in state.parameters or () for parameter in group)
+    shapes = (torch.Size(parameter[1]) for group in _groups(state) for parameter in group)
     return {shape for shape in shapes if len(shape) > 1}  # those of one dimension may be many parameters laid flat
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,8 @@ from . import memory_format, optimizer_pickle, tree
 from .dtypes import FROM_TORCH, check_storage
 from .optimizer_layout import Numbers, Parts, PlainState, direct_key, has_torchs_layout, is_direct
 from .optimizer_pickle import Kind
-from .parameters import Described, Names, Parameter, groups_of
-from .tree import Ref
-from .values import Node
+from .parameters import Described, Names, Parameters, groups_of
+from .tree import Ref, to_json
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,10 @@ class OptimizerState:
         wrapper to what it keeps beside the state.
     `kinds`: dtype, shape and strides of each tensor.
     `tree`: the captured state_dict, from which `pickled()` makes `data.pkl`.
-    `parameters`: see `parameters.Described`; None if there are none.
+    `parameters`: None if there are no parameter groups.
     `arrays`: copies of the numpy arrays. The pickle contains them by value.
-    `state_pickle`: the pickle of the "state" part, or None if that part must be pickled for every save.
+    `state_pickle`, `state_rest`: the pickle of the "state" part, and its part of `rest()` as JSON. None if they must be
+        made for every save.
     `rough_size`: an upper bound for `rest()`, in bytes of JSON.
     `looks`: the same object as long as keys and looks of the tensors are the same.
     """
@@ -55,9 +55,10 @@ class OptimizerState:
     owned: Sequence[bool]
     kinds: Sequence[Kind]
     tree: Any
-    parameters: list[list[Parameter]] | None
+    parameters: Parameters | None
     arrays: Mapping[str, torch.Tensor]
     state_pickle: bytes | None
+    state_rest: str | None
     rough_size: int
     looks: TensorGuard
 
@@ -76,11 +77,14 @@ class OptimizerState:
 
         The tensors in it are the records 0, 1, ... of the file.
         """
-        refs = dict(zip(self.keys, enumerate(self.kinds), strict=True))
         if self.state_pickle is None:
+            refs = dict(zip(self.keys, enumerate(self.kinds), strict=True))
             return optimizer_pickle.dumps(self.tree, refs, self.arrays)
-        groups = optimizer_pickle.inner(optimizer_pickle.dumps(self.tree["param_groups"], refs, self.arrays))
-        return optimizer_pickle.state_dict(self.state_pickle, groups)
+        groups = self.tree["param_groups"]
+        numbers = {name: self.keys.index(name) for name in {ref.name for ref in tree.refs(groups)}}
+        refs = {name: (number, self.kinds[number]) for name, number in numbers.items()}
+        pickled = optimizer_pickle.dumps(groups, refs, self.arrays)
+        return optimizer_pickle.state_dict(self.state_pickle, optimizer_pickle.inner(pickled))
 
     def table(self, offsets: Sequence[int]) -> dict[str, Any]:
         """Return {key: [dtype, shape, offset in the file]} for the manifest.
@@ -97,10 +101,17 @@ class OptimizerState:
             for key, kind, offset in zip(self.keys, self.kinds, offsets, strict=True)
         }
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> str:
         """Return the entry of the optimizer in the training state, as JSON."""
-        known = {} if self.parameters is None else {"parameters": self.parameters}
-        return {"file": self.content.name, "rest": self.rest(), "class": kind_of(self.optimizer), **known}
+        said = {"file": to_json(self.content.name), "class": to_json(kind_of(self.optimizer))}
+        if self.state_rest is None:
+            said["rest"] = to_json(self.rest())
+        else:
+            groups = to_json(tree.encode(self.tree["param_groups"]))
+            said["rest"] = f'{{"state":{self.state_rest},"param_groups":{groups}}}'
+        if self.parameters is not None:
+            said["parameters"] = self.parameters.json
+        return "{" + ",".join(f'"{key}":{value}' for key, value in said.items()) + "}"
 
     def rest(self) -> Any:
         """Return everything except the tensors that are direct entries of a parameter's state. The table has those."""
@@ -109,14 +120,14 @@ class OptimizerState:
         captured = dict(self.tree)
         entries = captured["state"]
         if all(isinstance(entry, dict) for entry in entries.values()):
-            shared = () if self.state_pickle is not None else _shared(captured)
+            shared = _shared(captured)
             captured["state"] = {index: _without_tensors(index, entry, shared) for index, entry in entries.items()}
         return tree.encode(captured)
 
 
 def _shared(captured: Any) -> set[str]:
     """Return the names of the tensors that are in several places."""
-    return {name for name, count in Counter(ref.name for ref in _refs(captured)).items() if count > 1}
+    return {name for name, count in Counter(ref.name for ref in tree.refs(captured)).items() if count > 1}
 
 
 def _without_tensors(index: Any, entry: Mapping[Any, Any], shared: Container[str]) -> dict[Any, Any]:
@@ -200,7 +211,7 @@ class OptimizerReader:
         state = call_state_dict("optimizer", inner, self._numbers.read)
         return self._read(inner, state, self._described.read(inner, names))
 
-    def _read(self, inner: Any, state: Any, parameters: list[list[Parameter]] | None) -> OptimizerState:
+    def _read(self, inner: Any, state: Any, parameters: Parameters | None) -> OptimizerState:
         keys: list[str] = []
         tensors: list[torch.Tensor] = []
 
@@ -220,7 +231,7 @@ class OptimizerReader:
             captured, small = {"state": plain.refs, "param_groups": groups}, [groups]
         self._plain = plain
         beside = len(keys) if plain is None else len(keys) - len(plain.keys)  # number of tensors and arrays in `small`
-        arrays = {ref.name: tensors[keys.index(ref.name)] for ref in _refs(small) if ref.numpy} if beside else {}
+        arrays = {ref.name: tensors[keys.index(ref.name)] for ref in tree.refs(small) if ref.numpy} if beside else {}
         # When the pickled values have grown to twice their size, the file gets more room for them.
         rough_size = tree.rough_size(small) + (0 if plain is None else 24 * len(plain.indices))
         layout = (rough_size.bit_length(), keys)
@@ -245,6 +256,7 @@ class OptimizerReader:
             parameters=parameters,
             arrays=arrays,
             state_pickle=None if plain is None else plain.pickled,
+            state_rest=None if plain is None else plain.rest,
             rough_size=rough_size,
             looks=self._looks,
         )
@@ -306,21 +318,6 @@ class RegisteredReader(OptimizerReader):
 
     def _capture(self, state: Any, put: tree.Put) -> Any:
         return tree.capture(state, "state_dict", put)
-
-
-def _refs(captured: Any) -> Iterator[Ref]:
-    """Yield every `Ref` in a captured tree."""
-    if isinstance(captured, Ref):
-        yield captured
-    elif isinstance(captured, dict):
-        for key, value in captured.items():
-            if key != "params":  # only numbers, possibly thousands
-                yield from _refs(value)
-    elif isinstance(captured, list | tuple):
-        for value in captured:
-            yield from _refs(value)
-    elif isinstance(captured, Node):
-        yield from _refs(captured.holds)
 
 
 def _capture_entry(index: Any, entry: Any, put: tree.Put) -> Any:

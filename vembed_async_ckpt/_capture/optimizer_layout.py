@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .tree import Ref
+from . import tree
+from .tree import Ref, to_json
 
 
 def direct_key(index: Any, key: Any) -> str:
@@ -127,6 +128,7 @@ class PlainState:
     keys: list[str]
     refs: dict[int, dict[str, Ref]]
     ids: list[int]  # of the tensors when they were last looked at: no two of them are equal
+    rest: str  # what the training state says of this part, as JSON
     pickled: bytes | None = None
 
     @classmethod
@@ -155,9 +157,9 @@ class PlainState:
                 index: {key: Ref(direct_key(index, key)) for key in entry}
                 for index, entry in zip(indices, entries, strict=True)
             }
-            known = cls(
-                indices, counts, names, [ref.name for entry in refs.values() for ref in entry.values()], refs, ids
-            )
+            keys = [ref.name for entry in refs.values() for ref in entry.values()]
+            rest = to_json(tree.encode({index: {} for index in indices}))
+            known = cls(indices, counts, names, keys, refs, ids, rest)
         known.ids = ids
         tensors += values
         return known

@@ -1,4 +1,4 @@
-"""Writes the pickle in `optimizer.bin`: protocol 2, as torch.serialization writes it for tensors on the CPU."""
+"""Writes pickles with tensors: protocol 2, as torch.serialization writes them for tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._format import torch_zip
 from . import memory_format, tree
 
 
@@ -83,6 +84,19 @@ def dumps(
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(tree.refill(captured, lambda key: tensors[key]))
     return buffer.getvalue()
+
+
+def file(captured: Any, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return a file from which `torch.load` reads `captured`. `tensors`: the contiguous tensor in the host of each `Ref`."""
+    stored: dict[str, tuple[int, Kind]] = {}
+    arrays = {}
+    for ref in tree.refs(captured):
+        if ref.numpy:
+            arrays[ref.name] = tensors[ref.name]
+        elif ref.name not in stored:
+            stored[ref.name] = len(stored), Kind.of(tensors[ref.name])
+    storages = [tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in stored]
+    return torch_zip.archive(dumps(captured, stored, arrays), storages)
 
 
 def inner(pickled: bytes) -> bytes:

@@ -7,6 +7,8 @@ each parameter by its name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -17,6 +19,7 @@ from .._tensor_guard import TensorGuard
 from . import memory_format
 from .model import ModelState
 from .tensor_map import live_tensors, shown
+from .tree import to_json
 from .wrappers import spellings, unwrapped_inside
 
 Parameter = list[Any]  # in JSON: [name or None, shape], and the strides if it is not contiguous
@@ -102,6 +105,17 @@ def groups_of(optimizer: Any) -> list[Mapping[str, Any]] | None:
     return groups
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of one optimizer, group by group."""
+
+    groups: list[list[Parameter]]
+
+    @cached_property
+    def json(self) -> str:
+        return to_json(self.groups)
+
+
 class Described:
     """Describes the parameters of one optimizer for every save.
 
@@ -112,22 +126,22 @@ class Described:
         self._key: Any = None
         self._unwatched: list[int] = []  # indices of the parameters whose looks `names.version` does not tell
         self._looks = TensorGuard([])
-        self._groups: list[list[Parameter]] = []
+        self._parameters = Parameters([])
 
-    def read(self, optimizer: Any, names: Names) -> list[list[Parameter]] | None:
-        """Return the description of each parameter, group by group, in their order; None if there are no groups."""
+    def read(self, optimizer: Any, names: Names) -> Parameters | None:
+        """Return the description of the parameters; None if there are no groups."""
         groups = groups_of(optimizer)
         if groups is None:
             return None
         key = (names.version, [list(map(id, group["params"])) for group in groups])
         if key != self._key or not self._looks.holds(self._those_unwatched(groups)):
             described = [[_describe(names.of(each), each) for each in group["params"]] for group in groups]
-            if described != self._groups:
-                self._groups = described
+            if described != self._parameters.groups:
+                self._parameters = Parameters(described)
             parameters = chain.from_iterable(group["params"] for group in groups)
             self._unwatched = [index for index, each in enumerate(parameters) if not names.watches(each)]
             self._key, self._looks = key, TensorGuard(self._those_unwatched(groups))
-        return self._groups
+        return self._parameters
 
     def _those_unwatched(self, groups: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
         if not self._unwatched:

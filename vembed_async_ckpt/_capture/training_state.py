@@ -20,10 +20,11 @@ import torch
 from .._format import bounded_json, names, safetensors
 from .._format.safetensors import Layout, TensorSpec
 from ..errors import CorruptCheckpoint, PlanError
-from . import random_state, scalers, tree
+from . import optimizer_pickle, random_state, scalers, tree
 from .dialect import Dialect
 from .dtypes import TO_TORCH, spec
 from .optimizer import OptimizerState, call_state_dict, kind_of
+from .tree import to_json
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,12 @@ class TrainingState:
 
         The pickles among them are for other programs. Our `load` reads the JSON.
         """
-
-        def get(name: str) -> torch.Tensor:
-            return self.copies[name]
-
-        files = [(names.TRAINING_STATE, bounded_json.dumps(self._json(), file=names.TRAINING_STATE))]
+        files = [(names.TRAINING_STATE, bounded_json.checked(self._json(), file=names.TRAINING_STATE))]
         for index, state in enumerate(self.schedulers.values()):
-            files.append((self.dialect.scheduler(index), torch_save(tree.refill(state, get))))
+            files.append((self.dialect.scheduler(index), _pickled(state, self.copies)))
         if self.scaler is not None:
-            files.append((names.SCALER, torch_save(tree.refill(self._whole_scaler(), get))))
-        return files + _pickled_random_states(self.dialect, tree.refill(self.rng, get), 0, self.world_size)
+            files.append((names.SCALER, _pickled(self._whole_scaler(), self.copies)))
+        return files + _pickled_random_states(self.dialect, self.rng, self.copies, 0, self.world_size)
 
     def find_numbers(self, staged: Mapping[str, torch.Tensor]) -> None:
         """Take the numbers of the scaler from `staged`.
@@ -94,10 +91,10 @@ class TrainingState:
             return self.scaler
         return scalers.with_numbers(self.scaler, {key: self.copies[f"scaler.{key}"] for key in self.scaler_numbers})
 
-    def _json(self) -> dict[str, Any]:
-        return {
+    def _json(self) -> str:
+        optimizers = ",".join(f"{to_json(name)}:{optimizer.described()}" for name, optimizer in self.optimizers.items())
+        others = {
             "step": self.step,
-            "optimizers": {name: optimizer.described() for name, optimizer in self.optimizers.items()},
             "schedulers": {name: tree.encode(state) for name, state in self.schedulers.items()},
             "scaler": tree.encode(self._whole_scaler()),
             "dataloader": tree.encode(self.dataloader),
@@ -110,6 +107,7 @@ class TrainingState:
             "rng": tree.encode(self.rng),
             "classes": self.classes,
         }
+        return f'{to_json(others)[:-1]},"optimizers":{{{optimizers}}}}}'
 
 
 def capture(
@@ -239,10 +237,9 @@ class RankState:
             "dataloader": tree.encode(self.dataloader),
             "tensors": {name: _inline(tensor) for name, tensor in self.tensors.items()},
         }
-        values = tree.refill(self.rng, lambda name: self.tensors[name])
         return [
             (file, bounded_json.dumps(body, file=file)),
-            *_pickled_random_states(self.dialect, values, rank, world_size),
+            *_pickled_random_states(self.dialect, self.rng, self.tensors, rank, world_size),
         ]
 
 
@@ -284,10 +281,17 @@ def _outline(dtype: str, shape: list[int], data: str) -> torch.Tensor:
 
 
 def _pickled_random_states(
-    dialect: Dialect, state: dict[str, Any], rank: int, world_size: int
+    dialect: Dialect, state: dict[str, Any], tensors: Mapping[str, torch.Tensor], rank: int, world_size: int
 ) -> list[tuple[str, bytes]]:
     name = dialect.random_states(rank, world_size)
-    return [] if name is None else [(name, torch_save(dialect.random_values(state, world_size)))]
+    return [] if name is None else [(name, _pickled(dialect.random_values(state, world_size), tensors))]
+
+
+def _pickled(captured: Any, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return what `torch.save` would write for a captured tree, in a tenth of the time if all tensors are contiguous."""
+    if all(tensors[ref.name].is_contiguous() for ref in tree.refs(captured)):
+        return optimizer_pickle.file(captured, tensors)
+    return torch_save(tree.refill(captured, lambda name: tensors[name]))
 
 
 def torch_save(value: Any) -> bytes:

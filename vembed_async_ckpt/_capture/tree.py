@@ -19,9 +19,10 @@ Tensors are passed to the caller, who stores them under that name.
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ Put = Callable[[str, torch.Tensor], str | None]  # may return another name, unde
 Get = Callable[[str], torch.Tensor]
 
 SCALARS = (type(None), bool, int, float, str, bytes)
+_SCALARS = frozenset(SCALARS)
+_SAME_IN_JSON = frozenset((type(None), bool, int, str))
 _MAX_DEPTH = 200
 
 
@@ -166,10 +169,9 @@ def encode(captured: Any) -> Any:
         return captured if math.isfinite(captured) else {"$float": repr(captured)}
     if isinstance(captured, bytes):
         return {"$bytes": base64.b64encode(captured).decode()}
-    if isinstance(captured, tuple):
-        return {"$tuple": [encode(item) for item in captured]}
-    if isinstance(captured, list):
-        return [encode(item) for item in captured]
+    if isinstance(captured, tuple | list):
+        items = captured if _SAME_IN_JSON.issuperset(map(type, captured)) else list(map(encode, captured))
+        return {"$tuple": items} if isinstance(captured, tuple) else items
     if isinstance(captured, Counter):
         return {"$counter": [[encode(key), encode(item)] for key, item in captured.items()]}
     if isinstance(captured, dict):
@@ -177,6 +179,11 @@ def encode(captured: Any) -> Any:
             return {key: encode(item) for key, item in captured.items()}
         return {"$dict": [[encode(key), encode(item)] for key, item in captured.items()]}
     return captured
+
+
+def to_json(encoded: Any) -> str:
+    """Return what `encode` returned, as text."""
+    return json.dumps(encoded, separators=(",", ":"))
 
 
 def decode(value: Any, get: Get) -> Any:
@@ -235,11 +242,27 @@ def refill(captured: Any, get: Callable[[str], Any]) -> Any:
     if isinstance(captured, Node):
         return values.put_together(captured.tag, captured.says, refill(captured.holds, get))
     if isinstance(captured, tuple | list):
-        return type(captured)(refill(item, get) for item in captured)
+        return (
+            captured if _SCALARS.issuperset(map(type, captured)) else type(captured)(refill(i, get) for i in captured)
+        )
     if isinstance(captured, dict):
         items = {refill(key, get): refill(item, get) for key, item in captured.items()}
         return Counter(items) if isinstance(captured, Counter) else items
     return captured
+
+
+def refs(captured: Any) -> Iterator[Ref]:
+    """Yield every `Ref` in a captured tree."""
+    if isinstance(captured, Ref):
+        yield captured
+    elif isinstance(captured, dict):
+        for value in captured.values():
+            yield from refs(value)
+    elif isinstance(captured, list | tuple):
+        for value in () if _SCALARS.issuperset(map(type, captured)) else captured:
+            yield from refs(value)
+    elif isinstance(captured, Node):
+        yield from refs(captured.holds)
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -47,7 +47,12 @@ def excess(content: bytes) -> str | None:
 
 def dumps(value: Any, *, file: str) -> bytes:
     """Return a value as JSON. Raises `PlanError` that names `file` if `loads` would refuse it."""
-    content = json.dumps(value, separators=(",", ":")).encode()
+    return checked(json.dumps(value, separators=(",", ":")), file=file)
+
+
+def checked(text: str, *, file: str) -> bytes:
+    """Return a JSON text as bytes. Raises as `dumps` does."""
+    content = text.encode()
     if reason := excess(content):
         raise PlanError(f"{file} would have {reason} when it is read; save large data as tensors or arrays")
     return content

@@ -122,6 +122,20 @@ def _end(count: int, size: int, start: int) -> bytes:
     return end + struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, shown, shown, min(size, _LIMIT), min(start, _LIMIT), 0)
 
 
+def archive(data_pkl: bytes, storages: Sequence[bytes]) -> bytes:
+    """Return a whole file with these storages."""
+    plan = layout(list(map(len, storages)))
+    file = bytearray(plan.end)
+    for start, piece in (*plan.pieces, *zip(plan.data, storages, strict=True)):
+        file[start : start + len(piece)] = piece
+    end, central = tail(plan, data_pkl)
+    file += end
+    for storage, local, in_central in zip(storages, plan.locals, plan.centrals, strict=True):
+        for position in (local, central + in_central):
+            struct.pack_into("<I", file, position, zlib.crc32(storage))
+    return bytes(file)
+
+
 def room_for_tail(plan: ZipLayout, pickle_bytes: int) -> int:
     """Return the bytes to reserve after `plan.end`, so that `data.pkl` can grow beyond `pickle_bytes`."""
     return len(plan.central) + 2 * pickle_bytes + (64 << 10)

@@ -24,6 +24,7 @@ from vembed_async_ckpt._capture import optimizer as optimizers
 from vembed_async_ckpt._capture import optimizer_pickle
 from vembed_async_ckpt._capture.optimizer import OptimizerReader
 from vembed_async_ckpt._capture.optimizer_pickle import Kind
+from vembed_async_ckpt._capture.tree import Ref
 from vembed_async_ckpt._disk.direct_io import _Crc
 from vembed_async_ckpt._format import torch_zip
 
@@ -454,3 +455,31 @@ def test_a_state_in_pairs_of_four_bits_comes_back(root: Path):
     four, back = (optimizer.state["state"][0]["four"] for optimizer in (saved, loaded))
     assert (back.dtype, back.shape) == (four.dtype, four.shape)
     assert torch.equal(back.view(torch.uint8), four.view(torch.uint8))
+
+
+def test_small_values_are_written_as_torch_would_write_them():
+    """A file of values with tensors and arrays in them: torch and zipfile read it, and a tensor in two places stays one."""
+    tensors = {
+        "a": torch.rand(3, 2),
+        "b": torch.arange(5056, dtype=torch.uint8),
+        "c": torch.rand(0),
+        "n": torch.rand(4),
+    }
+    captured = {
+        "many": (3, tuple(range(700)), None),
+        "twice": [Ref("a"), {"again": Ref("a")}],
+        "bytes": Ref("b"),
+        "none": Ref("c"),
+        "array": Ref("n", numpy=True),
+    }
+    file = optimizer_pickle.file(captured, tensors)
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        assert archive.testzip() is None
+        assert len([name for name in archive.namelist() if "/data/" in name]) == 3
+    found = torch.load(io.BytesIO(file), weights_only=False)
+    assert found["many"] == captured["many"]
+    assert torch.equal(found["twice"][0], tensors["a"])
+    assert found["twice"][0].data_ptr() == found["twice"][1]["again"].data_ptr()
+    assert torch.equal(found["bytes"], tensors["b"])
+    assert found["none"].shape == (0,)
+    assert found["array"].tolist() == tensors["n"].tolist()
