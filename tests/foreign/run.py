@@ -1,9 +1,11 @@
 """Other projects' own tests of checkpoints, from their sources, with their saving and with ours.
 
-    python tests/foreign/run.py accelerate|transformers|lightning SOURCE [--saving stock|waited|background] [pytest options]
+    python tests/foreign/run.py accelerate|transformers|lightning|peft SOURCE [--saving stock|waited|background] [pytest options]
 
 SOURCE is an unpacked source distribution or repository of the installed version. `waited`: every save is durable when the call that
 began it returns. `background`: nobody waits; what looks at the disk earlier may fail. Directories are listed as they are.
+PEFT's own tests load at once, so they have no `background`. They need diffusers and datasets. Its source distribution lacks
+`tests/conftest.py` and `tests/__init__.py`: take them from its repository.
 """
 
 from __future__ import annotations
@@ -32,7 +34,15 @@ SUITES = {
         "tests/tests_pytorch/callbacks/test_model_checkpoint_manual_opt.py",
         "tests/tests_pytorch/callbacks/test_model_checkpoint_step_interval_val_metric.py",
     ],
+    "peft": [
+        f"tests/test_{name}.py"
+        for name in (
+            "custom_models", "mixed", "low_level_api", "other", "bufferdict", "initialization", "trainable_tokens",
+            "target_parameters", "vera", "xlora", "shira", "vblora",
+        )
+    ],
 }  # fmt: skip
+OPTIONS = {"peft": ["-o", "addopts=", "-k", "save_pretrained"]}
 
 
 def main() -> int:
@@ -43,7 +53,8 @@ def main() -> int:
     options, further = parser.parse_known_args()
     plugin = [] if options.saving == "stock" else ["-p", f"with_{options.suite}"]
     paths = [path for path in SUITES[options.suite] if (options.source / path).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, *paths, *further]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, *paths]
+    command += [*OPTIONS.get(options.suite, []), *further]
     search = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {
         "FOREIGN_SAVING": options.saving,

@@ -167,6 +167,7 @@ class Rank:
         self.parts = {order: Part(rank, world_size, rows, order) for order in ("this", "other")}
         self.handles: dict[int, SaveHandle] = {}
         self.go_on = threading.Event()
+        self.answered = threading.Event()  # what was asked last has been answered
         self.said: list[str] = []
         handler = logging.Handler(logging.WARNING)
         handler.emit = lambda record: self.said.append(record.getMessage())  # type: ignore[method-assign]
@@ -245,6 +246,7 @@ class Rank:
         def copy(to: list[torch.Tensor], of: list[torch.Tensor]) -> None:
             staging.copy_group = real
             real(to[:1], of[:1])
+            assert self.answered.wait(60), "the call of save() has not returned"
             os.kill(os.getpid(), signal.SIGSTOP)
             assert self.go_on.wait(60)
             real(to[1:], of[1:])
@@ -301,10 +303,12 @@ def run(
     self.make()
     talk.say("READY")
     while message := talk.listen():
+        self.answered.clear()
         method, arguments = json.loads(message)
         if method == "leave":
             return  # the interpreter exits, and nobody has closed the checkpointer
         talk.say(f"ANSWER {getattr(self, method)(*arguments)}")
+        self.answered.set()
 
 
 def serve_store(talk: Talk) -> None:
