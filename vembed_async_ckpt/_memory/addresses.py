@@ -32,7 +32,7 @@ def _index(addresses: _Array, word: int) -> _Array:
     return (addresses - 8) // word
 
 
-class Tails:
+class TailProbe:
     """Reads the last 8 bytes of tensors of known sizes, to notice that one changed while it was copied."""
 
     def __init__(self, sizes: Sequence[int]) -> None:

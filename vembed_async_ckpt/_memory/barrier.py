@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .. import _signals
 from .._tensor_guard import TensorGuard
-from .addresses import PROBE_BYTES, Tails
+from .addresses import PROBE_BYTES, TailProbe
 from .captures import is_capturing
 from .chosen import Chosen
 from .devices import is_on_device
@@ -176,7 +176,7 @@ class CopyPlan:
     on_device: Chosen
     shapes: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]
     looks: TensorGuard
-    tails: Tails
+    tails: TailProbe
 
 
 class OverlapPolicy:
@@ -269,7 +269,7 @@ def _copy_plan(
         on_device=Chosen([n for n, tensor in enumerate(copied_late) if is_on_device(tensor)]),
         shapes=[(tensor.dtype, tensor.size(), tensor.stride()) for tensor in copied_late],
         looks=TensorGuard(copied_late),
-        tails=Tails([tensor.nbytes for tensor in in_host.of(copied_late)]),
+        tails=TailProbe([tensor.nbytes for tensor in in_host.of(copied_late)]),
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from .. import _signals
 from ..errors import StageError
 from ..events import logger
-from .addresses import Tails
+from .addresses import TailProbe
 from .barrier import STEP_BARRIER, CopyPlan
 from .captures import is_capturing
 from .devices import DeviceCopies
@@ -142,7 +142,7 @@ class LatePlaces:
         self.groups = Groups(in_host)
         self.on_device = copy_plan.on_device.of(places)
         self._addresses = list(map(torch.Tensor.data_ptr, in_host))
-        self._tails = Tails(list(map(_extent, in_host)))
+        self._tails = TailProbe(list(map(_extent, in_host)))
 
     def last_bytes(self) -> npt.NDArray[Any]:
         """Return the last bytes that were copied to each place in host memory, as `CopyPlan.tails` does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vembed_async_ckpt._memory.addresses import FewBytes, Tails
+from vembed_async_ckpt._memory.addresses import FewBytes, TailProbe
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
@@ -22,7 +22,7 @@ def beginning_at(offset: int, size: int, step: int = 64) -> list[torch.Tensor]:
 def test_the_last_bytes_are_read_wherever_they_are(offset: int, size: int) -> None:
     """The same numbers for the same bytes, however they are aligned; and when all of them have moved."""
     tensors = beginning_at(offset, size)
-    tails = Tails([size] * 5)
+    tails = TailProbe([size] * 5)
     for live in (tensors, tensors[::-1], beginning_at(0, size)):
         found = tails.read([tensor.data_ptr() for tensor in live])
         expected = [int.from_bytes(bytes_of(tensor)[-8:], "little") for tensor in live]
@@ -31,10 +31,10 @@ def test_the_last_bytes_are_read_wherever_they_are(offset: int, size: int) -> No
 
 def test_each_tail_has_its_own_size() -> None:
     tensors = [torch.rand(n) for n in (2, 3, 100)] + [torch.rand(5).bfloat16(), torch.rand(7, dtype=torch.complex128)]
-    found = Tails([tensor.nbytes for tensor in tensors]).read([tensor.data_ptr() for tensor in tensors])
+    found = TailProbe([tensor.nbytes for tensor in tensors]).read([tensor.data_ptr() for tensor in tensors])
     assert found.tolist() == [int.from_bytes(bytes_of(tensor)[-8:], "little") for tensor in tensors]
     tensors[1][-1] += 1
-    again = Tails([tensor.nbytes for tensor in tensors]).read([tensor.data_ptr() for tensor in tensors])
+    again = TailProbe([tensor.nbytes for tensor in tensors]).read([tensor.data_ptr() for tensor in tensors])
     assert (again != found).tolist() == [False, True, False, False, False]
 
 
@@ -60,5 +60,5 @@ def test_few_bytes_arrive_and_nothing_beside_them(offset: int) -> None:
 
 
 def test_nothing_to_read() -> None:
-    assert Tails([]).read([]).tolist() == []
+    assert TailProbe([]).read([]).tolist() == []
     FewBytes([], []).fill([])
