@@ -35,6 +35,13 @@ from vembed_async_ckpt._format.safetensors import TensorSpec
 from vembed_async_ckpt._memory import staging
 from vembed_async_ckpt.errors import PlanError
 
+if __package__:
+    from . import networks
+else:  # imported by the nursery, so that no child has to
+    import networks
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel
+
 if TYPE_CHECKING:
     from ..crash.nursery import Talk
 
@@ -350,4 +357,36 @@ def save_on(
             talk.say(f"COMMITTED {step}")
         except (CheckpointError, TimeoutError) as error:
             talk.say(f"FAILED {step} {type(error).__name__}: {error}")
+            return
+
+
+def train_on(
+    talk: Talk, root: str, rank: int, world_size: int, port: int, first: int, way: str, patience: dict[str, float]
+) -> None:
+    """Train a network that is divided among the ranks, with collectives, and save each step. Say each state of each save."""
+    for name, seconds in patience.items():
+        setattr(patience_of_ranks, name, seconds)
+    store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=20))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=20))
+    training = networks.Training(0, networks.WAYS[way])
+    training.step(first)  # now every group of ranks is connected
+    checkpointer = AsyncCheckpointer(root, retention=KeepLast(3))
+    talk.say(f"READY {checkpointer.statistics()['writer_pid']}")
+    talk.listen()
+    handle: SaveHandle | None = None
+    for step in range(first + 1, first + 1000):
+        try:
+            training.step(step)
+            handle = checkpointer.save(step, **training.parts())
+            handle.wait_staged(60)
+            talk.say(f"STAGED {step}")
+            handle.result(60)
+            talk.say(f"COMMITTED {step}")
+        except (CheckpointError, TimeoutError) as error:
+            talk.say(f"FAILED {step} {type(error).__name__}: {error}")
+            return
+        except RuntimeError as error:  # a collective lost a rank
+            if handle is not None:
+                handle.exception(60)
+            talk.say(f"FAILED {step} in a collective: {error}")
             return

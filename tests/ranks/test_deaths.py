@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from vembed_async_ckpt import verify
+
 from ..crash.nursery import Child, Nursery
 from .test_node import SHORT, differing, steps_of
 
@@ -42,18 +44,17 @@ def nursery() -> Iterator[Nursery]:
     nursery.close()
 
 
-def one_death(nursery: Nursery, root: Path, draw: random.Random) -> tuple[str, float]:
+def one_death(nursery: Nursery, root: Path, draw: random.Random, way: str | None = None) -> tuple[str, float]:
     """Save with four ranks, kill, and check all that was promised. Return who was killed, and in how many seconds the last of the
-    others was told."""
+    others was told. `way`: how a network is divided, that is trained with collectives; None: there is no network."""
     who = draw.choice(list(VICTIMS))
     before = max((step or 0 for step in steps_of(root)), default=0) if root.exists() else 0
     with ExitStack() as stack:
         store = stack.enter_context(nursery.child("serve_store"))
-        arguments = {"root": str(root), "world_size": WORLD, "port": int(store.expect("PORT")), "rows": ROWS}
-        ranks = [
-            stack.enter_context(nursery.child("save_on", rank=rank, first=before, patience=SHORT, **arguments))
-            for rank in range(WORLD)
-        ]
+        arguments = {"root": str(root), "world_size": WORLD, "port": int(store.expect("PORT")), "first": before}
+        arguments |= {"patience": SHORT, **({"rows": ROWS} if way is None else {"way": way})}
+        function = "save_on" if way is None else "train_on"
+        ranks = [stack.enter_context(nursery.child(function, rank=rank, **arguments)) for rank in range(WORLD)]
         writer = int(ranks[0].expect("READY"))
         for rank in ranks[1:]:
             rank.expect("READY")
@@ -84,7 +85,9 @@ def one_death(nursery: Nursery, root: Path, draw: random.Random) -> tuple[str, f
     visible = steps_of(root)
     for step in visible:
         assert step is not None
-        if step > before:
+        if way is not None:
+            verify(root / f"checkpoint-{step}")
+        elif step > before:
             assert differing(root / f"checkpoint-{step}", WORLD, ROWS, step) == [], (who, step)
     newest = max((step or 0 for step in visible), default=0)
     assert newest >= committed, (who, visible, said)
@@ -105,9 +108,9 @@ def _expect_progress(ranks: list[Child], *, met: bool) -> None:
             pass
 
 
-def deaths(nursery: Nursery, root: Path, count: int, seed: int) -> list[tuple[str, float]]:
+def deaths(nursery: Nursery, root: Path, count: int, seed: int, *ways: str | None) -> list[tuple[str, float]]:
     draw = random.Random(seed)
-    return [one_death(nursery, root, draw) for _ in range(count)]
+    return [one_death(nursery, root, draw, draw.choice(ways or (None,))) for _ in range(count)]
 
 
 def test_deaths_at_random_moments(nursery: Nursery, root: Path) -> None:
@@ -116,9 +119,14 @@ def test_deaths_at_random_moments(nursery: Nursery, root: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_a_thousand_deaths(nursery: Nursery, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("count", "ways"), [(1000, ()), (60, ("fsdp2", "fsdp1", "fsdp2_tp"))], ids=["tensors", "networks"]
+)
+def test_many_deaths(
+    nursery: Nursery, root: Path, capsys: pytest.CaptureFixture[str], count: int, ways: tuple[str, ...]
+) -> None:
     """Prints how often each was killed, and the longest time until the last rank was told."""
-    found = deaths(nursery, root, int(os.environ.get("DEATHS", "1000")), seed=13)
+    found = deaths(nursery, root, int(os.environ.get("DEATHS", count)), 13, *ways)
     with capsys.disabled():
         for who, count in sorted(Counter(who for who, _ in found).items()):
             longest = max(told for name, told in found if name == who)

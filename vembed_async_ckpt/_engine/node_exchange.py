@@ -206,7 +206,10 @@ class NodeExchanges:
     def hand_back(
         self, save: NodeExchange, arena: Arena, release: Callable[[Arena], None], retire: Callable[[Arena], None]
     ) -> None:
-        if not save.holders:  # nobody is added to them any more
+        with self._changed:
+            save.arena = None  # nobody is told of it any more
+            used = bool(save.holders)
+        if not used:
             release(arena)
             return
         retire(arena)
