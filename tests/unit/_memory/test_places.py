@@ -19,7 +19,7 @@ from vembed_async_ckpt._memory.arena import Arena, ArenaPool, whole_pages
 from vembed_async_ckpt._memory.barrier import STEP_BARRIER, OverlapPolicy
 from vembed_async_ckpt._memory.host_copy import copy_alone, copy_blocking
 from vembed_async_ckpt._memory.places import Destinations, Place, place_of
-from vembed_async_ckpt._memory.staging import DeferredCopy
+from vembed_async_ckpt._memory.staging import DeferredCopy, LatePlaces
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.complex64)
 
@@ -98,9 +98,9 @@ def divided(columns: int) -> tuple[Any, list[torch.nn.Parameter], list[torch.Ten
 def test_columns_are_probed_at_their_own_end(small_is_late: None) -> None:
     """The last bytes of a block of columns lie inside the whole. A change of them is found, and without one nothing is."""
     copy_plan, (parameter,), (target,), _ = divided(4)
-    assert copy_plan.late == [0]
+    assert (len(copy_plan.late), len(copy_plan.now)) == (1, 0)
     for change in (False, True):
-        deferred = DeferredCopy(copy_plan, [target], [parameter.detach()])
+        deferred = DeferredCopy(copy_plan, LatePlaces(copy_plan, [target]), [parameter.detach()])
         if change:
             parameter.data[-1, -1] += 1  # no counter shows it
         copy_alone([target], [parameter.detach()])
@@ -109,7 +109,7 @@ def test_columns_are_probed_at_their_own_end(small_is_late: None) -> None:
 
 def test_a_row_that_is_shorter_than_the_probe_is_copied_at_once(small_is_late: None) -> None:
     copy_plan, *_ = divided(1)
-    assert (copy_plan.late, copy_plan.now) == ([], [0])
+    assert (len(copy_plan.late), len(copy_plan.now)) == (0, 1)
 
 
 @pytest.mark.parametrize("which", ["tensor", "wrapper"])
@@ -117,7 +117,7 @@ def test_both_counters_of_a_wrapped_tensor_are_compared(small_is_late: None, whi
     """A DTensor and its local tensor have a version counter each, and a change through one moves only that."""
     copy_plan, (parameter,), (target,), _ = divided(4)
     local, wrapper = parameter.detach(), torch.zeros(3)
-    deferred = DeferredCopy(copy_plan, [target], [local], [wrapper])
+    deferred = DeferredCopy(copy_plan, LatePlaces(copy_plan, [target]), [local], [wrapper])
     copy_alone([target], [local])
     assert deferred.check() is None
     (local if which == "tensor" else wrapper).add_(0)
