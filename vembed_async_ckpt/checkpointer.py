@@ -25,8 +25,10 @@ from ._capture.arguments import step_number
 from ._capture.modes import in_neutral_modes
 from ._capture.request import Objects
 from ._engine.after_commit import AfterCommit
+from ._engine.gate import Gate
 from ._engine.options import OnError, Options, Staging, WhenBusy, WriterKind, root_path
 from ._engine.session import Session
+from ._engine.stop import Drain, Stop
 from ._format import names
 from ._memory.profiling import recorded
 from .errors import CheckpointError, PlanError
@@ -126,6 +128,8 @@ class AsyncCheckpointer:
             self._session.reporter,
             self._session.decider,
         )
+        self._stop: Stop | None = None
+        self._gate: Gate | None = None
         self._dropped = weakref.finalize(self, self._session.drop)
         self._dropped.atexit = False  # at exit all sessions are closed, and failures are reported
 
@@ -199,6 +203,7 @@ class AsyncCheckpointer:
         begun = time.perf_counter()
         with _signals.held():
             self._session.refuse_if_closed()
+            self._session.wait_before_last_save()
             with recorded("save"):
                 handle = self._engine.save(directory, step, objects, begun)
             if self._decider is not None and handle.state is not SaveState.SKIPPED:
@@ -220,6 +225,45 @@ class AsyncCheckpointer:
             self._session.refuse_if_closed()
             raise ValueError("should_save() needs a policy: AsyncCheckpointer(root, policy=every(steps=500))")
         return decider.ask(step, metrics)
+
+    # -- stopping
+
+    def stop_on(self, *signals: int, drain: Drain = "committed", grace: float = 30.0) -> None:
+        """Let `signals` ask the training to stop: `stop_on(signal.SIGTERM, signal.SIGUSR1)`. Every rank calls it.
+
+        The loop asks `should_stop(step)`, saves once more and leaves; `sys.exit(checkpointer.exit_code)`.
+
+        - `grace`: seconds from the signal until the platform kills the process. `close()` returns within this time.
+        - `drain`: what `close()` then waits for. "committed": the checkpoint is durable. "staged": the writer process
+          has the state, and finishes it alone. A platform that ends all processes together (Slurm, Kubernetes, a pid
+          namespace whose process 1 this is) loses a staged checkpoint, so this warns there. If the time runs out,
+          "committed" falls back to "staged" and logs a warning.
+
+        Handlers that were there before are called too. The handlers are set back by `close()`, unless a stop was asked
+        for. A second signal, at least one second after the first, ends the process at once and prints which checkpoint
+        is durable. Call this after other libraries have set their handlers. Raises ValueError for what makes no sense
+        and outside of the main thread.
+        """
+        self._session.stop_on(signals, drain, grace)
+        assert self._session.stop is not None
+        self._stop, self._gate = self._session.stop, self._session.stop.gate
+
+    def should_stop(self, step: int) -> bool:
+        """Return whether to stop after `step`: save, then leave the loop.
+
+        Call it at the end of every step, with rising numbers. All ranks get True for the same step, whichever of them
+        got the signal: a few steps after it, as they agree without a collective. Raises ValueError without `stop_on()`.
+        """
+        gate = self._gate
+        if gate is None or self._stop is None:
+            raise ValueError("should_stop() needs stop_on(): checkpointer.stop_on(signal.SIGTERM)")
+        gate.position = step
+        return gate.closed and self._stop.reached(step)
+
+    @property
+    def exit_code(self) -> int:
+        """For `sys.exit`: 128 + the number of the signal for which the training stops, 0 if there was none."""
+        return 128 + self._stop.signum if self._stop is not None and self._stop.asked else 0
 
     @in_neutral_modes
     def prewarm(self, *, model: Any = None, optimizer: Any = None) -> None:
@@ -296,7 +340,8 @@ class AsyncCheckpointer:
         May be called again. If shipping keeps failing, this does not wait for it, and gives a warning.
 
         Raises TimeoutError if that takes longer than `timeout` seconds; the writer process then finishes on its own.
-        Otherwise raises the failure of a save that nobody has read, once.
+        Otherwise raises the failure of a save that nobody has read, once. After a signal of `stop_on()` it returns
+        within the grace time, and with `drain="staged"` as soon as the writer has the state.
         """
         self._session.close(timeout)
 

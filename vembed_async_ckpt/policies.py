@@ -2,7 +2,11 @@
 `if checkpointer.should_save(step): checkpointer.save(step, ...)`.
 
 Policies are combined with `|`: a save is due when one of them says so. What a clock, a request or a metric decides is due until
-a save is made. Several ranks must all save or none; so with several ranks only `every(steps=...)` is allowed.
+a save is made.
+
+Several ranks get the same answer for the same step. `every(steps=...)` needs nothing for that. For `on_best` the first rank's
+metrics count, and the others wait for its answer where they pass metrics. For the rest the ranks agree, and save a few steps
+later: clocks and costs are those of the first rank, a request may come from any.
 """
 
 from __future__ import annotations
@@ -70,7 +74,10 @@ class Rule:
 class SavePolicy:
     """When to save. Made by the functions of this module; `a | b` is due when either is."""
 
-    agreed: ClassVar[bool] = False  # every rank comes to the same answer by itself
+    # Who decides for several ranks. "everywhere": each rank comes to the same answer by itself. "first", "any": the first
+    # rank, or any rank, asks all ranks to save, and they agree on the step. "metrics": the first rank answers for the
+    # same step, and the others wait for its answer.
+    decided: ClassVar[Literal["everywhere", "first", "any", "metrics"]] = "first"
     measures: ClassVar[bool] = False  # it needs to know what saves cost
     asks_for_metrics: ClassVar[bool] = False  # of the step
 
@@ -116,7 +123,7 @@ def every(*, steps: int | None = None, minutes: float | None = None) -> SavePoli
 @dataclass(frozen=True)
 class _EverySteps(SavePolicy, Rule):
     steps: int
-    agreed: ClassVar[bool] = True
+    decided: ClassVar = "everywhere"
 
     def start(self, root: str) -> Rule:
         return self
@@ -240,6 +247,7 @@ def on_request(signum: int | None = signal.SIGUSR2) -> SavePolicy:
 @dataclass(frozen=True)
 class _OnRequest(SavePolicy):
     signum: signal.Signals | None
+    decided: ClassVar = "any"
 
     def start(self, root: str) -> Rule:
         return _Requests(self.signum, os.path.join(root, names.SAVE_NOW))
@@ -328,6 +336,7 @@ def on_best(metric: str, *, mode: Literal["min", "max"] = "min") -> SavePolicy:
 class _OnBest(SavePolicy):
     metric: str
     mode: Literal["min", "max"]
+    decided: ClassVar = "metrics"
     asks_for_metrics: ClassVar[bool] = True
 
     def start(self, root: str) -> Rule:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from .. import _signals
@@ -34,6 +35,7 @@ class Ledger:
         self._unread: deque[SaveHandle] = deque(maxlen=100)
         self._counts: Counter[str] = Counter()
         self._last_error: str | None = None
+        self.newest: Path | None = None  # the checkpoint that became durable last
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -71,7 +73,9 @@ class Ledger:
                 return  # withdrawn
             self._in_flight.discard(handle)
             self._counts["failed" if error else "committed"] += 1
-            if error is not None:
+            if error is None:
+                self.newest = handle.path
+            else:
                 self._last_error = str(error)
                 if self._on_error == "raise" and not isinstance(error, RaisedElsewhere):
                     self._unread.append(handle)

@@ -18,3 +18,4 @@ PATIENCE = 600.0  # the other ranks wait this long for the first rank to call sa
 # Sharded saves, in which every rank must take part:
 ARRIVAL = 120.0  # a save fails if a rank has not called save() for this long after another one did
 RELEASE = 1.0  # after a failed save, the next one waits this long for ranks that may still copy into its arena
+AGREE = 10.0  # the ranks that agree on a step wait this long for the position of one that does not answer

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from .. import _signals
@@ -22,6 +23,8 @@ from ..errors import CheckpointerClosed, warn
 from ..events import Reporter, logger
 from ..handle import SaveHandle
 from ..policies import SavePolicy
+from . import patience
+from .agreement import Agreement
 from .follower import Follower
 from .leader import Leader
 from .ledger import Ledger
@@ -29,12 +32,17 @@ from .options import Options
 from .progress import ProgressLine
 from .ranks import Ranks
 from .steps import StepClock
-from .when import Decider, refuse_for_ranks
+from .stop import Drain, Stop
+from .when import Decider
 
 EXIT_DEADLINE = 600.0  # seconds that pending saves get at interpreter exit
 
 _OPEN: set[Session] = set()
 _LOST: list[str] = []  # failures of saves that could not be reported to anybody
+
+
+class _Enough(Exception):
+    """The process is to stop and waits no longer for commits."""
 
 
 class Session:
@@ -49,7 +57,10 @@ class Session:
         self.closed = ""  # why no more saves are accepted; empty while they are
         self.ended = False  # closed, and everything is given back
         self.dropped = False  # nobody has the checkpointer any more
+        self.stop: Stop | None = None  # once `stop_on` was called
+        self._agreement: Agreement | None = None
         self._closer = 0  # id of the thread that closes the session, else 0
+        self._left_behind = False  # the process leaves, and the writer finishes what is staged
         self._pid = os.getpid()
         with _signals.held():
             self._take_over()
@@ -70,6 +81,8 @@ class Session:
             )
         try:
             self.close(EXIT_DEADLINE)
+            if self._left_behind:
+                self._may_close(time.monotonic() + EXIT_DEADLINE)  # waits until its thread has ended the session
         except Exception as error:
             logger.error(
                 "%s: a checkpointer that was not closed: %s: %s", self.options.root, type(error).__name__, error
@@ -78,14 +91,13 @@ class Session:
     def _begin(self, policy: SavePolicy | None) -> None:
         self.reporter = Reporter(self.options.sinks)
         self.ledger = Ledger(self.options.on_error)
-        ranks = Ranks.of_this_process(self.options.root)
+        self._ranks = ranks = Ranks.of_this_process(self.options.root)
         parts = (self.ledger, self.reporter, self.refuse_if_closed)
         self.engine: Leader | Follower
         self.decider: Decider | None = None
         self.clock: StepClock | None = None
         self.progress = ProgressLine() if self.options.progress else None
         try:
-            refuse_for_ranks(policy, 1 if ranks is None else ranks.world_size)
             if ranks is None or ranks.rank == 0:
                 self.engine = Leader(self.options, ranks, *parts)
             else:
@@ -97,7 +109,8 @@ class Session:
             raise
         try:
             if policy is not None:
-                self.decider = Decider(policy, self.options.root, self.reporter)
+                agreement = self._agree() if any(part.decided != "everywhere" for part in policy.parts()) else None
+                self.decider = Decider(policy, self.options.root, self.reporter, agreement)
         except BaseException:
             self._end(time.monotonic() + 10.0)
             raise
@@ -127,6 +140,29 @@ class Session:
         """Raise `CommitError` if this process does not hold the root's lock: then it may delete nothing there."""
         self.engine.refuse_to_delete()
 
+    # -- stopping
+
+    def stop_on(self, signals: Sequence[int], drain: Drain, grace: float) -> None:
+        """See `AsyncCheckpointer.stop_on`."""
+        self.refuse_if_closed()
+        if self.stop is not None:
+            raise ValueError("stop_on() was called before; name all signals in one call")
+        if drain == "staged" and self.options.writer == "thread":
+            raise ValueError("drain is 'staged', which needs a writer process; writer='thread' ends with the trainer")
+        self.stop = Stop(signals, drain, grace, self._agree(), lambda: self.ledger.newest)
+
+    def wait_before_last_save(self) -> None:
+        """Wait for an arena, whatever `when_busy` says: the save of a training that stops must not be skipped."""
+        if self.stop is None or not self.stop.asked or self.options.when_busy == "wait":
+            return
+        with contextlib.suppress(TimeoutError):
+            self.ledger.wait(max(self.stop.left(), 0.0), lambda: False, self.engine.check)
+
+    def _agree(self) -> Agreement | None:
+        if self._agreement is None and self._ranks is not None:
+            self._agreement = Agreement.of_this_process(self.options.root, self._ranks.rank, self._ranks.world_size)
+        return self._agreement
+
     # -- the end
 
     def close(self, timeout: float) -> None:
@@ -134,7 +170,7 @@ class Session:
         with _signals.held():
             self.engine.refuse_inside_save("close()")
             deadline = time.monotonic() + timeout
-            if self._may_close(deadline):
+            if not self._left_behind and self._may_close(deadline):
                 self._close(timeout, deadline)
 
     def _may_close(self, deadline: float) -> bool:
@@ -159,24 +195,89 @@ class Session:
     def _close(self, timeout: float, deadline: float) -> None:
         try:
             try:
-                self.wait(timeout)
+                if not self._drain(timeout):
+                    self._leave_behind()
+                    return
             finally:
-                ended = self._end(deadline)
-                self.ended = True
+                if not self._left_behind:
+                    if self.stop is not None and self.stop.asked:
+                        deadline = min(deadline, time.monotonic() + max(self.stop.left(), 0.0))
+                    ended = self._end(deadline)
+                    self.ended = True
         finally:
-            self._closer = 0
+            if not self._left_behind:
+                self._closer = 0
         if not ended:
             raise TimeoutError(
                 f"{self.options.root}: the writer has not ended after {timeout} s; it finishes on its own"
             )
         self.ledger.raise_unread()
 
+    def _drain(self, timeout: float) -> bool:
+        """Wait for the saves in flight. Return False if a stop leaves them to the writer, as they are staged.
+
+        Raises TimeoutError after `timeout` seconds, or if the grace time of a stop is over and a save is not staged.
+        """
+        stop = self.stop
+        try:
+            self._refuse_to_wait_longer()
+            self.ledger.wait(timeout, lambda: self.engine.prewarming, self._refuse_to_wait_longer)
+            return True
+        except _Enough:
+            pass
+        assert stop is not None
+        staged = []
+        for handle in self.ledger.in_flight():
+            if handle._interrupted():
+                continue  # a signal handler closes inside `save()`: it cannot end before the handler returns
+            try:
+                handle.wait_staged(max(stop.left(), 0.0))
+            except TimeoutError as error:
+                raise TimeoutError(
+                    f"{handle.path}: the grace time is over and the state is not staged, so this checkpoint is lost"
+                ) from error
+            staged.append(str(handle.path))
+        if staged and stop.drain == "committed":
+            logger.warning(
+                "the grace time is over: %s is staged and not yet on disk. The writer process %s finishes it, if the "
+                "platform spares that process",
+                *(", ".join(staged), self.engine.statistics()["writer_pid"]),
+            )
+        return False
+
+    def _refuse_to_wait_longer(self) -> None:
+        """Raise `_Enough` if a stop allows no further wait for the commit."""
+        self.engine.check()
+        stop = self.stop
+        if stop is not None and stop.asked and (stop.drain == "staged" or stop.left() <= 0):
+            raise _Enough
+
+    def _leave_behind(self) -> None:
+        """Let the process leave at once. A thread ends the session if the process goes on instead."""
+        self._left_behind = True
+        if self._agreement is not None and self.stop is not None:  # the other ranks must hear that it is staged
+            self._agreement.close(min(max(self.stop.left(), 1.0), patience.AGREE), together=True)
+        with contextlib.suppress(RuntimeError):  # the interpreter ends: no thread can be started any more
+            threading.Thread(target=self._end_left_behind, name="vembed-ckpt-closing", daemon=True).start()
+
+    def _end_left_behind(self) -> None:
+        self._closer = threading.get_ident()
+        try:
+            self._end(time.monotonic() + EXIT_DEADLINE)
+        finally:
+            self.ended = True
+            self._closer = 0
+
     def _end(self, deadline: float) -> bool:
+        if self.stop is not None:
+            self.stop.close()
         if self.decider is not None:
             self.decider.close()
         if self.progress is not None:
             self.progress.close()
         ended = self.engine.close(deadline)
+        if self._agreement is not None:
+            self._agreement.close(min(max(deadline - time.monotonic(), 0.1), patience.AGREE))
         if self.clock is not None:
             self.clock.close()
         self.reporter.close(max(deadline - time.monotonic(), 0.1))
@@ -250,6 +351,8 @@ def _drain_at_exit() -> None:
     """
     interrupt: BaseException | None = None
     for session in open_sessions():
+        if session._left_behind:
+            continue  # the writer finishes it
         try:
             session.close(EXIT_DEADLINE)
         except BaseException as error:  # go on, so that every root is closed

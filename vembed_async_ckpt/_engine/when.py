@@ -5,47 +5,62 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from ..events import Reporter
-from ..policies import SavePolicy
+from ..events import Reporter, logger
+from ..policies import Rule, SavePolicy
+from . import patience
+from .agreement import SAVE, Agreement
 from .figures import NEIGHBOURS, Figures
 from .steps import StepClock
 
 
-def refuse_for_ranks(policy: SavePolicy | None, world_size: int) -> None:
-    """Raise ValueError if ranks could get different answers from the policy.
-
-    Then one rank would save and wait in vain for the others.
-    """
-    wrong = [] if policy is None or world_size == 1 else [part for part in policy.parts() if not part.agreed]
-    if wrong:
-        raise ValueError(
-            f"policy {wrong[0]!r} may say one thing on one rank and another on the next, and all {world_size} ranks must save "
-            "or none; use every(steps=...), or decide on one rank and broadcast the decision"
-        )
-
-
 class Decider:
-    """Answers `should_save()` for one checkpointer. Implements `policies.Run`. Only the training thread may call it."""
+    """Answers `should_save()` for one checkpointer. Implements `policies.Run`. Only the training thread may call it.
 
-    def __init__(self, policy: SavePolicy, root: str, reporter: Reporter) -> None:
+    With several ranks, all get the same answer (see `SavePolicy.decided`).
+    """
+
+    def __init__(self, policy: SavePolicy, root: str, reporter: Reporter, agreement: Agreement | None = None) -> None:
+        """`agreement`: of this rank with the others; None for a single rank, or if the policy needs none."""
         self.root = root
         self.before: int | None = None
         self.step = -1
         self.now = self.saved_at = time.perf_counter()
         self.metrics: Mapping[str, float] | None = None
-        self._rules = []
+        self._agreement = agreement
+        self._rules: list[Rule] = []  # all that this rank asks
+        self._deciding: list[Rule] = []  # those of them that decide here and now
+        self._asking: list[Rule] = []  # those of them by which it asks all ranks to save
+        self._answering: list[Rule] = []  # those by which the first rank answers for all
+        self._awaited = False  # on another rank: it waits for such an answer
         self._clock: StepClock | None = None
         self._figures = Figures()
         self._saves = 0
         self._due = False
-        if any(part.measures for part in policy.parts()):
+        own = [part for part in policy.parts() if self._is_asked_here(part)]
+        if any(part.measures for part in own):
             reporter.add_sink(self._figures)
         try:
-            for part in policy.parts():
-                self._rules.append(part.start(root))
+            for part in own:
+                self._start(part)
         except BaseException:
             self.close()
             raise
+
+    def _is_asked_here(self, part: SavePolicy) -> bool:
+        if self._agreement is None or self._agreement.rank == 0:
+            return True
+        self._awaited |= part.decided == "metrics"
+        return part.decided in ("everywhere", "any")
+
+    def _start(self, part: SavePolicy) -> None:
+        rule = part.start(self.root)
+        self._rules.append(rule)
+        if self._agreement is not None and part.decided in ("first", "any"):
+            self._asking.append(rule)
+        elif self._agreement is not None and part.decided == "metrics":
+            self._answering.append(rule)
+        else:
+            self._deciding.append(rule)
 
     @property
     def measured(self) -> bool:
@@ -85,10 +100,36 @@ class Decider:
             self.now = time.perf_counter()
         self.metrics = metrics
         self._due = False
-        for rule in self._rules:
+        for rule in self._deciding:
             if rule.due(self):
                 self._due = True
+        if self._agreement is not None:
+            self._due |= self._with_the_others(self._agreement)
         return self._due
+
+    def _with_the_others(self, agreement: Agreement) -> bool:
+        """Return what the ranks agreed for this step. Ask them for a save if one is due here."""
+        gate, step = agreement.gates[SAVE], self.step
+        gate.position = step  # first this, then look whether the gate is closed
+        if not gate.closed and SAVE not in agreement.asking and not self._due:
+            for rule in self._asking:
+                if rule.due(self):
+                    agreement.ask(SAVE)
+                    break
+        due = False
+        if gate.closed:
+            if not gate.wait(2 * patience.AGREE):
+                logger.warning("step %d: the ranks did not agree in time whether to save; this one does not", step)
+                gate.decide(None)
+            due = gate.reached(step)
+            gate.take(step)
+        if self.metrics is None:
+            return due
+        if self._answering:
+            best = any(rule.due(self) for rule in self._answering)
+            agreement.answer(step, best)
+            return due or best
+        return (self._awaited and agreement.answer_of_first_rank(step, 2 * patience.AGREE)) or due
 
     def saved(self, step: int | None, metrics: Mapping[str, float] | None, begun: float) -> None:
         """Note that a save began at `begun` (time.perf_counter())."""
