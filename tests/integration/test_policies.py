@@ -1,4 +1,4 @@
-"""When to save: each policy by itself, all of them in a run, and what several ranks may not use."""
+"""When to save: each policy by itself, all of them in a run. Several ranks are in `tests/ranks`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import math
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -441,60 +438,6 @@ def test_a_policy_that_cannot_begin_leaves_the_root_free(root: Path, monkeypatch
             AsyncCheckpointer(root, policy=policy)
     assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
     AsyncCheckpointer(root, policy=policy).close()
-
-
-# -- several ranks
-
-RANKS = """
-import sys
-import torch, torch.distributed as dist
-from vembed_async_ckpt import AsyncCheckpointer
-from vembed_async_ckpt.policies import *
-
-rank, port, root = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-for policy in (every(minutes=5), budget(), before_time_limit(end=2e9), on_request(), on_best("loss"),
-               every(steps=2) | on_request()):
-    try:
-        AsyncCheckpointer(root, policy=policy)
-    except ValueError as error:
-        print("refused", error)
-model = torch.nn.Linear(8, 8)
-with AsyncCheckpointer(root, policy=every(steps=2)) as checkpointer:
-    for step in range(1, 6):
-        if checkpointer.should_save(step):
-            print("saves", step, checkpointer.save(step, model=model).result(60).path.name)
-dist.destroy_process_group()
-"""
-
-
-def test_several_ranks_may_use_only_what_they_cannot_disagree_on(root: Path):
-    """Every other policy is refused on all of them, by its name, and nothing is left behind by that."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", RANKS]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(port), str(root)], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    said = [rank.communicate(timeout=120)[0].splitlines() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    policies = [
-        "every(minutes=5)",
-        "budget(percent=2)",
-        "before_time_limit(",
-        "on_request()",
-        "on_best('loss')",
-        "on_request()",
-    ]
-    for lines in said:
-        refused = [line for line in lines if line.startswith("refused policy ")]
-        assert len(refused) == 6
-        assert all(f"policy {name}" in line for name, line in zip(policies, refused, strict=True))
-        assert all("all 2 ranks must save or none; use every(steps=...)" in line for line in refused)
-        assert [line for line in lines if line.startswith("saves")] == [
-            "saves 2 checkpoint-2", "saves 4 checkpoint-4",
-        ]  # fmt: skip
 
 
 # -- the Trainer

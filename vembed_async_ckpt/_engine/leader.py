@@ -380,6 +380,11 @@ class Leader:
             warn(f"{self._options.root}: {left}")
         return ended
 
+    def park(self) -> None:
+        self._supervisor.park()
+        if self._ranks is not None:
+            self._ranks.park()
+
     def refuse_to_delete(self) -> None:
         self._lock.refuse_if_lost()
 

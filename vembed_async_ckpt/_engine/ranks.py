@@ -28,6 +28,7 @@ import torch.distributed as dist
 from .. import _signals
 from ..errors import CheckpointError, StageError
 from . import patience
+from .parking import Parked
 
 _INSTANCES = itertools.count(1)
 
@@ -114,6 +115,12 @@ class Ranks:
         for task in left:
             task.fail(StageError("the checkpointer was closed before all ranks knew the end of the save"))
         self._thread.join(1.0)
+
+    def park(self) -> None:
+        """Let the thread do nothing any more (see `Supervisor.park`)."""
+        parked = Parked()
+        self.add(parked)
+        parked.wait()
 
     def check(self) -> None:
         """Raise `StageError` if the thread has not looked into the store for a long time."""

@@ -352,7 +352,8 @@ def _drain_at_exit() -> None:
     interrupt: BaseException | None = None
     for session in open_sessions():
         if session._left_behind:
-            continue  # the writer finishes it
+            session.engine.park()  # the writer finishes it
+            continue
         try:
             session.close(EXIT_DEADLINE)
         except BaseException as error:  # go on, so that every root is closed

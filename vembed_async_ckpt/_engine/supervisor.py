@@ -32,6 +32,7 @@ from ..errors import CheckpointError, CommitError, WriteError
 from ..events import Event, Reporter, logger
 from . import process as processes
 from .options import WriterKind
+from .parking import Parked
 from .process import calling
 
 LIVES = 3  # a job fails when this many writers have died while they had it
@@ -216,6 +217,15 @@ class Supervisor:
         if self._thread is not threading.current_thread():
             _signals.join(self._thread, timeout)
         return not self._thread.is_alive()
+
+    def park(self) -> None:
+        """Let the thread do nothing any more, because the interpreter ends without waiting for the writer.
+
+        A thread that frees a tensor while the interpreter ends aborts the process: torch takes the GIL in a destructor.
+        """
+        parked = Parked()
+        if self._post(parked.poll):
+            parked.wait()
 
     def forget(self) -> None:
         """In a forked child: close the descriptors that belong to the parent, and touch nothing else."""

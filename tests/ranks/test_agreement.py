@@ -38,12 +38,25 @@ class Slow:
         return delayed
 
 
+@pytest.fixture
+def dead() -> Iterator[Callable[[], float]]:
+    """The delay of a rank that never comes back, until the end of the test."""
+    over = threading.Event()
+
+    def wait() -> float:
+        over.wait(BOUND * 2)
+        return 0.0
+
+    yield wait
+    over.set()
+
+
 @contextlib.contextmanager
-def ranks(count: int, slow: dict[int, float] | None = None) -> Iterator[list[Agreement]]:
+def ranks(count: int, slow: dict[int, Callable[[], float]] | None = None) -> Iterator[list[Agreement]]:
     """The agreements of `count` ranks in this process; `slow`: seconds that calls of the store take on a rank."""
     store = dist.HashStore()
     made = [
-        Agreement(rank, count, lambda rank=rank: Slow(store, lambda: (slow or {}).get(rank, 0.0)))  # type: ignore[misc]
+        Agreement(rank, count, lambda rank=rank: Slow(store, lambda: (slow or {}).get(rank, float)()))  # type: ignore[misc]
         for rank in range(count)
     ]
     try:
@@ -67,7 +80,9 @@ def run(agreement: Agreement, kind: str, last: int, seconds: Callable[[], float]
     return None
 
 
-def run_all(agreements: list[Agreement], seconds: Callable[[int], float], asking: Callable[[], None]) -> list[int | None]:
+def run_all(
+    agreements: list[Agreement], seconds: Callable[[int], float], asking: Callable[[], None]
+) -> list[int | None]:
     """All ranks train, no step waits for another rank; `asking` runs beside them."""
     answers: list[int | None] = [None] * len(agreements)
 
@@ -88,7 +103,7 @@ def run_all(agreements: list[Agreement], seconds: Callable[[int], float], asking
 def test_ranks_that_run_apart_stop_after_the_same_step(count: int) -> None:
     """Each has its own pace, none waits for another; one or several ask, at random moments."""
     chance = random.Random(7)
-    for _ in range(10):
+    for _ in range(5):
         paces = [chance.uniform(0.001, 0.003) for _ in range(count)]
         askers = chance.sample(range(count), chance.choice([1, 1, 2]))
         before = chance.uniform(0.0, 0.1)
@@ -110,8 +125,8 @@ def test_ranks_that_run_apart_stop_after_the_same_step(count: int) -> None:
 @pytest.mark.parametrize("late", [0, 1, 3])
 def test_a_rank_whose_thread_is_late_is_waited_for(late: int) -> None:
     """The leader's or another's: the others stand at their gates meanwhile."""
-    with ranks(4, {late: 0.3}) as made:
-        time.sleep(2.0)  # it has joined
+    with ranks(4, {late: lambda: 0.08}) as made:
+        time.sleep(1.0)  # it has joined
         answers = run_all(made, lambda rank: 0.001 * (1 + rank), lambda: made[2].ask(STOP, 15))
     assert len(set(answers)) == 1, answers
     assert answers[0] is not None
@@ -128,13 +143,15 @@ def test_the_step_is_the_next_one_of_the_rank_that_is_ahead() -> None:
             assert not agreement.gates[STOP].reached(12)
 
 
-def test_a_dead_rank_is_left_out_after_a_while(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dead_rank_is_left_out_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dead: Callable[[], float]
+) -> None:
     """It has joined and says nothing more. The others agree without it, and say so."""
     monkeypatch.setattr(patience, "AGREE", 2.0)
-    delays = {3: 0.0}
+    delays: dict[int, Callable[[], float]] = {}
     with ranks(4, delays) as made:
         wait_until(lambda: signs(made[0]) == 3)
-        delays[3] = 3600.0  # from here on its thread never comes back
+        delays[3] = dead  # from here on its thread never comes back
         answers = run_all(made[:3], lambda rank: 0.001, lambda: made[1].ask(STOP, 15))
         assert len(set(answers)) == 1
         assert answers[0] is not None
@@ -142,13 +159,15 @@ def test_a_dead_rank_is_left_out_after_a_while(monkeypatch: pytest.MonkeyPatch, 
         made.pop()  # it cannot be closed
 
 
-def test_ranks_without_a_leader_stop_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_ranks_without_a_leader_stop_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dead: Callable[[], float]
+) -> None:
     """A stop that was asked for happens, agreed or not; which it was is said."""
     monkeypatch.setattr(patience, "AGREE", 1.0)
-    delays = {0: 0.0}
+    delays: dict[int, Callable[[], float]] = {}
     with ranks(2, delays) as made:
         wait_until(lambda: signs(made[0]) == 1)
-        delays[0] = 3600.0
+        delays[0] = dead
         made[1].ask(STOP, 15)
         assert run(made[1], STOP, 100_000, lambda: 0.001) is not None
         assert "rank 1 stops after its present step, not agreed with the others: rank 0 has not answered" in caplog.text
@@ -175,7 +194,7 @@ def test_a_rank_that_comes_later_stops_too(caplog: pytest.LogCaptureFixture) -> 
 
 def test_saves_are_agreed_on_again_and_again() -> None:
     """Each request gives one step or, if another comes at the same time, two: the same ones on all ranks."""
-    count, turns = 3, 10
+    count, turns = 3, 5
     chance = random.Random(11)
     saved: list[list[int]] = [[] for _ in range(count)]
     over = threading.Event()
@@ -232,7 +251,9 @@ def test_the_first_rank_answers_for_a_step(monkeypatch: pytest.MonkeyPatch) -> N
         for step in range(1, 40):
             made[0].answer(step, step % 3 == 0)
             assert made[1].answer_of_first_rank(step, BOUND) == (step % 3 == 0)
-        with pytest.raises(StageError, match=r"step 1: rank 0 did not say whether to save \(its last answer was for step 39"):
+        with pytest.raises(
+            StageError, match=r"step 1: rank 0 did not say whether to save \(its last answer was for step 39"
+        ):
             made[1].answer_of_first_rank(1, BOUND)
         with pytest.raises(StageError, match="step 40: rank 0 did not say"):
             made[1].answer_of_first_rank(40, 0.2)
@@ -266,14 +287,14 @@ def test_no_keys_pile_up_in_the_store() -> None:
     store = dist.HashStore()
     made = [Agreement(rank, 2, lambda: store) for rank in (0, 1)]
     counts = []
-    for step in range(1, 31):
+    for step in range(1, 19):
         made[1].ask(SAVE)
         for agreement in made:
             gate = agreement.gates[SAVE]
             wait_until(lambda gate=gate: gate.closed and gate.wait(0))  # type: ignore[misc]
             gate.take(10**9)
         wait_until(lambda: not any(agreement.asking for agreement in made))
-        if step % 10 == 0:
+        if step % 6 == 0:
             counts.append(store.num_keys())
     assert max(counts) - min(counts) <= 1
     assert len(json.loads(store.get("agreed"))["rounds"]["save"]) <= 9

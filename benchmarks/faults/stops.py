@@ -1,0 +1,367 @@
+"""Stops trainings by signals at random moments, and checks what each leaves behind.
+
+    python benchmarks/faults/stops.py plain --rounds 300                     a loop of one process
+    python benchmarks/faults/stops.py plain --rounds 100 --drain staged      the trainer leaves, the writer goes on
+    python benchmarks/faults/stops.py ranks --world 4 --rounds 60            ranks with an all_reduce in each step
+    python benchmarks/faults/stops.py ranks --world 4 --rounds 60 --free     ranks that never wait for each other
+    python benchmarks/faults/stops.py torchrun --world 2 --rounds 300        the signal goes to torchrun
+    python benchmarks/faults/stops.py pid1 --rounds 20                       process 1 of a pid namespace (needs root)
+
+Every weight of the model is the number of steps made. A round is right if each process exits with 143 (torchrun itself
+with 1), all ranks stopped after the same step, and the next round resumes from that step with those weights. Trainers
+are forked from this process, which has imported torch; the workers of torchrun are started as usual.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NoReturn
+
+import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
+import torch
+import torch.distributed as dist
+
+from vembed_async_ckpt import AsyncCheckpointer, KeepLast, latest, load
+from vembed_async_ckpt._engine.agreement import Agreement
+
+PATIENCE = 120.0
+STEP = 0.003  # seconds of a step
+
+
+class Counting(torch.nn.Module):
+    """Two tensors whose elements are the number of steps made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList([torch.zeros(1 << 18) for _ in range(2)])
+
+    def count(self) -> int:
+        values = torch.cat(list(self.weights)).unique()
+        assert values.numel() == 1, f"torn: {values}"
+        return int(values.item())
+
+
+def train(root: str, say: Callable[[str], None], *, drain: str, free: bool = False, late: float = 0.0) -> NoReturn:
+    """Resume, train until told to stop, save, leave. Says RESUMED, READY and STOPPED with the step."""
+    torch.set_num_threads(1)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    delay = _delay_agreement(late)
+    with AsyncCheckpointer(root, retention=KeepLast(2)) as checkpointer:
+        checkpointer.stop_on(signal.SIGTERM, drain=drain, grace=60.0)  # type: ignore[arg-type]
+        found = latest(root)
+        begun = 0 if found is None else load(found, model=model, optimizer=optimizer, verify="full").step or 0
+        assert model.count() == begun
+        say(f"RESUMED {begun}")
+        if dist.is_initialized():
+            dist.barrier()
+        delay()
+        say("READY")
+        pace = random.Random(rank)
+        for step in range(begun + 1, sys.maxsize):
+            time.sleep(STEP * pace.uniform(0.5, 1.5))
+            if dist.is_initialized() and not free:
+                dist.all_reduce(torch.ones(1))
+            for weight in model.parameters():
+                weight.grad = -torch.ones_like(weight)
+            optimizer.step()
+            if checkpointer.should_stop(step):
+                checkpointer.save(step, model=model, optimizer=optimizer)
+                say(f"STOPPED {step} {time.monotonic_ns()}")
+                break
+            if step % 50 == 0:
+                checkpointer.save(step, model=model, optimizer=optimizer)
+    say(f"CLOSED {time.monotonic_ns()}")
+    sys.exit(checkpointer.exit_code)
+
+
+def _delay_agreement(seconds: float) -> Callable[[], None]:
+    """Return a function that lets this rank's thread of the agreement not run for so long, once."""
+    due: list[float] = []
+    wait = Agreement._wait
+
+    def late(agreement: Agreement, hurry: bool) -> bool:
+        while due:
+            time.sleep(due.pop())
+        return wait(agreement, hurry)
+
+    Agreement._wait = late  # type: ignore[method-assign]
+    return lambda: due.append(seconds)
+
+
+# -- the processes of a round
+
+
+class Process:
+    """A trainer that was forked or started. `said`: its messages."""
+
+    def __init__(self, pid: int, read: int) -> None:
+        self.pid = pid
+        self.said: list[str] = []
+        self._read = read
+        self._rest = b""
+
+    def listen(self, timeout: float) -> bool:
+        """Take what it says next. Return False if it says nothing for `timeout` seconds or has ended."""
+        if not select.select([self._read], [], [], timeout)[0]:
+            return False
+        data = os.read(self._read, 65536)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self.said += [line.decode() for line in lines]
+        return bool(data)
+
+    def expect(self, word: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not any(line.split()[0] == word for line in self.said):
+            if not self.listen(max(deadline - time.monotonic(), 0)):
+                raise AssertionError(f"no {word}; it said {self.said}")
+
+    def number(self, word: str) -> int | None:
+        return next((int(line.split()[1]) for line in self.said if line.startswith(word)), None)
+
+    def wait(self) -> int:
+        """Return its exit code, negative for a signal."""
+        poll = select.poll()
+        pidfd = os.pidfd_open(self.pid)
+        poll.register(pidfd, select.POLLIN)
+        if not poll.poll(PATIENCE * 1000):
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(pidfd)
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        while self.listen(0):
+            pass
+        os.close(self._read)
+        return code
+
+
+class InChild(Exception):
+    """Raised in a forked child, to leave the frames of the parent: `job` is what it has to do."""
+
+    def __init__(self, job: Callable[[], NoReturn]) -> None:
+        self.job = job
+
+
+def fork(job: Callable[[Callable[[str], None]], NoReturn]) -> Process:
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        raise InChild(lambda: job(lambda line: _say(write, line)))
+    os.close(write)
+    return Process(pid, read)
+
+
+def _say(fd: int, line: str) -> None:
+    os.write(fd, f"{line}\n".encode())
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def _rank(say: Callable[[str], None], rank: int, world: int, port: int, **options: Any) -> NoReturn:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    train(say=say, **options)
+
+
+# -- rounds
+
+
+def plain(arguments: argparse.Namespace, root: Path, chance: random.Random, result: Result) -> None:
+    process = fork(lambda say: train(str(root), say, drain=arguments.drain))
+    process.expect("READY")
+    time.sleep(chance.uniform(0.0, 0.4))
+    asked = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    code = process.wait()
+    result.round(root, [process], [code], time.monotonic() - asked)
+
+
+def ranks(arguments: argparse.Namespace, root: Path, chance: random.Random, result: Result) -> None:
+    port = _free_port()
+    processes = []
+    for rank in range(arguments.world):
+        late = arguments.late if rank == arguments.late_rank else 0.0
+        options = {"root": str(root), "drain": arguments.drain, "free": arguments.free, "late": late}
+        processes.append(fork(lambda say, r=rank, o=options: _rank(say, r, arguments.world, port, **o)))  # type: ignore[misc]
+    for process in processes:
+        process.expect("READY")
+    time.sleep(chance.uniform(0.0, 0.4))
+    told = range(arguments.world) if chance.random() < 0.3 else [chance.randrange(arguments.world)]
+    asked = time.monotonic()
+    dead = chance.choice(range(1, arguments.world)) if arguments.dead else None
+    if dead is not None:
+        os.kill(processes[dead].pid, signal.SIGKILL)
+    for rank in told if dead is None else [chance.choice([r for r in range(arguments.world) if r != dead])]:
+        os.kill(processes[rank].pid, signal.SIGTERM)
+    codes = [process.wait() for process in processes]
+    took = time.monotonic() - asked
+    if dead is not None:
+        assert codes.pop(dead) == -signal.SIGKILL
+        processes.pop(dead)
+    result.round(root, processes, codes, took)
+
+
+def torchrun(arguments: argparse.Namespace, root: Path, chance: random.Random, result: Result) -> None:
+    """The agent is forked, its workers are started as usual; they write into a pipe each."""
+    pipes = [os.pipe() for _ in range(arguments.world)]
+    for _, write in pipes:
+        os.set_inheritable(write, True)
+    options = ["--nproc-per-node", str(arguments.world), "--master-port", str(_free_port())]
+    worker = [__file__, "worker", "--root", str(root), "--drain", arguments.drain]
+    worker += ["--fds", ",".join(str(write) for _, write in pipes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, *worker],
+        pass_fds=[write for _, write in pipes],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    for _, write in pipes:
+        os.close(write)
+    processes = [Process(0, read) for read, _ in pipes]
+    for process in processes:
+        process.expect("READY")
+    time.sleep(chance.uniform(0.0, 0.4))
+    asked = time.monotonic()
+    agent.send_signal(signal.SIGTERM)
+    code = agent.wait(PATIENCE)
+    for process in processes:
+        while process.listen(0):
+            pass
+        os.close(process._read)
+    result.round(root, processes, [143 if code == 1 else code], time.monotonic() - asked)
+
+
+def pid1(arguments: argparse.Namespace, root: Path, chance: random.Random, result: Result) -> None:
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    worker = [sys.executable, __file__, "worker", "--root", str(root), "--drain", arguments.drain, "--fds", str(write)]
+    outer = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", *worker], pass_fds=[write], stderr=subprocess.DEVNULL
+    )
+    os.close(write)
+    process = Process(outer.pid, read)
+    process.expect("READY")
+    time.sleep(chance.uniform(0.0, 0.4))
+    with open(f"/proc/{outer.pid}/task/{outer.pid}/children") as file:
+        inner = int(file.read().split()[0])
+    asked = time.monotonic()
+    os.kill(inner, signal.SIGTERM)
+    code = outer.wait(PATIENCE)
+    while process.listen(0):
+        pass
+    os.close(read)
+    result.round(root, [process], [code], time.monotonic() - asked)
+
+
+class Result:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._staged = arguments.drain == "staged"
+        self.rounds = 0
+        self.wrong: list[str] = []
+        self.seconds: list[float] = []
+        self._answered = 0
+
+    def round(self, root: Path, processes: list[Process], codes: list[int], seconds: float) -> None:
+        self.rounds += 1
+        self.seconds.append(seconds)
+        stopped = {process.number("STOPPED") for process in processes}
+        resumed = {process.number("RESUMED") for process in processes}
+        problems = []
+        if set(codes) != {143}:
+            problems.append(f"exit codes {codes}")
+        if len(stopped) != 1 or None in stopped:
+            problems.append(f"stopped after {stopped}")
+        if resumed != {self._answered}:
+            problems.append(f"resumed from {resumed} instead of {self._answered}")
+        if self._staged:
+            wait_for_writer(root)
+        newest = latest(root, verify="full")
+        self._answered = next(iter(stopped)) or 0
+        if newest is None or newest.name != f"checkpoint-{self._answered}":
+            problems.append(f"the newest checkpoint is {newest}, stopped after {stopped}")
+            self._answered = 0 if newest is None else int(newest.name.rpartition("-")[2])
+        if problems:
+            self.wrong.append(f"round {self.rounds}: {'; '.join(problems)}")
+
+    def report(self) -> dict[str, Any]:
+        ordered = sorted(self.seconds)
+        return {
+            "rounds": self.rounds,
+            "right": self.rounds - len(self.wrong),
+            "wrong": self.wrong,
+            "seconds_to_end": {"median": round(median(ordered), 3), "most": round(ordered[-1], 3)},
+        }
+
+
+def wait_for_writer(root: Path) -> None:
+    from vembed_async_ckpt._disk.lock import wait_for_orphan
+
+    wait_for_orphan(str(root))
+
+
+def worker(arguments: argparse.Namespace) -> NoReturn:
+    """A process of torchrun or of a pid namespace."""
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    fd = int(arguments.fds.split(",")[int(os.environ.get("RANK", 0))])
+    train(arguments.root, lambda line: _say(fd, line), drain=arguments.drain)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=["plain", "ranks", "torchrun", "pid1", "worker"])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--drain", default="committed")
+    parser.add_argument("--free", action="store_true", help="no collective between the ranks")
+    parser.add_argument("--late", type=float, default=0.0, help="seconds for which the thread of a rank does not run")
+    parser.add_argument("--late-rank", type=int, default=0)
+    parser.add_argument("--dead", action="store_true", help="kill one of the ranks just before (with --free)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--root", default="")
+    parser.add_argument("--fds", default="")
+    arguments = parser.parse_args()
+    logging.getLogger("vembed_async_ckpt").setLevel(logging.ERROR)
+    if arguments.kind == "worker":
+        worker(arguments)
+    chance = random.Random(arguments.seed)
+    result = Result(arguments)
+    play = {"plain": plain, "ranks": ranks, "torchrun": torchrun, "pid1": pid1}[arguments.kind]
+    directory = Path(tempfile.mkdtemp())
+    try:
+        for _ in range(arguments.rounds):
+            play(arguments, directory / "root", chance, result)
+    except InChild as child:
+        job = child.job
+    else:
+        shutil.rmtree(directory)
+        print(json.dumps(result.report()))
+        sys.exit(bool(result.wrong))
+    job()
+
+
+if __name__ == "__main__":
+    main()
