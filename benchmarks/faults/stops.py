@@ -2,6 +2,7 @@
 
     python benchmarks/faults/stops.py plain --rounds 300                     a loop of one process
     python benchmarks/faults/stops.py plain --rounds 100 --drain staged      the trainer leaves, the writer goes on
+    python benchmarks/faults/stops.py group --rounds 100                     the signal kills DataLoader workers too
     python benchmarks/faults/stops.py ranks --world 4 --rounds 60            ranks with an all_reduce in each step
     python benchmarks/faults/stops.py ranks --world 4 --rounds 60 --free     ranks that never wait for each other
     python benchmarks/faults/stops.py torchrun --world 2 --rounds 300        the signal goes to torchrun
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
@@ -35,6 +36,7 @@ from typing import Any, NoReturn
 import anyio._backends._asyncio  # noqa: F401  (so that no child has to)
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
 
 from vembed_async_ckpt import AsyncCheckpointer, KeepLast, latest, load
 from vembed_async_ckpt._engine.agreement import Agreement
@@ -89,6 +91,47 @@ def train(root: str, say: Callable[[str], None], *, drain: str, free: bool = Fal
                 checkpointer.save(step, model=model, optimizer=optimizer)
     say(f"CLOSED {time.monotonic_ns()}")
     sys.exit(checkpointer.exit_code)
+
+
+def train_with_workers(root: str, say: Callable[[str], None]) -> NoReturn:
+    """As `train`, with batches from two DataLoader workers, which the signal kills too."""
+    os.setpgid(0, 0)
+    torch.set_num_threads(1)
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with AsyncCheckpointer(root, retention=KeepLast(2)) as checkpointer:
+        checkpointer.stop_on(signal.SIGTERM, grace=60.0)
+        found = latest(root)
+        step = 0 if found is None else load(found, model=model, optimizer=optimizer, verify="full").step or 0
+        say(f"RESUMED {step}")
+        batches = iter(DataLoader(_Endless(), batch_size=None, num_workers=2))
+        next(batches)
+        say("READY")
+        stopping = False
+        while not stopping:
+            try:
+                next(batches)
+            except RuntimeError:  # a worker was killed: this is the end of a step
+                if not checkpointer.exit_code:
+                    raise
+                stopping = True
+            else:
+                step += 1
+                for weight in model.parameters():
+                    weight.grad = -torch.ones_like(weight)
+                    time.sleep(STEP / 2)
+                optimizer.step()
+                stopping = checkpointer.should_stop(step)
+        checkpointer.save(step, model=model, optimizer=optimizer)
+        say(f"STOPPED {step} {time.monotonic_ns()}")
+    sys.exit(checkpointer.exit_code)
+
+
+class _Endless(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            time.sleep(STEP)
+            yield 1
 
 
 def _delay_agreement(seconds: float) -> Callable[[], None]:
@@ -191,6 +234,16 @@ def plain(arguments: argparse.Namespace, root: Path, chance: random.Random, resu
     time.sleep(chance.uniform(0.0, 0.4))
     asked = time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
+    code = process.wait()
+    result.round(root, [process], [code], time.monotonic() - asked)
+
+
+def group(arguments: argparse.Namespace, root: Path, chance: random.Random, result: Result) -> None:
+    process = fork(lambda say: train_with_workers(str(root), say))
+    process.expect("READY")
+    time.sleep(chance.uniform(0.0, 0.4))
+    asked = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)
     code = process.wait()
     result.round(root, [process], [code], time.monotonic() - asked)
 
@@ -332,7 +385,7 @@ def worker(arguments: argparse.Namespace) -> NoReturn:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=["plain", "ranks", "torchrun", "pid1", "worker"])
+    parser.add_argument("kind", choices=["plain", "group", "ranks", "torchrun", "pid1", "worker"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--drain", default="committed")
@@ -349,7 +402,7 @@ def main() -> None:
         worker(arguments)
     chance = random.Random(arguments.seed)
     result = Result(arguments)
-    play = {"plain": plain, "ranks": ranks, "torchrun": torchrun, "pid1": pid1}[arguments.kind]
+    play = {"plain": plain, "group": group, "ranks": ranks, "torchrun": torchrun, "pid1": pid1}[arguments.kind]
     directory = Path(tempfile.mkdtemp())
     try:
         for _ in range(arguments.rounds):

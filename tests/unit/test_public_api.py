@@ -95,6 +95,8 @@ SIGNATURES = {
     "AsyncCheckpointer": OPTIONS,
     "AsyncCheckpointer.save": ["self", *SAVE],
     "AsyncCheckpointer.should_save": ["self", "step"],
+    "AsyncCheckpointer.should_stop": ["self", "step"],
+    "AsyncCheckpointer.stop_on": ["self", "signals", "drain", "grace"],
     "AsyncCheckpointer.prewarm": ["self", "model", "optimizer"],
     "AsyncCheckpointer.wait": ["self", "timeout"],
     "AsyncCheckpointer.close": ["self", "timeout"],

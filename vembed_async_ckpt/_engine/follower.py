@@ -107,8 +107,8 @@ class Follower:
         self._ranks.close(max(deadline - time.monotonic(), 0.1))
         return True
 
-    def park(self) -> None:
-        self._ranks.park()
+    def park(self) -> bool:
+        return self._ranks.park()
 
     def refuse_to_delete(self) -> None:
         raise CommitError("only the first rank deletes checkpoints")

@@ -380,10 +380,9 @@ class Leader:
             warn(f"{self._options.root}: {left}")
         return ended
 
-    def park(self) -> None:
-        self._supervisor.park()
-        if self._ranks is not None:
-            self._ranks.park()
+    def park(self) -> bool:
+        parked = self._supervisor.park()
+        return (self._ranks is not None and self._ranks.park()) or parked
 
     def refuse_to_delete(self) -> None:
         self._lock.refuse_if_lost()

@@ -116,11 +116,14 @@ class Ranks:
             task.fail(StageError("the checkpointer was closed before all ranks knew the end of the save"))
         self._thread.join(1.0)
 
-    def park(self) -> None:
-        """Let the thread do nothing any more (see `Supervisor.park`)."""
+    def park(self) -> bool:
+        """Let the thread do nothing any more (see `Supervisor.park`). Returns False if it has ended already."""
+        if not self._thread.is_alive():
+            return False
         parked = Parked()
         self.add(parked)
         parked.wait()
+        return True
 
     def check(self) -> None:
         """Raise `StageError` if the thread has not looked into the store for a long time."""

@@ -38,6 +38,8 @@ from .when import Decider
 EXIT_DEADLINE = 600.0  # seconds that pending saves get at interpreter exit
 
 _OPEN: set[Session] = set()
+# They are kept until the process ends: a thread that freed their tensors while the interpreter ends would abort it.
+_LEFT_BEHIND: list[Session] = []
 _LOST: list[str] = []  # failures of saves that could not be reported to anybody
 
 
@@ -60,7 +62,8 @@ class Session:
         self.stop: Stop | None = None  # once `stop_on` was called
         self._agreement: Agreement | None = None
         self._closer = 0  # id of the thread that closes the session, else 0
-        self._left_behind = False  # the process leaves, and the writer finishes what is staged
+        # ends a session whose process leaves while the writer finishes what is staged
+        self._closing = threading.Thread(target=self._end_left_behind, name="vembed-ckpt-closing", daemon=True)
         self._pid = os.getpid()
         with _signals.held():
             self._take_over()
@@ -73,7 +76,7 @@ class Session:
 
     def give_way(self) -> None:
         """Close, because a new checkpointer is made for the same root. A failure of a save is logged."""
-        if not self.dropped:
+        if not self.dropped and self not in _LEFT_BEHIND:
             self.closed = self.closed or "closed, because a later one was made for the same directory"
             warn(
                 f"{self.options.root}: this process has a checkpointer for this directory, which was not closed. It is closed now, "
@@ -81,7 +84,7 @@ class Session:
             )
         try:
             self.close(EXIT_DEADLINE)
-            if self._left_behind:
+            if self in _LEFT_BEHIND:
                 self._may_close(time.monotonic() + EXIT_DEADLINE)  # waits until its thread has ended the session
         except Exception as error:
             logger.error(
@@ -170,7 +173,7 @@ class Session:
         with _signals.held():
             self.engine.refuse_inside_save("close()")
             deadline = time.monotonic() + timeout
-            if not self._left_behind and self._may_close(deadline):
+            if self not in _LEFT_BEHIND and self._may_close(deadline):
                 self._close(timeout, deadline)
 
     def _may_close(self, deadline: float) -> bool:
@@ -199,13 +202,13 @@ class Session:
                     self._leave_behind()
                     return
             finally:
-                if not self._left_behind:
+                if self not in _LEFT_BEHIND:
                     if self.stop is not None and self.stop.asked:
                         deadline = min(deadline, time.monotonic() + max(self.stop.left(), 0.0))
                     ended = self._end(deadline)
                     self.ended = True
         finally:
-            if not self._left_behind:
+            if self not in _LEFT_BEHIND:
                 self._closer = 0
         if not ended:
             raise TimeoutError(
@@ -237,6 +240,11 @@ class Session:
                     f"{handle.path}: the grace time is over and the state is not staged, so this checkpoint is lost"
                 ) from error
             staged.append(str(handle.path))
+        if staged and self.options.writer == "thread":
+            raise TimeoutError(
+                f"the grace time is over and {', '.join(staged)} is not on disk; the writer is a thread of this process, so it "
+                "is lost. Use writer='process' or a longer grace time"
+            )
         if staged and stop.drain == "committed":
             logger.warning(
                 "the grace time is over: %s is staged and not yet on disk. The writer process %s finishes it, if the "
@@ -254,11 +262,17 @@ class Session:
 
     def _leave_behind(self) -> None:
         """Let the process leave at once. A thread ends the session if the process goes on instead."""
-        self._left_behind = True
+        _LEFT_BEHIND.append(self)
         if self._agreement is not None and self.stop is not None:  # the other ranks must hear that it is staged
             self._agreement.close(min(max(self.stop.left(), 1.0), patience.AGREE), together=True)
         with contextlib.suppress(RuntimeError):  # the interpreter ends: no thread can be started any more
-            threading.Thread(target=self._end_left_behind, name="vembed-ckpt-closing", daemon=True).start()
+            self._closing.start()
+
+    def park(self) -> None:
+        """Let the threads of a session that was left behind do nothing any more: the interpreter ends."""
+        if not self.engine.park() and self._closing.is_alive():
+            self._closing.join(1.0)
+        self.reporter.close(1.0)
 
     def _end_left_behind(self) -> None:
         self._closer = threading.get_ident()
@@ -350,10 +364,11 @@ def _drain_at_exit() -> None:
     and a script that checks the exit code must not go on as if everything had been saved.
     """
     interrupt: BaseException | None = None
+    for session in _LEFT_BEHIND:
+        session.park()
     for session in open_sessions():
-        if session._left_behind:
-            session.engine.park()  # the writer finishes it
-            continue
+        if session in _LEFT_BEHIND:
+            continue  # the writer finishes it
         try:
             session.close(EXIT_DEADLINE)
         except BaseException as error:  # go on, so that every root is closed
@@ -374,6 +389,7 @@ def _forget_in_child() -> None:
     for session in list(_OPEN):
         session.forget()
     _OPEN.clear()
+    _LEFT_BEHIND.clear()
     _LOST.clear()
 
 

@@ -218,14 +218,17 @@ class Supervisor:
             _signals.join(self._thread, timeout)
         return not self._thread.is_alive()
 
-    def park(self) -> None:
+    def park(self) -> bool:
         """Let the thread do nothing any more, because the interpreter ends without waiting for the writer.
 
         A thread that frees a tensor while the interpreter ends aborts the process: torch takes the GIL in a destructor.
+        Returns False if the thread has ended already.
         """
         parked = Parked()
-        if self._post(parked.poll):
-            parked.wait()
+        if not self._post(parked.poll):
+            return False
+        parked.wait()
+        return True
 
     def forget(self) -> None:
         """In a forked child: close the descriptors that belong to the parent, and touch nothing else."""
