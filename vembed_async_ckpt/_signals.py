@@ -13,6 +13,7 @@ import _signal  # type: ignore[import-not-found]  # `signal` wraps every call in
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ContextDecorator
 from types import FrameType, TracebackType
 from typing import Any
@@ -88,6 +89,21 @@ def deliver() -> None:
     finally:
         _depth = depth
         _stand_in()  # a call that the handler made has put the handlers back
+
+
+def wrap_handler(signum: int, wrapper: Callable[[Any], Any]) -> None:
+    """Replace the Python handler of a signal by `wrapper(handler)`, for signals that are held back now too.
+
+    Does nothing if the signal has no Python handler, or one of the type `wrapper`. Only the main thread may call it.
+    """
+    present = _signal.getsignal(signum)
+    handler = present.handler if type(present) is _StandIn else present
+    if not callable(handler) or type(handler) is wrapper:
+        return
+    if type(present) is _StandIn:
+        present.handler = wrapper(handler)
+    else:
+        _signal.signal(signum, wrapper(handler))
 
 
 def join(thread: threading.Thread, timeout: float) -> None:

@@ -169,7 +169,8 @@ class Agreement:
     def close(self, timeout: float, *, together: bool = False) -> None:
         """End the thread, for at most `timeout` seconds.
 
-        The first rank lets the others read the last agreed step. With `together` it also waits until they close too.
+        The first rank lets the others read the last agreed step. With `together` each rank waits until all others close
+        too: a launcher may end all processes when the first of them has ended.
         """
         with self._changed:
             self._closing = True
@@ -365,7 +366,8 @@ class _Follower:
         self._there = False  # the leader has said something
         self._read = b""
         self._session = ""
-        self._left = False
+        self._left = False  # the first rank has closed its checkpointer
+        self._gone = False  # this rank closes its own
         self._signs = itertools.count(1)
         self._done = dict.fromkeys(_KINDS, 0)  # number of the last round that has ended
         self._shown = dict.fromkeys(_KINDS, 0)  # number of the last round that this rank gave its position to
@@ -395,11 +397,14 @@ class _Follower:
                 self._asked[kind] = (what, since, True)
 
     def may_leave(self, together: bool) -> bool:
-        return True
+        """Return whether this rank need not wait any longer. It is gone for the others from the first call on."""
+        if self._session and not self._gone:
+            self._store.set(self._key("here", self._agreement.rank), _LEFT)
+            self._gone = True
+        return not together or self._left or not self._session
 
     def leave(self) -> None:
-        if self._session:
-            self._store.set(self._key("here", self._agreement.rank), _LEFT)
+        """Do nothing: the others know."""
 
     def _key(self, *parts: object) -> str:
         return "/".join(map(str, (self._session, *parts)))

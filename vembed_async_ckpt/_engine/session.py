@@ -198,7 +198,7 @@ class Session:
     def _close(self, timeout: float, deadline: float) -> None:
         try:
             try:
-                if not self._drain(timeout):
+                if not self.drain(timeout):
                     self._leave_behind()
                     return
             finally:
@@ -216,7 +216,7 @@ class Session:
             )
         self.ledger.raise_unread()
 
-    def _drain(self, timeout: float) -> bool:
+    def drain(self, timeout: float) -> bool:
         """Wait for the saves in flight. Return False if a stop leaves them to the writer, as they are staged.
 
         Raises TimeoutError after `timeout` seconds, or if the grace time of a stop is over and a save is not staged.
@@ -263,8 +263,7 @@ class Session:
     def _leave_behind(self) -> None:
         """Let the process leave at once. A thread ends the session if the process goes on instead."""
         _LEFT_BEHIND.append(self)
-        if self._agreement is not None and self.stop is not None:  # the other ranks must hear that it is staged
-            self._agreement.close(min(max(self.stop.left(), 1.0), patience.AGREE), together=True)
+        self._leave_together(max(self.stop.left(), 1.0) if self.stop is not None else 1.0)
         with contextlib.suppress(RuntimeError):  # the interpreter ends: no thread can be started any more
             self._closing.start()
 
@@ -273,6 +272,17 @@ class Session:
         if not self.engine.park() and self._closing.is_alive():
             self._closing.join(1.0)
         self.reporter.close(1.0)
+
+    def _leave_together(self, timeout: float) -> None:
+        """End the agreement with the other ranks. After a stop, wait until they leave too."""
+        if self._agreement is None:
+            return
+        stopped = self.stop is not None and self.stop.asked
+        if (
+            self._agreement.rank == 0 or not stopped
+        ):  # what another rank waits for, the first rank's commit, may take long
+            timeout = min(timeout, patience.AGREE)
+        self._agreement.close(timeout, together=stopped)
 
     def _end_left_behind(self) -> None:
         self._closer = threading.get_ident()
@@ -290,8 +300,7 @@ class Session:
         if self.progress is not None:
             self.progress.close()
         ended = self.engine.close(deadline)
-        if self._agreement is not None:
-            self._agreement.close(min(max(deadline - time.monotonic(), 0.1), patience.AGREE))
+        self._leave_together(max(deadline - time.monotonic(), 0.1))
         if self.clock is not None:
             self.clock.close()
         self.reporter.close(max(deadline - time.monotonic(), 0.1))

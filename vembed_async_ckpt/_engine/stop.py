@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, get_args
 
+from .. import _signals
 from ..errors import warn
 from ..events import logger
 from . import patience
@@ -124,7 +125,7 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             return  # the handlers and the thread stay, and do nothing of their own any more
         sparing = signal.getsignal(signal.SIGCHLD)
-        if isinstance(sparing, _Sparing):
+        if type(sparing) is _Sparing:
             signal.signal(signal.SIGCHLD, sparing.before)
         for signum, before in self._before.items():
             if signal.getsignal(signum) == self._handle:  # else somebody else has put theirs over it
@@ -242,10 +243,7 @@ def _spare_the_step() -> None:
     torch notices the end of a worker by SIGCHLD and raises RuntimeError wherever the main thread is. Once a stop was
     asked for, this is raised only where the training waits for the next batch.
     """
-    present = signal.getsignal(signal.SIGCHLD)
-    if not callable(present) or isinstance(present, _Sparing):
-        return
-    signal.signal(signal.SIGCHLD, _Sparing(present))
+    _signals.wrap_handler(signal.SIGCHLD, _Sparing)
 
 
 class _Sparing:
@@ -267,7 +265,7 @@ def _fetches(frame: FrameType | None) -> bool:
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), _BaseDataLoaderIter):
+        if frame.f_code.co_name == "__next__" and isinstance(frame.f_locals.get("self"), _BaseDataLoaderIter):
             return True
         frame = frame.f_back
     return False

@@ -123,6 +123,9 @@ class Decider:
                 gate.decide(None)
             due = gate.reached(step)
             gate.take(step)
+            if due and agreement.rank:  # a request is answered, even if only the first rank calls save()
+                for rule in self._asking:
+                    rule.saved(step, None)
         if self.metrics is None:
             return due
         if self._answering:

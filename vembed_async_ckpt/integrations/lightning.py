@@ -40,6 +40,7 @@ from ..checkpointer import AsyncCheckpointer
 from ..errors import CheckpointError, CommitError, CorruptCheckpoint, PlanError
 from ..events import Sink, logger
 from ..handle import SaveHandle, SaveState
+from ..policies import SavePolicy
 from . import lightning_host as host
 from . import lightning_values as values
 from .shared import close_shared, open_at, refuse_to_delete, shared
@@ -116,6 +117,7 @@ class VembedCheckpointIO:
         """Start with nothing pending. Called by the constructor, and in a process that was spawned or forked."""
         self._options = options
         self._roots: list[str] = []  # roots with a checkpointer of this plugin; the one used last is at the end
+        self._policies: dict[str, SavePolicy | None] = {}  # by root: those of callbacks, whose checkpointers stay open
         # the exception that was being handled before the first of these saves
         self._handled_outside: BaseException | None = None
         # Take these locks with signals held back: a handler that saves must not wait for the thread that it interrupts.
@@ -220,10 +222,11 @@ class VembedCheckpointIO:
 
     def _drain(self) -> None:
         roots, self._roots = self._roots, []
+        self._policies.clear()
         _BUSY.discard(self)
         try:
             for checkpointer in filter(None, map(open_at, roots)):
-                checkpointer.wait(EXIT_DEADLINE)
+                checkpointer._session.drain(EXIT_DEADLINE)
             self._settle()
         finally:
             with self._lock:
@@ -267,8 +270,17 @@ class VembedCheckpointIO:
             self._roots.remove(root)
         self._roots.append(root)
         if len(self._roots) > _MAX_ROOTS:  # a slash in a metric's name makes a new directory for every save
-            close_shared(roots=[self._roots.pop(0)])
-        return shared(root, self._options)
+            oldest = next((root for root in self._roots if root not in self._policies), None)
+            if oldest is not None:
+                self._roots.remove(oldest)
+                close_shared(roots=[oldest])
+        return shared(root, {**self._options, "policy": self._policies.get(root)})
+
+    @_signals.held()
+    def checkpointer_with(self, root: str, policy: SavePolicy | None) -> AsyncCheckpointer:
+        """Return the checkpointer of `root`, with `policy`, for a callback. It is open until `teardown`."""
+        self._policies[root] = policy
+        return self._checkpointer(root)
 
     def _spare(self, target: str) -> None:
         """Cancel a pending deletion of `target`, and wait for a running one."""

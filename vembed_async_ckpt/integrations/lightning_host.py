@@ -6,20 +6,23 @@ It adapts each of the packages `lightning` and `pytorch_lightning` that is loade
 from __future__ import annotations
 
 import functools
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
 from . import lightning_values as values
 
-_PYTORCH = ("lightning.pytorch", "pytorch_lightning")
+PYTORCH = ("lightning.pytorch", "pytorch_lightning")
 
 
 class Plugin(Protocol):
     def is_under_way(self, path: Any) -> bool: ...
 
     def refuse_remote(self, path: Any) -> None: ...
+
+    def checkpointer_with(self, root: str, policy: Any) -> Any: ...
 
 
 def adapt(plugin: type[Any], opened: Callable[..., Any]) -> None:
@@ -35,7 +38,7 @@ def adapt(plugin: type[Any], opened: Callable[..., Any]) -> None:
         loading = sys.modules.get(f"{package}.utilities.cloud_io")
         if loading is not None:
             _wrap(loading, "_load", functools.partial(_opening, opened))
-    for package in _PYTORCH:
+    for package in PYTORCH:
         saving = sys.modules.get(f"{package}.core.saving")
         if saving is not None:
             _wrap(saving, "pl_load", functools.partial(_opening, opened))
@@ -53,17 +56,81 @@ def is_loaded() -> bool:
 def is_waited_for(frame: FrameType | None) -> bool:
     """Return whether the caller of `trainer.save_checkpoint` relies on the checkpoint being on disk afterwards.
 
-    `frame` is inside that call. True unless the caller is a `ModelCheckpoint`: the user expects the checkpoint, and a
-    handler of signals or exceptions may end the process afterwards.
+    `frame` is inside that call. True unless the caller is a `ModelCheckpoint` or our callback: the user expects the
+    checkpoint, and a handler of signals or exceptions may end the process afterwards.
     """
     trainers = _loaded("trainer.trainer", "Trainer")
     while frame is not None and not _is_save_of(frame, trainers):
         frame = frame.f_back
     while frame is not None and _is_save_of(frame, trainers):
         frame = frame.f_back  # a class of the user's may override the method
-    return frame is not None and not isinstance(
-        frame.f_locals.get("self"), _loaded("callbacks.model_checkpoint", "ModelCheckpoint")
-    )
+    if frame is None:
+        return False
+    caller = frame.f_locals.get("self")
+    ours = getattr(type(caller), "saves_in_background", False)
+    return not ours and not isinstance(caller, _loaded("callbacks.model_checkpoint", "ModelCheckpoint"))
+
+
+def take_sigterm_from(trainer: Any) -> None:
+    """Take out Lightning's own answer to SIGTERM, which ends each rank at a step of its own.
+
+    It runs a collective in the signal handler. What else handles the signal stays, requeueing on Slurm too.
+    """
+    present: Any = signal.getsignal(signal.SIGTERM)
+    handlers = getattr(present, "signal_handlers", None)
+    if isinstance(handlers, list):
+        own = trainer._signal_connector._sigterm_notifier_fn
+        signal.signal(signal.SIGTERM, type(present)([handler for handler in handlers if handler != own]))
+
+
+def end_training(trainer: Any, signals: Sequence[int]) -> None:
+    """Let `trainer` leave its loops at the end of this step, as after a SIGTERM. The handlers of `signals` stay."""
+    connector = trainer._signal_connector
+    for signum in signals:
+        if signum in connector._original_handlers:
+            connector._original_handlers[signum] = signal.getsignal(signum)
+    connector.received_sigterm = True
+
+
+def catch_worker_errors(trainer: Any, taken: Callable[[RuntimeError], int]) -> None:
+    """Let `taken(error)` decide about errors of DataLoader workers while `trainer` fetches a batch to train on.
+
+    If it returns an exit code, the training ends as after a SIGTERM, with that code; if 0, the error goes on.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    advance = type(loop).advance
+
+    def catching(*arguments: Any, **further: Any) -> Any:
+        try:
+            return advance(loop, *arguments, **further)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker") or not _is_of_a_fetch(error):
+                raise
+            code = taken(error)
+            if not code:
+                raise
+            package = type(trainer).__module__.partition(".trainer")[0]
+            exceptions = sys.modules[f"{package}.utilities.exceptions"]
+            raise exceptions.SIGTERMException(code) from error
+
+    loop.advance = catching
+
+
+def release_worker_errors(trainer: Any) -> None:
+    """Undo `catch_worker_errors`."""
+    vars(trainer.fit_loop.epoch_loop).pop("advance", None)
+
+
+def _is_of_a_fetch(error: BaseException) -> bool:
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+    traceback = error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code.co_name == "__next__" and isinstance(frame.f_locals.get("self"), _BaseDataLoaderIter):
+            return True
+        traceback = traceback.tb_next
+    return False
 
 
 def _is_save_of(frame: FrameType, trainers: tuple[type, ...]) -> bool:
@@ -71,7 +138,7 @@ def _is_save_of(frame: FrameType, trainers: tuple[type, ...]) -> bool:
 
 
 def _loaded(module: str, name: str) -> tuple[type, ...]:
-    found = [sys.modules.get(f"{package}.{module}") for package in _PYTORCH]
+    found = [sys.modules.get(f"{package}.{module}") for package in PYTORCH]
     return tuple(getattr(module, name) for module in found if module is not None)
 
 
@@ -103,7 +170,7 @@ def _opening(opened: Callable[..., Any], pl_load: Callable[..., Any]) -> Callabl
 def _refusing(plugin: type[Any], setup: Callable[..., Any]) -> Callable[..., Any]:
     def set_up(self: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         result = setup(self, trainer, *args, **kwargs)
-        used = _plugin_of(trainer, plugin)
+        used = plugin_of(trainer, plugin)
         if used is not None and self.dirpath is not None:
             used.refuse_remote(self.dirpath)
         return result
@@ -113,7 +180,7 @@ def _refusing(plugin: type[Any], setup: Callable[..., Any]) -> Callable[..., Any
 
 def _knowing(plugin: type[Any], file_exists: Callable[..., bool]) -> Callable[..., bool]:
     def exists(self: Any, filepath: Any, trainer: Any) -> bool:
-        used = _plugin_of(trainer, plugin)
+        used = plugin_of(trainer, plugin)
         if used is None:
             return file_exists(self, filepath, trainer)
         # Ask this first: a save that is committed between the two questions then exists at the second.
@@ -123,7 +190,7 @@ def _knowing(plugin: type[Any], file_exists: Callable[..., bool]) -> Callable[..
     return exists
 
 
-def _plugin_of(trainer: Any, plugin: type[Any]) -> Plugin | None:
+def plugin_of(trainer: Any, plugin: type[Any]) -> Plugin | None:
     used: Any = getattr(getattr(trainer, "strategy", None), "checkpoint_io", None)
     if not isinstance(used, plugin):
         used = getattr(used, "checkpoint_io", None)  # inside Lightning's AsyncCheckpointIO

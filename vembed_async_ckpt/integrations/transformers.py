@@ -14,7 +14,7 @@ import inspect
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType, MappingProxyType
 from typing import Any
@@ -44,6 +44,7 @@ from . import trainer_state
 from .rotation import Rotation
 from .shared import figures_of
 from .trainer_resume import ResumingTrainer
+from .trainer_stop import TrainerStop, refuse_another_stop
 
 _PLACEHOLDER = "checkpoint-is-incomplete.txt"  # trainer_jit_checkpoint.py puts it into the directory before it saves
 _NEEDED = ("_save_checkpoint", "_maybe_log_save_evaluate", "_finalize_training", "_prepare_for_training")
@@ -80,11 +81,13 @@ class _Run:
     - `holding_back`: whether the next `on_save` is suppressed. Trainer calls it where it logs, evaluates and saves
       after a step.
     - `now`: the state of the training while `self.state` is that of a save; else None.
+    - `stop`: if signals may stop it.
     - `saved`: whether a save was committed. `failed`: number of failed saves.
     """
 
     checkpointer: AsyncCheckpointer | None = None
     rotation: Rotation | None = None
+    stop: TrainerStop | None = None
     stock: str | None = None
     holding_back: bool = False
     now: Any = None
@@ -126,27 +129,44 @@ class AsyncCheckpointMixin(ResumingTrainer):
     `checkpoint/durable_s`, `checkpoint/write_gbps`, `checkpoint/bytes`, `checkpoint/failed`, `checkpoint/step`. Off, as the log
     history is a part of the checkpoints, which are then not those that Trainer writes."""
 
+    async_checkpoint_stop_on: Sequence[int] = ()
+    """Signals that ask for a stop, as in `AsyncCheckpointer.stop_on`: `(signal.SIGTERM,)`. The training saves after its
+    step, leaves out evaluations, and `train()` returns; then `sys.exit(trainer.async_checkpoint_exit_code)`. A DataLoader
+    worker that the same signal killed ends the training in the same way, unless there are several ranks. Takes the place
+    of `enable_jit_checkpoint`, with which it is refused."""
+
+    async_checkpoint_stop_options: Mapping[str, Any] = MappingProxyType({})
+    """`drain` and `grace` of `AsyncCheckpointer.stop_on`."""
+
+    async_checkpoint_exit_code: int = 0
+    """After `train()`: 128 + the number of the signal for which it stopped, else 0."""
+
     _async_run: _Run | None = None  # while train() runs
     state: Any
     control: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check(self.async_checkpoint_options)
+        refuse_another_stop(self.async_checkpoint_stop_on, kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy. A copy has no part in a training under way."""
         state = {name: value for name, value in vars(self).items() if name != "_async_run"}
-        if "async_checkpoint_options" in state:
-            state["async_checkpoint_options"] = dict(
-                state["async_checkpoint_options"]
-            )  # a mapping proxy cannot be copied
+        for name in ("async_checkpoint_options", "async_checkpoint_stop_options"):
+            if name in state:
+                state[name] = dict(state[name])  # a mapping proxy cannot be copied
         return state
 
     def wait_for_checkpoints(self) -> None:
         """Wait until every checkpoint of this training is on disk and its `on_save` has been called."""
         run = self._async_run
-        if run is not None and run.checkpointer is not None:
+        if run is None or run.checkpointer is None:
+            return
+        if run.stop is not None and run.stop.reached:
+            run.stop.drain()
+            self._settle(run, self._ended_everywhere(run))
+        else:
             run.checkpointer.wait()
             self._settle(run, len(run.pending))
 
@@ -169,6 +189,10 @@ class AsyncCheckpointMixin(ResumingTrainer):
         return prepared
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        with self._stopping(self._async_run):
+            self._log_save_evaluate(*args, **kwargs)
+
+    def _log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         run = self._async_run
         if run is None or run.stock is not None:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -187,6 +211,16 @@ class AsyncCheckpointMixin(ResumingTrainer):
         with _replaced(self.callback_handler, "on_save", held_back):
             super()._maybe_log_save_evaluate(*args, **kwargs)
         self._settle(run, self._ended_everywhere(run))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        run = self._async_run
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except RuntimeError as error:
+            if run is None or run.stop is None or not run.stop.takes(error, self.args.world_size):
+                raise
+            self.control.should_training_stop = True  # this is the end of a step: the epoch ends here, and saves
+            return [], None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._async_run is None:
@@ -225,6 +259,8 @@ class AsyncCheckpointMixin(ResumingTrainer):
             self.args.save_total_limit = limit
 
     def _load_best_model(self) -> None:
+        if self._async_run is not None and self._async_run.stop is not None and self._async_run.stop.reached:
+            return  # the training is not over, and the grace time is short
         self.wait_for_checkpoints()
         super()._load_best_model()
 
@@ -235,13 +271,27 @@ class AsyncCheckpointMixin(ResumingTrainer):
     # -- a training
 
     @contextlib.contextmanager
+    def _stopping(self, run: _Run | None) -> Iterator[None]:
+        """Around what Trainer does after a step: if the training stops here, it saves, does not evaluate, and leaves."""
+        step = self.state.global_step
+        if run is None or run.stop is None or not run.stop.ask(step):
+            yield
+            return
+        self.control.should_evaluate = False
+        self.control.should_save = run.stop.must_save(step)
+        self.control.should_training_stop = False  # else the checkpoint says so, and the next training ends at once
+        yield
+        self.control.should_training_stop = True
+
+    @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         _check(self.async_checkpoint_options)
+        refuse_another_stop(self.async_checkpoint_stop_on, self.args)
         run = self._async_run = _Run(stock=self._why_stock())
         try:
             if run.stock is not None:
                 self._say_why_stock(run.stock)
-            elif self.args.save_strategy != "no" or self._policy is not None:
+            elif self.args.save_strategy != "no" or self._policy is not None or self.async_checkpoint_stop_on:
                 with self._falling_back(run):
                     self._checkpointer_of(run)
             with contextlib.ExitStack() as stack:
@@ -253,6 +303,7 @@ class AsyncCheckpointMixin(ResumingTrainer):
                     self._rotate(run)  # now also what was being uploaded before
         finally:
             self._async_run = None
+            self.async_checkpoint_exit_code = 0 if run.checkpointer is None else run.checkpointer.exit_code
 
     @property
     def _policy(self) -> SavePolicy | None:
@@ -270,6 +321,10 @@ class AsyncCheckpointMixin(ResumingTrainer):
                 raise
             except CheckpointError as error:  # not Linux, or no locks
                 raise PlanError(str(error)) from error
+            if self.async_checkpoint_stop_on:
+                run.stop = TrainerStop(
+                    run.checkpointer, self.async_checkpoint_stop_on, self.async_checkpoint_stop_options
+                )
             if self.args.should_save:
                 run.rotation = Rotation(os.fspath(run.checkpointer.root), self.args.save_total_limit, policy)
         return run.checkpointer
@@ -339,7 +394,11 @@ class AsyncCheckpointMixin(ResumingTrainer):
             run.stock = str(error)
 
     def _say_why_stock(self, reason: str) -> None:
-        logger.warning("Trainer saves checkpoints by itself, while training waits: %s", reason)
+        unheard = "; it does not stop for signals" if self.async_checkpoint_stop_on and self._stop_is_off() else ""
+        logger.warning("Trainer saves checkpoints by itself, while training waits: %s%s", reason, unheard)
+
+    def _stop_is_off(self) -> bool:
+        return self._async_run is None or self._async_run.stop is None
 
     # -- a save
 
