@@ -139,10 +139,10 @@ def _delay_agreement(seconds: float) -> Callable[[], None]:
     due: list[float] = []
     wait = Agreement._wait
 
-    def late(agreement: Agreement, hurry: bool) -> bool:
+    def late(agreement: Agreement, soon: bool) -> bool:
         while due:
             time.sleep(due.pop())
-        return wait(agreement, hurry)
+        return wait(agreement, soon)
 
     Agreement._wait = late  # type: ignore[method-assign]
     return lambda: due.append(seconds)

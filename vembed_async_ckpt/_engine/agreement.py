@@ -202,11 +202,11 @@ class Agreement:
                 if kind in self.asking or (gate.closed and not gate.wait(0)):
                     self._go_alone(kind, f"the store cannot be used any more: {error}")
 
-    def _wait(self, hurry: bool) -> bool:
+    def _wait(self, soon: bool) -> bool:
         """Wait until it is time to look into the store. Return False at the end."""
         with self._changed:
             if not self._closing and not self._asks:
-                self._changed.wait(self._poll / 10 if hurry or self._waiting else self._poll)
+                self._changed.wait(self._poll / 10 if soon or self._waiting else self._poll)
             return not self._closing
 
     def _take_asks(self) -> dict[str, int]:
