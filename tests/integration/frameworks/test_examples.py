@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from vembed_async_ckpt import latest, load, verify
+from vembed_async_ckpt._engine import stop as stops
 from vembed_async_ckpt.integrations.shared import close_shared
 
 README = Path(__file__).parents[3] / "README.md"
@@ -186,6 +188,8 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     close_shared(60)
+    for left in list(reversed(stops._INSTALLED)):  # handlers of a stop stay until the process ends
+        left._remove()
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -206,12 +210,36 @@ def test_a_block_of_the_readme_runs(
     if "s3://" in block.code:
         for name, value in request.getfixturevalue("moto").environment.items():
             monkeypatch.setenv(name, value)
-    run(block, scope_of(block))
+    scope = scope_of(block)
+    if "stop_on" in block.code:
+        signaled(scope)
+    run(block, scope)
     close_shared(60)
     found = checkpoints(directory)
     assert found, "a block that saves nothing"
     for path in found:
         verify(path)
+
+
+def signaled(scope: dict[str, Any]) -> None:
+    """Let the training get SIGTERM in its fifth step."""
+    calls, train_step = itertools.count(1), scope["train_step"]
+
+    def signaled_step(*arguments: Any) -> Any:
+        if next(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(*arguments)
+
+    scope["train_step"] = signaled_step
+
+
+def test_the_block_for_slurm_saves_the_step_of_the_signal(directory: Path) -> None:
+    """And gives the exit code."""
+    scope = plain()
+    signaled(scope)
+    run(block_of("Slurm"), scope)
+    assert [path.name for path in checkpoints(directory)] == ["checkpoint-5"]
+    assert scope["checkpointer"].exit_code == 143
 
 
 def block_of(heading: str) -> Block:
