@@ -274,25 +274,16 @@ def ranks(arguments: argparse.Namespace, root: Path, chance: random.Random, resu
 
 
 def torchrun(arguments: argparse.Namespace, root: Path, chance: random.Random, result: Result) -> None:
-    """The agent is forked, its workers are started as usual; they write into a pipe each."""
-    pipes = [os.pipe() for _ in range(arguments.world)]
-    for _, write in pipes:
-        os.set_inheritable(write, True)
+    """The workers get no descriptors from torchrun, so each writes into a named pipe."""
+    processes = [Process(0, _named_pipe(root, rank)) for rank in range(arguments.world)]
     options = ["--nproc-per-node", str(arguments.world), "--master-port", str(_free_port())]
-    worker = [__file__, "worker", "--root", str(root), "--drain", arguments.drain]
-    worker += ["--fds", ",".join(str(write) for _, write in pipes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     agent = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *options, *worker],
-        pass_fds=[write for _, write in pipes],
-        env=environment,
+        [sys.executable, "-m", "torch.distributed.run", *options, *_worker(arguments, root)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    for _, write in pipes:
-        os.close(write)
-    processes = [Process(0, read) for read, _ in pipes]
     for process in processes:
         process.expect("READY")
     time.sleep(chance.uniform(0.0, 0.4))
@@ -307,14 +298,11 @@ def torchrun(arguments: argparse.Namespace, root: Path, chance: random.Random, r
 
 
 def pid1(arguments: argparse.Namespace, root: Path, chance: random.Random, result: Result) -> None:
-    read, write = os.pipe()
-    os.set_inheritable(write, True)
-    worker = [sys.executable, __file__, "worker", "--root", str(root), "--drain", arguments.drain, "--fds", str(write)]
+    process = Process(0, _named_pipe(root, 0))
     outer = subprocess.Popen(
-        ["unshare", "--pid", "--fork", "--mount-proc", *worker], pass_fds=[write], stderr=subprocess.DEVNULL
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, *_worker(arguments, root)],
+        stderr=subprocess.DEVNULL,
     )
-    os.close(write)
-    process = Process(outer.pid, read)
     process.expect("READY")
     time.sleep(chance.uniform(0.0, 0.4))
     with open(f"/proc/{outer.pid}/task/{outer.pid}/children") as file:
@@ -324,8 +312,20 @@ def pid1(arguments: argparse.Namespace, root: Path, chance: random.Random, resul
     code = outer.wait(PATIENCE)
     while process.listen(0):
         pass
-    os.close(read)
+    os.close(process._read)
     result.round(root, [process], [code], time.monotonic() - asked)
+
+
+def _worker(arguments: argparse.Namespace, root: Path) -> list[str]:
+    return [__file__, "worker", "--root", str(root), "--drain", arguments.drain]
+
+
+def _named_pipe(root: Path, rank: int) -> int:
+    """Open the named pipe of a rank for reading; it is made anew, as an earlier round may have left something in it."""
+    path = root.parent / f"pipe-{rank}"
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return os.open(path, os.O_RDWR)
 
 
 class Result:
@@ -379,7 +379,7 @@ def worker(arguments: argparse.Namespace) -> NoReturn:
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    fd = int(arguments.fds.split(",")[int(os.environ.get("RANK", 0))])
+    fd = os.open(Path(arguments.root).parent / f"pipe-{os.environ.get('RANK', 0)}", os.O_WRONLY)
     train(arguments.root, lambda line: _say(fd, line), drain=arguments.drain)
 
 
@@ -395,7 +395,6 @@ def main() -> None:
     parser.add_argument("--dead", action="store_true", help="kill one of the ranks just before (with --free)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--root", default="")
-    parser.add_argument("--fds", default="")
     arguments = parser.parse_args()
     logging.getLogger("vembed_async_ckpt").setLevel(logging.ERROR)
     if arguments.kind == "worker":

@@ -200,6 +200,7 @@ class Session:
             try:
                 if not self.drain(timeout):
                     self._leave_behind()
+                    self.ledger.raise_unread()
                     return
             finally:
                 if self not in _LEFT_BEHIND:
@@ -278,9 +279,8 @@ class Session:
         if self._agreement is None:
             return
         stopped = self.stop is not None and self.stop.asked
-        if (
-            self._agreement.rank == 0 or not stopped
-        ):  # what another rank waits for, the first rank's commit, may take long
+        # Another rank waits for the first one's commit, which may take long.
+        if self._agreement.rank == 0 or not stopped:
             timeout = min(timeout, patience.AGREE)
         self._agreement.close(timeout, together=stopped)
 
