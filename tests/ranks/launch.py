@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ import vembed_async_ckpt
 
 SCRIPTS = Path(__file__).parent / "scripts"
 PACKAGE = str(Path(vembed_async_ckpt.__file__).parents[1])
+
+
+def kill(ranks: list[subprocess.Popen[str]]) -> None:
+    for rank in ranks:
+        rank.kill()
 
 
 def run_ranks(script: str, world_size: int, *arguments: str, patience: float = 240.0) -> list[dict[str, Any]]:
@@ -34,11 +40,15 @@ def run_ranks(script: str, world_size: int, *arguments: str, patience: float = 2
             )
             for rank in range(world_size)
         ]
+        outputs = [("", "")] * world_size
         try:
-            outputs = [rank.communicate(timeout=patience) for rank in ranks]
+            with ThreadPoolExecutor(world_size) as threads:
+                reading = {threads.submit(rank.communicate, timeout=patience): n for n, rank in enumerate(ranks)}
+                for done in as_completed(reading):
+                    outputs[reading[done]] = done.result()
+                    if ranks[reading[done]].returncode:  # the others would wait for it
+                        kill(ranks)
         finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
+            kill(ranks)
     assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(err for _, err in outputs)
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]

@@ -17,12 +17,15 @@ TO_TORCH: dict[str, torch.dtype] = {name: getattr(torch, t) for name, t in _NAME
 FROM_TORCH: dict[torch.dtype, str] = {dtype: name for name, dtype in TO_TORCH.items()}
 
 
-def spec(name: str, tensor: torch.Tensor, *, file: str) -> TensorSpec:
+def spec(name: str, tensor: torch.Tensor, *, file: str, needs_data: bool = True) -> TensorSpec:
     """Return the entry of `tensor` in a safetensors file.
 
-    Raises `PlanError` for a tensor without dense storage of its own.
+    `needs_data`: whether the tensor itself is what will be saved.
+
+    Raises `PlanError` for a tensor without dense storage of its own, if it needs data.
     """
-    check_storage(name, tensor, file=file)
+    if needs_data:
+        check_storage(name, tensor, file=file)
     dtype = FROM_TORCH.get(tensor.dtype)
     if dtype is None:
         raise PlanError(

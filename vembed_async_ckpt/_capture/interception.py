@@ -62,6 +62,8 @@ class _Watch(TorchFunctionMode):
             return args[0]
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.untyped_storage:
+            if args[0].is_meta:
+                result = _StandInStorage(result)
             self._captured.serialized.add(result.data_ptr())
             self._captured.looked |= not self._captured.in_torch_save and _is_pickling(sys._getframe(1))
         elif func is torch.Tensor.numpy:
@@ -70,6 +72,19 @@ class _Watch(TorchFunctionMode):
         elif func in _LOOKS:
             self._captured.looked = True
         return result
+
+
+class _StandInStorage:
+    """The storage of a tensor without data. It has no address, so it answers with a number of its own."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._storage = storage
+
+    def data_ptr(self) -> int:
+        return int(self._storage._cdata)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
 
 
 def _is_pickling(frame: FrameType | None) -> bool:

@@ -38,6 +38,7 @@ from .tensor_map import (
     has_no_storage,
     is_fake,
     live_tensors,
+    memory_of,
     ties_of,
     uncovered,
 )
@@ -80,7 +81,7 @@ def unwrap(model: Any) -> torch.nn.Module:
 
 
 @dataclass
-class _Learned:
+class Learned:
     """What stays valid for every save as long as the `fingerprint` matches.
 
     `contents`, `labels`, `names`, `volatile`: as in `ModelState`.
@@ -106,7 +107,7 @@ class _Learned:
     files: list[tuple[str, bytes]]
     replays: list[tuple[str, Replay]]
 
-    def says_the_same(self, other: _Learned) -> bool:
+    def says_the_same(self, other: Learned) -> bool:
         """Return whether nothing but values differs."""
         return (
             self.contents == other.contents
@@ -139,7 +140,7 @@ class ModelReader:
         self._options = {"max_shard_size": max_shard_size, "save_original_format": save_original_format}
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._wrapped: weakref.ref[torch.nn.Module] | None = None
-        self._learned: _Learned | None = None
+        self._learned: Learned | None = None
         self._looks = TensorGuard([])  # of a model that is learned anew for each save
 
     def read(self, model: Any) -> ModelState:
@@ -175,12 +176,12 @@ class ModelReader:
             files=files,
         )
 
-    def _learn(self, module: torch.nn.Module, model: torch.nn.Module, before: _Learned | None) -> _Learned:
+    def _learn(self, module: torch.nn.Module, model: torch.nn.Module, before: Learned | None) -> Learned:
         refuse_share(model)
         files = None
         if self._state_dict_file is not None:
-            files = {self._state_dict_file: _plain_file(module, model, as_it_is=self._as_it_is)}
-        learned = _learn(module, self._prefix, self._options, files)
+            files = {self._state_dict_file: plain_file(module, model, as_it_is=self._as_it_is)}
+        learned = learn(module, self._prefix, self._options, files)
         if before is not None and before.says_the_same(learned):
             learned.contents = before.contents
 
@@ -194,8 +195,19 @@ class ModelReader:
         return learned
 
 
-def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], plain: Files | None = None) -> _Learned:
-    """Learn the files of a model. `plain`: these files and no others, instead of what `save_pretrained` writes."""
+def learn(
+    module: torch.nn.Module,
+    prefix: str,
+    options: Mapping[str, Any],
+    plain: Files | None = None,
+    *,
+    stand_ins: bool = False,
+) -> Learned:
+    """Learn the files of a model.
+
+    `plain`: these files and no others, instead of what `save_pretrained` writes.
+    `stand_ins`: its tensors on the meta device stand for tensors that are divided among ranks (see `stand_ins`).
+    """
     live = list(live_tensors(module))
     for item in live:
         if is_lazy(item.tensor):
@@ -206,7 +218,7 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
             )
     with unwrapped_inside(module):
         captured, side_files = _files_of(module, options) if plain is None else (Captured(plain), ())
-    book = TensorMap(live, prefix + "/" if prefix else "")
+    book = TensorMap(live, prefix + "/" if prefix else "", stand_ins=stand_ins)
     for file, (tensors, metadata) in captured.files.items():
         book.add_file(file, tensors, metadata)
     stored_in = list(book.file_names)
@@ -239,7 +251,7 @@ def _learn(module: torch.nn.Module, prefix: str, options: Mapping[str, Any], pla
         and all(replay is not None for _, replay in replays)
         and not (foreign and captured.looked)
     )
-    return _Learned(
+    return Learned(
         contents=(*book.contents, *fixed),
         labels=book.labels,
         names={
@@ -335,7 +347,7 @@ def _parts_would_be_sharded(files: Files, max_shard_size: str | int) -> bool:
     from transformers.utils.hub import convert_file_size_to_int
 
     tensors = [tensor for file, _ in files.values() for tensor in file.values() if tensor.numel()]
-    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    storages = set(map(memory_of, tensors))
     size = sum(tensor.nbytes for tensor in tensors)
     return len(storages) < len(tensors) and size > convert_file_size_to_int(max_shard_size)
 
@@ -345,7 +357,7 @@ def _holds_values(content: BytesContent) -> bool:
     return content.name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle", ".npz", ".npy", ".h5", ".msgpack"))
 
 
-def _plain_file(
+def plain_file(
     module: torch.nn.Module, model: torch.nn.Module, *, as_it_is: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the state_dict of `model` as (tensors, metadata). `model` may be `module` inside wrappers."""
@@ -371,8 +383,9 @@ def _plain_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
                 "safetensors holds tensors only, pass it in extra="
             )
         has_strides = tensor.layout is torch.strided and not tensor.is_nested
-        if tensor.numel() and has_strides and not tensor.is_meta and not has_no_storage(tensor):
-            identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and has_strides and not has_no_storage(tensor):
+            place = (tensor.device, memory_of(tensor), tensor.storage_offset())
+            identity = (*place, tensor.dtype, tensor.shape, tensor.stride())
             if identity in seen:
                 continue
             seen.add(identity)

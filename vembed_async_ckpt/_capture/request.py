@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
@@ -14,20 +14,25 @@ from typing import Any
 import torch
 
 from .._format import names
-from .._format.plan import Content
+from .._format.plan import Content, TensorContent
 from .._format.ranges import Region
 from ..errors import PlanError, warn
 from . import accelerator as accelerators
 from . import config as configs
 from . import mistakes, training_state
+from .agreement import Agreement, Gather
 from .dialect import Accelerate, Dialect
+from .divided_model import DividedModelReader, DividedState
+from .divided_optimizer import DividedOptimizerReader, DividedOptimizerState
 from .model import ModelReader, ModelState
 from .model import unwrap as unwrap_model
 from .optimizer import OptimizerReader, OptimizerState, RegisteredReader
 from .parameters import Names
+from .pieces import Divider, Pieces, fault_of_claims
 from .processor import ProcessorFiles
 from .scratch import Scratch
-from .sharding import refuse_shares
+from .sharding import is_sharded, refuse_shares
+from .shares import Sharding
 from .state_dict import MappingReader, StateDict
 from .training_state import TrainingState, torch_save
 
@@ -44,13 +49,19 @@ class Request:
     `files`: (name, bytes) of further files.
     `links`: [file, second name of it].
     `manifest`: values for the manifest.
+    `regions`: if the state is divided among ranks, for each of the tensors the index of the whole in the order of the
+        contents and the region of it. The contents are the same on every rank, except that only the first rank has those
+        without tensors of a model or optimizer. They come last.
+    `wrappers`: for each of the tensors another one that counts changes of the same memory, or None.
+    `digest`: equal on two ranks if they plan the same files.
+    `pieces`: all this together.
     """
 
     directory: str
     step: int | None
     save_id: str
     contents: tuple[Content, ...]
-    parts: list[ModelState | OptimizerState]
+    parts: list[ModelState | OptimizerState | Pieces]
     tensors: list[torch.Tensor]
     volatile: frozenset[int]
     optimizers: tuple[OptimizerState, ...]
@@ -61,15 +72,26 @@ class Request:
     regions: list[tuple[int, Region]] | None = None
     wrappers: list[torch.Tensor | None] | None = None
     digest: bytes = b""
+    pieces: Pieces | None = None
 
     def outline(self) -> list[str]:
-        return []
+        """Return one line for each file and tensor that all ranks plan, to find the first difference."""
+        return [] if self.pieces is None else self.pieces.outline()
 
     def claims(self) -> bytes:
-        return b""
+        """Return which parts of the files this rank writes, for `check_claims`."""
+        return b"[]" if self.pieces is None else self.pieces.claims()
 
-    def check_claims(self, claims: list[bytes]) -> str | None:
-        return None
+    def check_claims(self, claims: Sequence[bytes]) -> str | None:
+        """Return what is wrong if all ranks together do not write every tensor exactly once, else None.
+
+        `claims`: what `claims()` returned on each rank.
+        """
+        return fault_of_claims([content for content in self.contents if isinstance(content, TensorContent)], claims)
+
+    def stepped(self) -> list[OptimizerState | DividedOptimizerState]:
+        """Return the optimizers."""
+        return list(self.state.optimizers.values())
 
     def labels(self) -> list[str]:
         """Return the name of each tensor in errors."""
@@ -86,6 +108,8 @@ class Request:
         self.parts.clear()
         self.tensors.clear()
         self.state.tensors.clear()
+        if self.wrappers is not None:
+            self.wrappers.clear()
 
 
 @dataclass(frozen=True)
@@ -126,15 +150,20 @@ class Objects:
     of_every_rank: bool = True
 
     def is_sharded(self) -> bool:
-        return False
+        """Return whether a model is divided among ranks in a way that can be saved. Calls no method of the models."""
+        return any(isinstance(model, torch.nn.Module) and is_sharded(model) for model in self._models())
 
     def further_files(self) -> list[tuple[str, bytes]]:
         return list((self.files() if callable(self.files) else self.files).items())
 
     def refuse_shares(self) -> None:
         """Raise `PlanError` if this process holds only a share of a model. Calls no method of the models."""
-        models = [] if callable(self.state_dicts) else named("model", self.state_dicts).values()
-        refuse_shares([*named("model", self.model).values(), *models, *getattr(self.accelerator, "_models", ())])
+        refuse_shares(self._models())
+
+    def _models(self) -> list[Any]:
+        decided = isinstance(self.state_dicts, torch.nn.Module) or not callable(self.state_dicts)
+        models = named("model", self.state_dicts).values() if decided else ()
+        return [*named("model", self.model).values(), *models, *getattr(self.accelerator, "_models", ())]
 
     def whole_models(self) -> Any:
         models = self.state_dicts
@@ -151,11 +180,13 @@ class RequestReader:
         world_size: int = 1,
         scratch: Scratch | None = None,
         rank: int = 0,
-        gather: Any = None,
+        gather: Gather | None = None,
     ) -> None:
+        """`gather`: sends a message to all ranks and returns theirs. Without it, divided models are refused."""
         self._max_shard_size = max_shard_size
         self._save_original_format = save_original_format
         self._world_size = world_size
+        self._rank = rank
         self._scratch = scratch or Scratch()
         self._models: dict[str, ModelReader] = {}
         self._state_dicts: dict[tuple[int, bool], ModelReader] = {}
@@ -165,6 +196,11 @@ class RequestReader:
         self._names = Names()
         self._strange = mistakes.StrangeOptimizers()
         self._processor = ProcessorFiles()
+        self._divided_models: dict[tuple[Any, ...], DividedModelReader] = {}
+        self._divided_optimizers: dict[tuple[str, int], DividedOptimizerReader] = {}
+        self._gather = gather
+        self._agreement = Agreement(gather)
+        self._divider = Divider()
 
     def read(self, directory: str, step: int | None, objects: Objects) -> Request:
         """Return the request as of now, to be published as `directory`. Touches no checkpoint.
@@ -180,6 +216,8 @@ class RequestReader:
             raise PlanError(f"step is {step!r}; use a whole number of at least 0")
         given = {key: getattr(objects, key) for key in ("model", "optimizer", "scheduler", "scaler", "dataloader")}
         mistakes.refuse_wrong_kinds(given)
+        if self._gather is not None and objects.is_sharded():
+            return self._read_divided(directory, step, objects)
         files = objects.further_files()
         models = {name: self._read_model(name, value) for name, value in named("model", objects.model).items()}
         whole = named("model", objects.whole_models())
@@ -229,7 +267,7 @@ class RequestReader:
         if objects.config is not None:
             files.append((names.CONFIG, _render_config(objects.config)))
         _refuse_clashes(contents, state, files)
-        parts: list[ModelState | OptimizerState] = [*states, *zipped]
+        parts: list[ModelState | OptimizerState | Pieces] = [*states, *zipped]
         return Request(
             directory=directory,
             step=step,
@@ -242,14 +280,107 @@ class RequestReader:
             state=state,
             files=files,
             links=_links(models, objects.weights_name),
-            manifest={
-                "world_size": world_size,
-                "time": time.time(),
-                "versions": VERSIONS,
-                "metrics": _metrics(objects.metrics),
-                "names": {name: m.names for name, m in (models or plain).items()},
-            },
+            manifest=self._manifest(world_size, objects, models or plain),
         )
+
+    def _read_divided(self, directory: str, step: int | None, objects: Objects) -> Request:
+        """Return the request of a save whose models are divided among the ranks. Every rank calls this."""
+        leads = self._rank == 0
+        files = objects.further_files()
+        models = {name: self._read_divided_model(name, value) for name, value in named("model", objects.model).items()}
+        whole = named("model", objects.whole_models())
+        plain = {
+            name: self._read_divided_model("", value, names.plain_weights(index), as_it_is=not objects.clean_names)
+            for index, (name, value) in enumerate(whole.items())
+        }
+        if objects.tensors is not None or any(isinstance(value, StateDict) for value in whole.values()):
+            raise PlanError("a state_dict without its module cannot be saved beside a divided model; pass the module")
+        of_optimizers = named("model", objects.model) or whole
+        sharding = Sharding(*of_optimizers.values())
+        named_parameters: dict[int, str] = {}
+        for name, value in (models or plain).items():
+            for number, of_parameter in value.named.items():
+                named_parameters.setdefault(number, f"{name}/{of_parameter}" if name else of_parameter)
+        optimizers = {
+            name: self._read_divided_optimizer(name, index, value, sharding, named_parameters)
+            for index, (name, value) in enumerate(named("optimizer", objects.optimizer).items())
+        }
+        registered = {}
+        for index, value in enumerate(getattr(objects.accelerator, "_custom_objects", ()) if leads else ()):
+            registered[names.custom_checkpoint(index)] = self._read_registered(index, value, files)
+        world_size = self._world_size if objects.of_every_rank else 1
+        state = training_state.capture(
+            objects.dialect,
+            world_size,
+            step,
+            optimizers,
+            named("scheduler", objects.scheduler) if leads else {},
+            objects.scaler if leads else None,
+            objects.dataloader if leads else None,
+            objects.extra if leads else None,
+            registered,
+            accelerators.state(objects.accelerator) if leads and objects.accelerator is not None else None,
+        )
+        _refuse_second_weights(models, plain)
+        zipped = [value for value in registered.values() if value is not None]
+        divided = [*models.values(), *plain.values(), *optimizers.values()]
+        pieces = self._divider.pieces(divided, zipped)
+        contents: list[Content] = [*pieces.contents, *(value.content for value in zipped)]
+        if leads:
+            contents += [content for value in divided for content in value.further]
+            if objects.processor is not None:
+                contents += self._processor.contents(objects.processor, older_readers=objects.older_readers)
+            if objects.config is not None:
+                files.append((names.CONFIG, _render_config(objects.config)))
+        _refuse_clashes(contents, state, files)
+        return Request(
+            directory=directory,
+            step=step,
+            save_id=os.urandom(16).hex(),
+            contents=tuple(contents),
+            parts=[pieces],
+            tensors=pieces.tensors,
+            volatile=frozenset().union(*(value.volatile for value in divided)),
+            optimizers=tuple(zipped),
+            state=state,
+            files=files,
+            links=_links(models, objects.weights_name),
+            manifest=self._manifest(world_size, objects, models or plain),
+            regions=pieces.regions,
+            wrappers=pieces.wrappers,
+            digest=pieces.digest,
+            pieces=pieces,
+        )
+
+    def _manifest(
+        self, world_size: int, objects: Objects, models: Mapping[str, ModelState | DividedState]
+    ) -> dict[str, Any]:
+        return {
+            "world_size": world_size,
+            "time": time.time(),
+            "versions": VERSIONS,
+            "metrics": _metrics(objects.metrics),
+            "names": {name: model.names for name, model in models.items()},
+        }
+
+    def _read_divided_model(
+        self, prefix: str, model: Any, file: str | None = None, *, as_it_is: bool = True
+    ) -> DividedState:
+        key = (prefix, file, as_it_is)
+        reader = self._divided_models.get(key)
+        if reader is None:
+            options = (self._max_shard_size, self._save_original_format)
+            reader = self._divided_models[key] = DividedModelReader(prefix, *options, file, as_it_is=as_it_is)
+        return reader.read(model)
+
+    def _read_divided_optimizer(
+        self, name: str, index: int, optimizer: Any, sharding: Sharding, named_parameters: Mapping[int, str]
+    ) -> DividedOptimizerState:
+        reader = self._divided_optimizers.get((name, index))
+        if reader is None:
+            file = names.divided_optimizer(index)
+            reader = self._divided_optimizers[name, index] = DividedOptimizerReader(file, self._agreement)
+        return reader.read(optimizer, sharding, lambda parameter: named_parameters.get(id(parameter)))
 
     def _read_model(self, name: str, model: Any) -> ModelState:
         reader = self._models.get(name)
@@ -311,7 +442,7 @@ def named(what: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _links(models: Mapping[str, ModelState], further_name: str | None) -> list[list[str]]:
+def _links(models: Mapping[str, ModelState | DividedState], further_name: str | None) -> list[list[str]]:
     if further_name is None:
         return []
     weights = [file for model in models.values() for file in model.names["files"]]
@@ -321,7 +452,9 @@ def _links(models: Mapping[str, ModelState], further_name: str | None) -> list[l
     return [[weights[0], further_name]]
 
 
-def _refuse_second_weights(models: Mapping[str, ModelState], plain: Mapping[str, ModelState]) -> None:
+def _refuse_second_weights(
+    models: Mapping[str, ModelState | DividedState], plain: Mapping[str, ModelState | DividedState]
+) -> None:
     written = {file for model in models.values() for file in model.names["files"]}
     for model in plain.values():
         for file in written.intersection(model.names["files"]):

@@ -34,6 +34,22 @@ _TENSORS = frozenset({"DTensor", "ShardedTensor", "FlatParameter", "LocalShardsW
 KNOWN_SHARES = frozenset({"FSDPModule", "FullyShardedDataParallel", "DTensor"})
 
 
+def is_sharded(module: torch.nn.Module) -> bool:
+    """Return whether the module, or a part of it, is divided among ranks in a way that `shares.Sharding` knows.
+
+    This runs before every save of a distributed training, so it looks at classes only.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        return False  # it takes no tensors that are divided
+    kinds: set[type] = set()
+    for part in module.modules():
+        kinds.add(type(part))
+        kinds.update(map(type, part._parameters.values()), map(type, part._buffers.values()))
+    return any(_first_of(kind, KNOWN_SHARES) is not None for kind in kinds)
+
+
 def share_of(module: torch.nn.Module, known_shares: frozenset[str] = frozenset()) -> str | None:
     """Return which part of a module this process holds only a share of, and why; None if it holds the whole module.
 
@@ -51,7 +67,7 @@ def share_of(module: torch.nn.Module, known_shares: frozenset[str] = frozenset()
             return f"{path or 'the model'} is sharded by {kind}"
         # With tensor parallelism, transformers keeps plain tensors in plain layers.
         size = vars(part).get("_tp_size")
-        if isinstance(size, int) and size > 1:
+        if isinstance(size, int) and size > 1 and not _says_its_shares(part, known_shares):
             return f"{path or 'the model'} is divided among {size} ranks by tensor parallelism"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if type(tensor) not in known:
@@ -64,6 +80,11 @@ def share_of(module: torch.nn.Module, known_shares: frozenset[str] = frozenset()
         if several and getattr(tensor, "tensor_model_parallel", False) is True:
             return f"{name} is divided among the ranks by tensor parallelism"
     return None
+
+
+def _says_its_shares(part: torch.nn.Module, known_shares: frozenset[str]) -> bool:
+    """Return whether some of its parameters have a class that says what this rank holds."""
+    return any(_first_of(type(parameter), known_shares) is not None for parameter in part.parameters())
 
 
 def refuse_share(module: torch.nn.Module) -> None:

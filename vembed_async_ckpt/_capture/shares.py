@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
 from .._format.ranges import Ambiguous, Box, Region, Run, Split, boxes, spans
 from ..errors import PlanError
+from .dtypes import FROM_TORCH, TO_TORCH
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Share:
     `starts`: the first index in `local` of each region.
     `replicas`: how many groups of ranks hold the same, and may write it instead of each other.
     `replica`: the number of this rank's group; None if this rank never writes the tensor.
+    `wrapper`: the tensor of which `local` is a view, if it counts its changes itself.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Share:
     starts: tuple[tuple[int, ...], ...]
     replicas: int
     replica: int | None
+    wrapper: torch.Tensor | None = None
 
     @property
     def is_divided(self) -> bool:
@@ -82,16 +86,35 @@ def written(shares: Sequence[Share]) -> list[bool]:
     return result
 
 
-class Sharding:
-    """How the parameters and buffers of a module are divided among the ranks."""
+def reshard(models: Iterable[torch.nn.Module]) -> None:
+    """Let the FSDP2 units show their shares again, on this rank only. Nothing is communicated.
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        """Look for FSDP units in `module`.
+    After an evaluation a unit may show whole parameters. The next forward pass gathers them again.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", ())
+    for model in models:
+        for part in model.modules():
+            if isinstance(part, kind):
+                part.reshard()
+
+
+class Sharding:
+    """How the parameters and buffers of modules are divided among the ranks."""
+
+    def __init__(self, *modules: torch.nn.Module) -> None:
+        """Look for FSDP units in the modules.
 
         Raises `PlanError` if a flat parameter of FSDP version 1 does not say what this rank holds of its parameters.
         """
-        self.flat = {id(piece.parameter): piece for piece in flat_pieces(module)}
-        self._in_fsdp = _parameters_of_fsdp2(module)
+        pieces = chain.from_iterable(map(flat_pieces, modules))
+        self.flat = {id(piece.parameter): piece for piece in pieces}
+        self._in_fsdp = set(chain.from_iterable(map(_parameters_of_fsdp2, modules)))
+        self._whole_in_fsdp = set(chain.from_iterable(map(_whole_parameters_of_fsdp1, modules)))
+
+    def is_divided(self, tensor: torch.Tensor) -> bool:
+        """Return whether a parameter or buffer may be divided among the ranks."""
+        return is_dtensor(tensor) or id(tensor) in self.flat
 
     def share(self, name: str, tensor: torch.Tensor) -> Share:
         """Return this rank's share of a parameter or buffer.
@@ -103,6 +126,11 @@ class Sharding:
             return piece.share(name)
         if is_dtensor(tensor):
             return _of_dtensor(name, tensor, in_order=id(tensor) in self._in_fsdp)
+        if getattr(tensor, "_fsdp_flattened", False) and id(tensor) not in self._whole_in_fsdp:
+            raise PlanError(
+                f"{name}: it belongs to an FSDP unit that is not in the model that was passed, so rank {_rank()} cannot tell what "
+                "it holds of it; pass the model as FullyShardedDataParallel returned it"
+            )
         return _of_plain(name, tensor)
 
     def share_of_state(self, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> Share:
@@ -122,6 +150,51 @@ class Sharding:
                 "among the ranks, so it is not known what it is a part of; use an optimizer that keeps DTensors"
             )
         return _of_plain(name, tensor)
+
+
+def dtype_name(share: Share) -> str:
+    """Return safetensors' name of the dtype. Raises `PlanError` if a file cannot hold pieces of such a tensor."""
+    name = FROM_TORCH.get(share.dtype)
+    if name is None:
+        raise PlanError(f"{share.name} has dtype {share.dtype}, which safetensors cannot hold; convert it first")
+    if name == "F4" and share.is_divided:
+        raise PlanError(f"{share.name}: a float4 tensor that is divided among ranks cannot be saved; convert it first")
+    return name
+
+
+class Addresses:
+    """Notices when one of many tensors, or this rank's share of it, lies elsewhere than before."""
+
+    def __init__(self, sharding: Sharding, tensors: Iterable[torch.Tensor]) -> None:
+        """`tensors`: parameters, buffers or tensors of an optimizer's state. They are kept."""
+        self._pieces: list[FlatPiece] = []
+        self._divided: list[Any] = []
+        self._plain: list[torch.Tensor] = []
+        for tensor in tensors:
+            if id(tensor) in sharding.flat:
+                self._pieces.append(sharding.flat[id(tensor)])
+            else:
+                (self._divided if is_dtensor(tensor) else self._plain).append(tensor)
+        self._handles = list({id(piece.handle): piece.handle for piece in self._pieces}.values())
+        self._seen = self._look()
+
+    def are_same(self) -> bool:
+        return bool(self._look() == self._seen)
+
+    def _look(self) -> Any:
+        local = [tensor._local_tensor for tensor in self._divided]
+        gathered = [not handle.is_sharded(handle.flat_param) for handle in self._handles]
+        flat = [_shard_of(handle) for handle in self._handles]
+        shown = [] if any(gathered) else [piece.parameter for piece in self._pieces if piece.run.count]
+        tensors = [*local, *self._plain, *flat, *shown]
+        return (
+            list(map(id, local)),
+            [tensor._spec for tensor in self._divided],
+            gathered,
+            list(map(torch.Tensor.data_ptr, tensors)),
+            list(map(torch.Tensor.size, tensors)),
+            list(map(torch.Tensor.stride, tensors)),
+        )
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
@@ -187,6 +260,7 @@ def _of_dtensor(name: str, tensor: Any, *, in_order: bool) -> Share:
         tuple(start for _, start in found),
         replicas,
         replica if writes else None,  # of equal meshes beside each other, that of rank 0 writes
+        tensor,
     )
 
 
@@ -236,6 +310,23 @@ def _parameters_of_fsdp2(module: torch.nn.Module) -> set[int]:
 # -- FSDP version 1
 
 
+def _whole_parameters_of_fsdp1(module: torch.nn.Module) -> Iterator[int]:
+    """Yield the ids of parameters in units that divide nothing (NO_SHARD, or a single rank)."""
+    for _, unit in _fsdp1_units(module):
+        handle = unit._handle
+        if handle is not None and not handle.uses_sharded_strategy:
+            yield from map(id, handle.flat_param._params or ())
+
+
+def _fsdp1_units(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield each FSDP version 1 module inside one, with its path."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for path, part in module.named_modules():
+            if isinstance(part, fsdp.FullyShardedDataParallel):
+                yield path or "the model", part
+
+
 @dataclass(frozen=True)
 class FlatPiece:
     """What this rank holds of a parameter inside a unit of FSDP version 1.
@@ -266,9 +357,17 @@ class FlatPiece:
         """
         if self.run.count and self.handle.is_sharded(self.handle.flat_param):
             return self.parameter.detach().view(-1)
-        flat = self.handle.flat_param
-        shard: torch.Tensor = flat if self.handle.is_sharded(flat) else flat._local_shard
-        return shard.detach()[self.offset : self.offset + self.run.count]
+        return _shard_of(self.handle).detach()[self.offset : self.offset + self.run.count]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank holds the first element."""
+        return self.run.count > 0 and self.run.start == 0
+
+    def share_elsewhere(self, name: str, dtype: str, shape: tuple[int, ...]) -> Share:
+        """Return the share of a state tensor that only other ranks have. `dtype` is safetensors' name."""
+        nothing = torch.empty(0, dtype=TO_TORCH[dtype])
+        return Share(name, shape, nothing.dtype, nothing, (), (), self.replicas if shape == self.shape else 1, None)
 
     def share(self, name: str) -> Share:
         local = self.local()
@@ -277,7 +376,7 @@ class FlatPiece:
                 f"{name}: rank {_rank()} holds {local.numel()} elements, but FSDP says {self.run.count}; "
                 "do not replace the data of a parameter inside FSDP"
             )
-        return self._share(name, local)
+        return self._share(name, local, self.parameter)
 
     def share_of_state(self, name: str, tensor: torch.Tensor) -> Share:
         if tensor.dim() == 0:
@@ -293,10 +392,17 @@ class FlatPiece:
             )
         return self._share(name, tensor.detach())
 
-    def _share(self, name: str, local: torch.Tensor) -> Share:
+    def _share(self, name: str, local: torch.Tensor, wrapper: torch.Tensor | None = None) -> Share:
         regions = (self.run,) if self.run.count else ()
         starts = ((0,),) * len(regions)
-        return Share(name, self.shape, local.dtype, local, regions, starts, self.replicas, self.replica)
+        return Share(name, self.shape, local.dtype, local, regions, starts, self.replicas, self.replica, wrapper)
+
+
+def _shard_of(handle: Any) -> torch.Tensor:
+    """Return this rank's part of a unit's flat parameter, also while the unit is gathered."""
+    flat = handle.flat_param
+    shard: torch.Tensor = flat if handle.is_sharded(flat) else flat._local_shard
+    return shard
 
 
 def flat_pieces(module: torch.nn.Module) -> Iterator[FlatPiece]:
@@ -304,17 +410,12 @@ def flat_pieces(module: torch.nn.Module) -> Iterator[FlatPiece]:
 
     Raises `PlanError` if a unit does not say what this rank holds of its parameters.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    for path, part in module.named_modules():
-        if not isinstance(part, fsdp.FullyShardedDataParallel):
-            continue
+    for path, unit in _fsdp1_units(module):
         try:
-            yield from _pieces_of(path or "the model", part)
+            yield from _pieces_of(path, unit)
         except (AttributeError, TypeError, ValueError) as error:
             raise PlanError(
-                f"{path or 'the model'}: this version of torch does not say which elements of its FSDP parameters rank {_rank()} "
+                f"{path}: this version of torch does not say which elements of its FSDP parameters rank {_rank()} "
                 f"holds ({error}); use FSDP2 (fsdp_version: 2)"
             ) from error
 
@@ -331,15 +432,22 @@ def _pieces_of(path: str, unit: Any) -> Iterator[FlatPiece]:
         )
     if not handle.uses_sharded_strategy:
         return  # its parameters are whole on every rank
+    if handle._training_state.name == "SUMMON_FULL_PARAMS":
+        raise PlanError(f"{path} is inside summon_full_params, which may still change it; leave that before the save")
     between = getattr(unit, "_inter_node_pg", None)  # of HYBRID_SHARD: the ranks that hold the same
     replicas = 1 if between is None else torch.distributed.get_world_size(between)
     replica: int | None = 0 if between is None else torch.distributed.get_rank(between)
     if between is None and 0 not in torch.distributed.get_process_group_ranks(unit.process_group):
         replica = None  # of equal groups beside each other, that of rank 0 writes
-    infos = zip(flat._param_infos, flat._shard_param_infos, flat._shapes, flat._params, strict=True)
+    infos = zip(flat._param_infos, flat._shard_param_infos, flat._shapes, flat._params, flat._contiguities, strict=True)
     found = []
-    for info, shard, shape, parameter in infos:
+    for info, shard, shape, parameter, contiguous in infos:
         run, offset = Run(0, 0), 0
+        if not contiguous:
+            raise PlanError(
+                f"{path}: {info.param_name} was not contiguous when FSDP took it over, so its elements lie in another order; "
+                "make the parameter contiguous before wrapping the model, or use FSDP2 (fsdp_version: 2)"
+            )
         if shard.in_shard:
             first, last, offset = shard.intra_param_start_idx, shard.intra_param_end_idx, shard.offset_in_shard
             run = Run(first, last - first + 1)

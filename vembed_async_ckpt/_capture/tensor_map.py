@@ -10,6 +10,7 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase
 
 from .._format.plan import BytesContent, Content, TensorContent
+from .._format.safetensors import TensorSpec
 from .dtypes import spec
 from .interception import Pickle
 from .pickles import Replay
@@ -45,21 +46,31 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return type(tensor).__name__ == "FakeTensor"
 
 
-def has_no_storage(tensor: torch.Tensor) -> bool:
+def memory_of(tensor: torch.Tensor) -> int:
+    """Return a number that is equal for tensors in the same memory, and 0 if the tensor has none.
+
+    It is the address of the storage. On the meta device a storage has no address, but views share the storage object.
+    """
     if is_fake(tensor):
-        return True
+        return 0
     try:
-        return tensor.untyped_storage().data_ptr() == 0
+        storage = tensor.untyped_storage()
+        return storage._cdata if tensor.is_meta else storage.data_ptr()
     except (RuntimeError, NotImplementedError):
-        return True
+        return 0
+
+
+def has_no_storage(tensor: torch.Tensor) -> bool:
+    return memory_of(tensor) == 0
 
 
 def by_storage(live: Iterable[ModelTensor]) -> dict[int, list[ModelTensor]]:
     """Return the tensors that have memory, by the address of their storage."""
     found: dict[int, list[ModelTensor]] = {}
     for item in live:
-        if item.tensor.layout is torch.strided and not item.tensor.is_meta and not has_no_storage(item.tensor):
-            found.setdefault(item.tensor.untyped_storage().data_ptr(), []).append(item)
+        memory = memory_of(item.tensor) if item.tensor.layout is torch.strided else 0
+        if memory:
+            found.setdefault(memory, []).append(item)
     return found
 
 
@@ -73,9 +84,7 @@ def resolve(
     """
     if has_no_storage(tensor) or tensor.is_conj() or tensor.is_neg():
         return None
-    candidates = [
-        item for item in by_storage.get(tensor.untyped_storage().data_ptr(), ()) if item.tensor.dtype is tensor.dtype
-    ]
+    candidates = [item for item in by_storage.get(memory_of(tensor), ()) if item.tensor.dtype is tensor.dtype]
     candidates.sort(key=lambda item: item.name != name)  # of tied names, prefer the one in the file
     view = (tensor.shape, tensor.stride(), tensor.storage_offset())
     for item in candidates:
@@ -150,8 +159,10 @@ class TensorMap:
     `covered`: names of the live tensors of which all elements are in the files.
     """
 
-    def __init__(self, live: Sequence[ModelTensor], where: str) -> None:
+    def __init__(self, live: Sequence[ModelTensor], where: str, *, stand_ins: bool = False) -> None:
+        """`stand_ins`: tensors on the meta device are wholes of which this rank holds a share (see `stand_ins`)."""
         self.where = where
+        self._stand_ins = stand_ins
         self.contents: list[Content] = []
         self.file_names: list[str] = []
         self.labels: list[str] = []
@@ -172,10 +183,13 @@ class TensorMap:
         file = self.where + file
         self.file_names.append(file)
         self.contents.append(
-            TensorContent(file, tuple(spec(name, tensor, file=file) for name, tensor in tensors.items()), metadata)
+            TensorContent(file, tuple(self._spec(name, tensor, file) for name, tensor in tensors.items()), metadata)
         )
         for name, tensor in tensors.items():
             self._enter_tensor(file, name, tensor)
+
+    def _spec(self, name: str, tensor: torch.Tensor, file: str) -> TensorSpec:
+        return spec(name, tensor, file=file, needs_data=not (self._stand_ins and tensor.is_meta))
 
     def _enter_tensor(self, file: str, name: str, tensor: torch.Tensor) -> None:
         self.labels.append(f"{file}: {name}")
@@ -243,7 +257,7 @@ def uncovered(
     """
     everything = type(module).state_dict(module)  # not a replacement on the instance, which may show only a part
     state = {name: value for name, value in everything.items() if isinstance(value, torch.Tensor)}
-    storages = {value.untyped_storage().data_ptr() for value in state.values() if not has_no_storage(value)}
+    storages = {memory_of(value) for value in state.values()} - {0}
     ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
     adapted = [path for path, part in named_parts(module) if getattr(part, "peft_config", None)]
     held = {_memory(item) for item in live if item.name in covered}
@@ -252,7 +266,7 @@ def uncovered(
     for item in live:
         if item.name in covered or item.name in ignored or (item.tensor.numel() and _memory(item) in held):
             continue
-        storage = 0 if has_no_storage(item.tensor) else item.tensor.untyped_storage().data_ptr()
+        storage = memory_of(item.tensor)
         if item.name not in state and storage not in storages:
             continue
         if storage in serialized:
@@ -274,4 +288,5 @@ def _is_below(name: str, path: str) -> bool:
 
 
 def _memory(item: ModelTensor) -> tuple[int, torch.Size]:
-    return (0 if has_no_storage(item.tensor) else item.tensor.data_ptr(), item.tensor.shape)
+    tensor = item.tensor
+    return (0 if has_no_storage(tensor) else memory_of(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)

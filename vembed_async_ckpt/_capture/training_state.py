@@ -22,6 +22,7 @@ from .._format.safetensors import Layout, TensorSpec
 from ..errors import CorruptCheckpoint, PlanError
 from . import optimizer_pickle, random_state, scalers, tree
 from .dialect import Dialect
+from .divided_optimizer import DividedOptimizerState
 from .dtypes import TO_TORCH, spec
 from .optimizer import OptimizerState, call_state_dict, kind_of
 from .tree import to_json
@@ -45,7 +46,7 @@ class TrainingState:
     dialect: Dialect
     world_size: int
     step: int | None
-    optimizers: Mapping[str, OptimizerState]
+    optimizers: Mapping[str, OptimizerState | DividedOptimizerState]
     schedulers: Mapping[str, Any]
     scaler: Any
     dataloader: Any
@@ -114,7 +115,7 @@ def capture(
     dialect: Dialect,
     world_size: int,
     step: int | None,
-    optimizers: Mapping[str, OptimizerState],
+    optimizers: Mapping[str, OptimizerState | DividedOptimizerState],
     schedulers: Mapping[str, Any],
     scaler: Any,
     dataloader: Any,

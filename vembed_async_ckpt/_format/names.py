@@ -40,7 +40,7 @@ _NOTE = re.compile(rf"({_SAVE_ID})\.json")
 _MARKER = re.compile(rf"([0-9]{{12}})-([^/]+\.{_SAVE_ID})")
 _SWAP = re.compile(rf"swap-({_SAVE_ID})\.([^/]+)")
 _FOR_RESUMING = (
-    r"(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|(?:optimizer|scheduler|scaler)\.pt"
+    r"(?:optimizer|scheduler|sampler|dl_state_dict)(?:_[0-9]+)?\.bin|optimizer(?:_[0-9]+)?\.safetensors|(?:optimizer|scheduler|scaler)\.pt"
     r"|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl|rng_state(?:_[0-9]+)?\.pth"
     r"|trainer_state\.json|training_args\.bin|training_state\.json"
     r"|vembed_(?:training_state|rank_state_[0-9]+)\.json|vembed_(?:training_state|uncovered)\.safetensors"
