@@ -33,6 +33,7 @@ from vembed_async_ckpt._format.plan import TensorContent
 from vembed_async_ckpt._format.ranges import Box, Run
 from vembed_async_ckpt._format.safetensors import TensorSpec
 from vembed_async_ckpt._memory import staging
+from vembed_async_ckpt._tensor_guard import TensorGuard
 from vembed_async_ckpt.errors import PlanError
 
 if __package__:
@@ -138,7 +139,7 @@ class Reader:
         owners = [part.parameters[name] for name in order]
         tensors = [parameter.detach() for parameter in owners]
         state = training_state.capture(objects.dialect, 1, step, {}, {}, None, None, {"rank": 0}, {}, None)
-        described: Any = SimpleNamespace(labels=order, owners=owners, tensors=tensors)
+        described: Any = SimpleNamespace(labels=order, owners=owners, tensors=tensors, looks=TensorGuard(tensors))
         return Request(
             directory=directory,
             step=step,

@@ -13,6 +13,7 @@ import torch
 
 from .._format.plan import TensorContent
 from .._format.ranges import Box, Region, Run, fault_of
+from .._tensor_guard import TensorGuard
 from .divided_model import DividedState
 from .optimizer import OptimizerState
 from .shares import written
@@ -31,6 +32,7 @@ class Pieces:
     `owners`: the parameter, buffer or optimizer of each; None if it was computed for this save.
     `wrappers`: for each the parameter or state tensor of which it is a view, if that counts its changes itself; else None.
     `digest`: equal on two ranks if they plan the same files.
+    `looks`: the same object as long as all tensors look the same.
     """
 
     contents: tuple[TensorContent, ...]
@@ -40,22 +42,17 @@ class Pieces:
     owners: list[Any]
     wrappers: list[torch.Tensor | None]
     digest: bytes
+    looks: TensorGuard
 
     def fresh(self) -> Pieces:
         """Return the same with lists of tensors that the caller may change."""
         changes: dict[str, Any] = {name: getattr(self, name).copy() for name in _LISTS}
         return replace(self, **changes)
 
-    def add(
-        self,
-        tensor: torch.Tensor,
-        placed: Placed,
-        label: str,
-        owner: Any = None,
-        wrapper: torch.Tensor | None = None,
-    ) -> None:
-        for name, value in zip(_LISTS, (tensor, placed, label, owner, wrapper), strict=True):
-            getattr(self, name).append(value)
+    def with_more(self, other: Pieces) -> Pieces:
+        """Return these pieces and those of `other`, as pieces of these contents."""
+        changes: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _LISTS}
+        return replace(self, **changes, looks=TensorGuard(changes["tensors"]))
 
     def outline(self) -> list[str]:
         """Return one line for each file and tensor that all ranks plan."""
@@ -88,14 +85,16 @@ class Divider:
         )
         if self._pieces is None or not same:
             self._states, self._pieces = list(states), _pieces(states)
-        pieces = self._pieces.fresh()
-        index = sum(len(content.tensors) for content in pieces.contents)
+        if not zipped:
+            return self._pieces.fresh()
+        alone = Pieces((), [], [], [], [], [], b"", TensorGuard([]))
+        index = sum(len(content.tensors) for content in self._pieces.contents)
         for state in zipped:
             for tensor, label in zip(state.tensors, state.labels, strict=True):
                 if tensor.numel():
-                    pieces.add(tensor, (index, Box((0,) * tensor.dim(), tuple(tensor.shape))), label)
+                    _add(alone, tensor, (index, Box((0,) * tensor.dim(), tuple(tensor.shape))), label, None, None)
                 index += 1
-        return pieces
+        return self._pieces.with_more(alone)
 
 
 def _pieces(states: Sequence[DividedState]) -> Pieces:
@@ -104,12 +103,19 @@ def _pieces(states: Sequence[DividedState]) -> Pieces:
     owners = list(chain.from_iterable(state.owners for state in states))
     labels = [f"{content.name}: {tensor.name}" for content in contents for tensor in content.tensors]
     digest = hashlib.blake2b("\n".join(_outline(contents)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    pieces = Pieces(contents, [], [], [], [], [], digest)
+    pieces = Pieces(contents, [], [], [], [], [], digest, TensorGuard([]))
     all_of = zip(written(shares), shares, owners, labels, strict=True)
     for index, (writes, share, owner, label) in enumerate(all_of):
         for region, view in share.pieces() if writes else ():
-            pieces.add(view, (index, region), label, owner, share.wrapper)
-    return pieces
+            _add(pieces, view, (index, region), label, owner, share.wrapper)
+    return replace(pieces, looks=TensorGuard(pieces.tensors))
+
+
+def _add(
+    pieces: Pieces, tensor: torch.Tensor, placed: Placed, label: str, owner: Any, wrapper: torch.Tensor | None
+) -> None:
+    for name, value in zip(_LISTS, (tensor, placed, label, owner, wrapper), strict=True):
+        getattr(pieces, name).append(value)
 
 
 def _outline(contents: Sequence[TensorContent]) -> Iterator[str]:

@@ -8,12 +8,14 @@ from operator import is_not
 
 from .._capture.request import Request
 from .._format.plan import Content, SavePlan, TensorContent, ZipContent, plan
+from .._format.ranges import Region
 from .._memory import devices
 from .._memory.barrier import STEP_BARRIER, CopyPlan, OverlapPolicy, all_now
 from .._memory.places import Place, place_of
-from .._tensor_guard import TensorGuard
 from ..events import Reporter
 from .options import Staging
+
+_Known = tuple[tuple[Content, ...], bytes, SavePlan, list[Place], list[tuple[int, Region]] | None]
 
 
 class Planner:
@@ -26,8 +28,7 @@ class Planner:
     def __init__(self, staging: Staging, reporter: Reporter) -> None:
         self._reporter = reporter
         self._policy = OverlapPolicy()
-        self._of_regions = TensorGuard([])
-        self._known: tuple[tuple[Content, ...], bytes, SavePlan, list[Place]] | None = None
+        self._known: _Known | None = None
         self.overlap = self.overlapped = staging == "overlap"
 
     def plan(self, request: Request) -> tuple[SavePlan, list[Place]]:
@@ -38,11 +39,12 @@ class Planner:
             or known[1] != request.digest
             or len(known[0]) != len(request.contents)
             or any(map(is_not, known[0], request.contents))
+            or known[4] != request.regions
         ):
             with self._reporter.stage("plan", request.save_id, request.step):
                 made = plan(request.contents)
                 # keeps the contents alive: no other object can get their id meanwhile
-                known = self._known = request.contents, request.digest, made, places(made, request)
+                known = self._known = request.contents, request.digest, made, places(made, request), request.regions
             devices.notice(request.tensors)
         return known[2], known[3]
 
@@ -51,9 +53,10 @@ class Planner:
         # A signal handler may save in the middle of a step, and the step goes on afterwards.
         if not self.overlap or STEP_BARRIER.is_stepping():
             return all_now(len(request.tensors))
-        ids = list(map(id, (*request.contents, *(state.optimizer for state in request.optimizers))))
-        key = (ids, request.digest, self._looks(request))
-        stepped = [state for state in request.optimizers if state.optimizer is not None]
+        stepped = request.stepped()
+        ids = list(map(id, (*request.contents, *(state.optimizer for state in stepped))))
+        looks = [part.looks for part in request.parts]
+        key = (ids, places if request.regions is not None else None, looks)
         return self._policy.divide(
             key,
             request.tensors,
@@ -63,14 +66,6 @@ class Planner:
             stepped,
             places if request.regions is not None else None,
         )
-
-    def _looks(self, request: Request) -> list[TensorGuard]:
-        """Return the same objects as long as all tensors look the same."""
-        if request.regions is None:
-            return [part.looks for part in request.parts]
-        if not self._of_regions.holds(request.tensors):
-            self._of_regions = TensorGuard(request.tensors)
-        return [self._of_regions]
 
 
 def places(plan: SavePlan, request: Request) -> list[Place]:

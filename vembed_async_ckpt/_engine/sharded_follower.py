@@ -57,7 +57,6 @@ class ShardedFollower:
             rank=ranks.rank,
             gather=self._tell_all,
         )
-        self._scratch = scratch
         self._planner = Planner(options.staging, reporter)
         self._call: NodeCall | None = None  # that of the save() under way
 
@@ -101,7 +100,7 @@ class ShardedFollower:
             self._ledger.raise_unread()
             self._staging_thread.check()
             request = self._reader.read(call.directory, call.step, objects)
-            render = self._capture(objects)
+            render = self._capture(objects, request.files)
             grant = call.agree(request)
             share = Share(call, grant, handle, render, self._torn)
             outcome.waited = share.waited
@@ -119,11 +118,9 @@ class ShardedFollower:
             raise
         self._staging_thread.submit(share.finish)
 
-    def _capture(self, objects: Objects) -> Callable[[], Files]:
-        """Capture what this rank adds, and return a function that renders it."""
+    def _capture(self, objects: Objects, further: Files) -> Callable[[], Files]:
+        """Capture what this rank adds, and return a function that renders it with the `further` files."""
         state = capture_rank(objects.dialect, objects.dataloader)
-        with self._scratch.in_use():
-            further = objects.further_files()
         rank, world_size = self._ranks.rank, self._ranks.world_size
         return lambda: [*state.render(rank, world_size), *further] if objects.of_every_rank else []
 
