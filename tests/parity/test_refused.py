@@ -74,36 +74,56 @@ KINDS: dict[str, Callable[[], torch.nn.Module]] = {
     "transformers": lambda: build("Bert"),
     "wrapper": lambda: Pickling(torch.nn.Linear(3, 3)),
 }
-SHARDED = {
-    fsdp1: "FullyShardedDataParallel", fsdp1_flat: "FullyShardedDataParallel", fsdp2: "FSDPModule", one_dtensor: "DTensor",
-    partitioned: "ZeRO-3",
-}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("kind", ["plain", "transformers"])
+@pytest.mark.parametrize("shard", [fsdp1, fsdp2, one_dtensor], ids=lambda shard: shard.__name__)
+def test_a_share_that_says_what_it_is_is_saved(root: Path, alone: None, shard: Any, kind: str):
+    """A model that is sharded by FSDP 1 or 2 or as a DTensor becomes the directory of the whole model, also on a single rank."""
+    whole, other = KINDS[kind](), KINDS[kind]()
+    other.load_state_dict(whole.state_dict())
+    sharded = shard(other)
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        path = checkpointer.save(1, model=sharded).result(BOUND).path
+        expected = checkpointer.save(2, model=whole).result(BOUND).path
+    for file in (path / name for name in ("model.safetensors", "config.json")):
+        if file.exists() or (expected / file.name).exists():
+            assert file.read_bytes() == (expected / file.name).read_bytes()
+    again = shard(KINDS[kind]())
+    load(path, model=again)
+    values = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in (*again.parameters(), *again.buffers())]
+    assert all(map(torch.equal, values, (*whole.parameters(), *whole.buffers())))
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shard", SHARDED, ids=lambda shard: shard.__name__)
-def test_a_share_of_a_model_is_no_model(root: Path, alone: None, shard: Any, kind: str):
-    """Sharded by FSDP 1 or 2, as a DTensor or by ZeRO-3: a PlanError that says how to save it. What FSDP and DTensors hold is
-    known, so `load` fills it; nothing can be loaded where it is not known."""
+@pytest.mark.parametrize("shard", [fsdp1_flat, partitioned], ids=lambda shard: shard.__name__)
+def test_a_share_that_does_not_say_what_it_is_is_refused(root: Path, alone: None, shard: Any, kind: str):
+    """FSDP 1 without the original parameters, ZeRO-3: a PlanError that says what to do, and nothing can be loaded either."""
     whole = KINDS[kind]()
     sharded = shard(KINDS[kind]())
     with AsyncCheckpointer(root, writer="thread") as checkpointer:
-        with pytest.raises(PlanError, match=rf"{SHARDED[shard]}.*only a share.*torch\.distributed\.checkpoint"):
+        with pytest.raises(
+            PlanError, match=r"use_orig_params=True|ZeRO-3.*only a share.*torch\.distributed\.checkpoint"
+        ):
             checkpointer.save(1, model=sharded)
         assert checkpointer.statistics()["started"] == 0
         path = checkpointer.save(2, model=whole).result(BOUND).path
-    if shard in (fsdp1, fsdp2, one_dtensor):
-        load(path, model=sharded)
-        values = [
-            t.full_tensor() if hasattr(t, "full_tensor") else t for t in (*sharded.parameters(), *sharded.buffers())
-        ]
-        assert all(map(torch.equal, values, (*whole.parameters(), *whole.buffers())))
-        return
     with pytest.raises(
         CheckpointError, match=r"use_orig_params=True|ZeRO-3: load into the whole model, before it is sharded"
     ):
         load(path, model=sharded)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("shard", [fsdp1, fsdp2, one_dtensor], ids=lambda shard: shard.__name__)
+def test_a_sharded_model_that_writes_its_weights_itself_is_refused(root: Path, alone: None, shard: Any):
+    """A save_pretrained that pickles weights has only this rank's. The next save, of the model inside, goes on."""
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        with pytest.raises(PlanError, match=r"Pickling\.save_pretrained writes weights to inner\.pt itself"):
+            checkpointer.save(1, model=shard(KINDS["wrapper"]()))
+        assert checkpointer.statistics()["started"] == 0
 
 
 def named_class(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Sharded models on two ranks (gloo, on the CPU): refused on both, and the training goes on."""
+"""Sharded models on two ranks (gloo, on the CPU), saved when their parameters look whole: the training goes on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import vembed_async_ckpt
+from vembed_async_ckpt import verify
 
 SCRIPT = Path(__file__).parent / "scripts" / "sharded_ranks.py"
 PACKAGE = str(Path(vembed_async_ckpt.__file__).parents[1])
@@ -45,11 +46,21 @@ def run(how: str, directory: Path) -> list[dict[str, Any]]:
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
-@pytest.mark.parametrize("how", ["root", "blocks", "accelerate"])
-def test_a_sharded_model_is_refused_on_every_rank_and_trains_on(tmp_path: Path, how: str):
-    """After an evaluation the parameters of an FSDP2 model look whole. save() raises PlanError on both ranks, the parameters stay
-    as they were, and the losses of the next steps are those of a run without a save."""
+@pytest.mark.parametrize("how", ["root", "blocks"])
+def test_a_save_right_after_an_evaluation_leaves_the_training_as_it_is(tmp_path: Path, how: str):
+    """After an evaluation the parameters of an FSDP2 model look whole. save() writes them all the same, and the losses of the next
+    steps are those of a run without a save."""
     for report in run(how, tmp_path):
+        assert "Parameter" in report["before"], "the evaluation left the root's parameters whole"
+        assert report["raised"] == "nothing"
+        assert set(report["after"]) == {"DTensor"}
+        assert report["goes on"]
+    assert len(verify(tmp_path / "checkpoints" / "checkpoint-1").files) > 3
+
+
+def test_save_state_refuses_a_sharded_model_on_every_rank(tmp_path: Path):
+    """Also after an evaluation. The parameters stay as they were, and the training goes on as without it."""
+    for report in run("accelerate", tmp_path):
         assert "Parameter" in report["before"], "the evaluation left the root's parameters whole"
         assert "sharded by FSDPModule" in report["raised"]
         assert report["after"] == report["before"]

@@ -47,7 +47,7 @@ def is_sharded(module: torch.nn.Module) -> bool:
     for part in module.modules():
         kinds.add(type(part))
         kinds.update(map(type, part._parameters.values()), map(type, part._buffers.values()))
-    return any(_first_of(kind, KNOWN_SHARES) is not None for kind in kinds)
+    return any(_is_known(kind, KNOWN_SHARES) for kind in kinds)
 
 
 def share_of(module: torch.nn.Module, known_shares: frozenset[str] = frozenset()) -> str | None:
@@ -63,7 +63,7 @@ def share_of(module: torch.nn.Module, known_shares: frozenset[str] = frozenset()
         if type(part) not in known:
             known[type(part)] = _first_of(type(part), holders)
         kind = known[type(part)]
-        if kind is not None and kind not in known_shares:
+        if kind is not None and not _is_known(type(part), known_shares):
             return f"{path or 'the model'} is sharded by {kind}"
         # With tensor parallelism, transformers keeps plain tensors in plain layers.
         size = vars(part).get("_tp_size")
@@ -73,7 +73,7 @@ def share_of(module: torch.nn.Module, known_shares: frozenset[str] = frozenset()
         if type(tensor) not in known:
             known[type(tensor)] = _first_of(type(tensor), _TENSORS)
         kind = known[type(tensor)]
-        if kind is not None and kind not in known_shares:
+        if kind is not None and not _is_known(type(tensor), known_shares):
             return f"{name} is a {kind}"
         if hasattr(tensor, "ds_tensor"):
             return f"{name} is partitioned by DeepSpeed ZeRO-3"
@@ -84,7 +84,7 @@ def share_of(module: torch.nn.Module, known_shares: frozenset[str] = frozenset()
 
 def _says_its_shares(part: torch.nn.Module, known_shares: frozenset[str]) -> bool:
     """Return whether some of its parameters have a class that says what this rank holds."""
-    return any(_first_of(type(parameter), known_shares) is not None for parameter in part.parameters())
+    return any(_is_known(type(parameter), known_shares) for parameter in part.parameters())
 
 
 def refuse_share(module: torch.nn.Module) -> None:
@@ -102,6 +102,11 @@ def refuse_shares(models: Iterable[Any]) -> None:
     for model in models:
         if isinstance(model, torch.nn.Module):
             refuse_share(model)
+
+
+def _is_known(kind: type, known_shares: frozenset[str]) -> bool:
+    """Return whether a class is one of these, from torch itself. Other packages have classes of the same names."""
+    return any(base.__name__ in known_shares and base.__module__.startswith("torch.") for base in kind.__mro__)
 
 
 def _first_of(kind: type, names: frozenset[str]) -> str | None:
