@@ -137,7 +137,6 @@ class DividedModelReader:
         fingerprint = Fingerprint(
             module,
             watched=list({id(owner): owner for owner in whole}.values()),
-            divided=[],
             empty=[tensor for tensor in live.values() if not tensor.numel() and not sharding.is_divided(tensor)],
             left_out=[live[name] for name in found.names["left_out"] if isinstance(live.get(name), torch.nn.Parameter)],
             ties=[
