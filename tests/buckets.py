@@ -12,10 +12,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
+from urllib.parse import parse_qs, unquote
 
 import pytest
 from obstore.store import S3Store
@@ -23,7 +23,7 @@ from obstore.store import S3Store
 SECRET = "wJalrXUtnFEMI-not-a-real-key"
 _PATIENCE = 60.0
 _REQUEST = re.compile(
-    r'(PUT|POST|GET|HEAD|DELETE) /bucket/([^ "?]*)(?:\?([^ "]*))?[^"]*"? ?(?:HTTP/1.[01]")? ?(\d{3})?'
+    r'(PUT|POST|GET|HEAD|DELETE) /bucket(?:/([^ "?]*))?(?:\?([^ "]*))?[^"]*"? ?(?:HTTP/1.[01]")? ?(\d{3})?'
 )
 
 
@@ -105,13 +105,29 @@ class Bucket:
     def log_size(self) -> int:
         return self._log.stat().st_size
 
-    def times_sent(self, begin: int = 0) -> Counter[str]:
-        """How often each object was sent to its end."""
-        return Counter(
-            key
-            for method, key, query in self.requests(begin)
-            if (method == "PUT" and not query) or (method == "POST" and query.startswith("uploadId="))
-        )
+    def sent_again(self, prefix: str, begin: int = 0) -> list[str]:
+        """The objects below `prefix` that were sent to their end after a list of the store had shown them finished.
+
+        One whose answer was lost, or whose sender was killed just before, may be sent again: nobody knew.
+        """
+        finished: set[str] = set()
+        shown: set[str] = set()
+        again = []
+        for method, key, query in self.requests(begin):
+            key = unquote(key)
+            if method == "GET" and query.startswith("list-type"):
+                (listed,) = parse_qs(query).get("prefix", [""])
+                shown |= {name for name in finished if name.startswith(listed)}
+            elif key.startswith(prefix) and is_end(method, query):
+                again += [key] if key in shown else []
+                finished.add(key)
+        assert len(finished) > 3
+        return again
+
+
+def is_end(method: str, query: str) -> bool:
+    """Whether a request completes an object."""
+    return (method == "PUT" and not query) or (method == "POST" and query.startswith("uploadId="))
 
 
 class Door:

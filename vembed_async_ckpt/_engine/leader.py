@@ -41,6 +41,7 @@ from .ranks import Ranks
 from .saving import Context, Save
 from .supervisor import Supervisor
 
+_ENDING = 5.0  # seconds of the deadline of close() that are kept for the end of the writer
 _SPACE_PATIENCE = 1.0  # seconds that save() waits for the writer to look again whether the disk has room
 
 
@@ -366,7 +367,7 @@ class Leader:
     def close(self, deadline: float) -> bool:
         self.closed = True
         self._staging_thread.close(max(deadline - time.monotonic(), 0.1))
-        left = self._after_commits.drain(deadline)
+        left = self._after_commits.drain(deadline - min(_ENDING, (deadline - time.monotonic()) / 4))
         ended = self._supervisor.close(max(deadline - time.monotonic(), 0.1))
         if self._node is not None:
             self._node.close(max(deadline - time.monotonic(), 0.1))
