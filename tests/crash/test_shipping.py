@@ -159,7 +159,7 @@ def test_killed_while_it_uploads_to_a_store_that_dies(
 def test_the_shipper_survives_trainer_and_writer(
     trainers: Nursery, moto: Bucket, tally: Tally, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both are killed while the store cannot be reached: what was committed arrives all the same, and nothing stays behind."""
+    """Both are killed, with their groups, while the store cannot be reached: all commits arrive, and nothing stays behind."""
     for name, value in moto.environment.items():
         monkeypatch.setenv(name, value)
     root, url = tmp_path / "root", "s3://bucket/orphan"
@@ -169,7 +169,7 @@ def test_the_shipper_survives_trainer_and_writer(
             writer = int(child.expect("WRITER"))
             for _ in range(2):
                 child.expect("COMMITTED")
-            os.kill(writer, signal.SIGKILL)
+            os.killpg(writer, signal.SIGKILL)  # its whole group
             child.kill()
             child.wait()
             committed = {int(m.split()[1]) for m in child.messages if m.startswith("COMMITTED ")}

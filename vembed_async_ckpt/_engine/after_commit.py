@@ -7,6 +7,7 @@ become events, and `drain` waits for them.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 from .. import _signals
 from .._disk.reader import hold
 from .._format import names
-from ..events import Event, Reporter
+from ..events import Event, Reporter, logger
 from ..handle import CheckpointInfo
 from ..shipping import Shipment
 
@@ -25,6 +26,7 @@ AfterCommit = Callable[[CheckpointInfo], object] | Shipment
 
 _TRIES = 3  # of a function that raises
 _PAUSE = 1.0  # seconds before its second try; doubled before each further one
+_QUIET = 10.0  # seconds after which `drain` says what it waits for
 _HOPELESS = 3  # failures in a row after which `drain` does not wait for a shipment
 
 
@@ -113,15 +115,23 @@ class AfterCommits:
         Returns at `deadline` (time.monotonic()), and as soon as every shipment that is left has failed several times.
         Returns one line about what is left, or an empty text.
         """
+        announce = time.monotonic() + _QUIET
         while not self._is_done() and time.monotonic() < deadline:
             with self._changed:
                 self._changed.wait(_signals.SLICE)
             _signals.deliver()
+            if time.monotonic() > announce:
+                announce = math.inf
+                logger.warning("waiting until what is to be done after the commits is done: %s", self._left())
         with self._changed:
             self._closing = True
-            shipping, calls = len(self._waiting | self._unshipped.keys()), self._in_calls
             self._changed.notify_all()
         self._calls.put(None)
+        return self._left()
+
+    def _left(self) -> str:
+        with self._changed:
+            shipping, calls = len(self._waiting | self._unshipped.keys()), self._in_calls
         left = []
         if shipping:
             left.append(

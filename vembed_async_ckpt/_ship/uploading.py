@@ -57,6 +57,7 @@ class Uploading:
             for name, record in manifest.files.items()
             if not self._is_there(store, name, record, there.get(f"{self.key}/{name}"))
         }
+        copies = self._copies(missing)
         small = [name for name, record in missing.items() if record.size <= _PART]
         errors = []
         with ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="vembed-ckpt-upload") as threads:
@@ -69,8 +70,10 @@ class Uploading:
         if errors:
             raise errors[0]
         for name, record in missing.items():
-            if record.size > _PART:
+            if record.size > _PART and name not in copies:
                 self.finished(name, self._put_large(store, name, record), record.size)
+        for name, source in copies.items():
+            self._copy(store, source, name)
         self._put_manifest(store)
         self._put_marker(store)
 
@@ -81,6 +84,26 @@ class Uploading:
             return True
         head = obstore.get(store, found["path"], options={"head": True})
         return head.attributes.get(HASH) == record.xxh3_128
+
+    def _copies(self, missing: Mapping[str, FileRecord]) -> dict[str, str]:
+        """Return which of the missing large files the store can copy from another one, as {name: source}.
+
+        The weights may have a second name.
+        """
+        source = {record: name for name, record in reversed(list(self.local.manifest.files.items()))}
+        source |= {record: name for name, record in self.local.manifest.files.items() if name not in missing}
+        return {name: source[r] for name, r in missing.items() if r.size > _PART and source[r] != name}
+
+    def _copy(self, store: ObjectStore, source: str, name: str) -> None:
+        record = self.local.manifest.files[name]
+        try:
+            obstore.copy(store, f"{self.key}/{source}", f"{self.key}/{name}")
+            found = obstore.head(store, f"{self.key}/{name}")
+        except Exception:  # S3 copies at most 5 GB at once
+            self.finished(name, self._put_large(store, name, record), record.size)
+            return
+        self._sync(f"{self.key}/{name}")
+        self.finished(name, found["e_tag"] or "", 0)
 
     def _put_small(self, store: ObjectStore, name: str) -> str:
         data = b"".join(self.local.chunks(name, _PART, self.between))

@@ -16,8 +16,11 @@ from vembed_async_ckpt._ship.uploading import Uploading
 
 from ..by_hand import checkpoint, save_id
 
+SECOND = "model_state_dict.safetensors"  # a second name of the weights
+WEIGHTS = bytes(range(256)) * 40
 FILES = {
-    "model.safetensors": bytes(range(256)) * 40,
+    "model.safetensors": WEIGHTS,
+    SECOND: WEIGHTS,
     "optimizer.bin": b"state",
     "inner/config.json": b"{}",
     "empty": b"",
@@ -38,7 +41,7 @@ class Upload:
         finished: set[str] = set()
 
         def note(name: str, e_tag: str, size: int) -> None:
-            assert size == len(FILES[name])
+            assert size == len(FILES[name]) or (size == 0 and FILES[name] is WEIGHTS)  # one of the two is copied there
             finished.add(name)
             self.sent[name] = e_tag
 
@@ -64,8 +67,12 @@ def test_what_is_there_is_not_sent_again(upload: Upload) -> None:
     assert upload.run() == set()
     there = upload.folder / url.rpartition("/")[2]
     (there / "optimizer.bin").unlink()
+    (there / "model.safetensors").unlink()  # a link to the second name
     (there / "model.safetensors").write_bytes(b"cut")
     assert upload.run() == {"optimizer.bin", "model.safetensors"}
+    (there / SECOND).unlink()
+    assert upload.run() == {SECOND}
+    assert (there / SECOND).read_bytes() == FILES[SECOND]
     verify(url)
     assert len(list((upload.folder / names.MARKERS).iterdir())) == 1
 
