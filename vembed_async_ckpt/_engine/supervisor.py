@@ -26,7 +26,7 @@ from .._disk.filesystem import FILESYSTEM_OVERRIDE, Filesystem, LocalFilesystem
 from .._disk.lock import RootLock
 from .._memory.arena import Arena
 from .._shared.memory import populate
-from .._shared.protocol import Command, Kind, ReplyReader, send_command
+from .._shared.protocol import Command, Kind, ProtocolError, ReplyReader, send_command
 from .._writer import server
 from ..errors import CheckpointError, CommitError, WriteError
 from ..events import Event, Reporter, logger
@@ -416,8 +416,13 @@ class Supervisor:
             return False
         for fd in fds:
             self._lock.replace(fd)  # the writer had to recreate the lock file
-        for reply in replies.feed(data):
-            self._handle(reply)
+        try:
+            for reply in replies.feed(data):
+                self._handle(reply)
+        except ProtocolError as error:
+            logger.error("%s: %s; the writer is replaced", self._root, error)
+            self._kill()
+            return False
         return bool(data)
 
     async def _reap(self, writer: _Writer, orderly: bool) -> str:

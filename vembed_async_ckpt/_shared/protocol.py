@@ -7,14 +7,17 @@ are sent beside the command. The writer sends JSON replies, each after a 4-byte 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
-from .._format.plan import START
+from .._format import bounded_json
+from .._format.names import is_save_id
+from .._format.plan import START, is_safe_relative
 
 PROGRESS = struct.Struct("<Q")  # at byte 0 of an arena: how many bytes of its job have been written
 # at byte 8: which use of the arena this is, so that a rank notices that it writes into another save
@@ -24,6 +27,11 @@ DATA_START = START  # start of the first file in an arena; the page before it is
 
 _COMMAND = struct.Struct("<B3xIQQQ")
 _LENGTH = struct.Struct("<I")
+_MAX_REPLY = 64 << 20  # bytes; a checkpoint of 100,000 files takes a tenth of this
+
+
+class ProtocolError(Exception):
+    """The other side sent what this package never sends. Nothing more can be read from it."""
 
 
 def wave_base(start: int, size: int) -> int:
@@ -40,6 +48,9 @@ class Kind(IntEnum):
     JOB = 3  # arena, serial, offset and length of the job's JSON in the arena
     WAVE = 4  # arena, serial, start and end of the part of the plan at `wave_base`; end 0: no part follows
     SPACE = 5  # 0, number of the query: how much space is free on the root's file system?
+
+
+_KINDS = frozenset(Kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +103,40 @@ class Job(TypedDict):
     )
 
 
+_JOB: dict[str, type | tuple[type, ...]] = {
+    "save_id": str, "step": (int, type(None)), "name": str, "files": list, "checksums": dict, "links": list, "manifest": dict,
+    "retention": (list, type(None)), "latest_link": bool, "ship": list, "max_unshipped": (int, type(None)), "waves": int,
+}  # fmt: skip
+
+
+def decode_job(content: bytes) -> Job:
+    """Return the job that a trainer placed in its arena. Raises `ProtocolError` if it is none or leaves its directory."""
+    try:
+        found = bounded_json.loads(content)
+        for key, kind in _JOB.items():
+            if not isinstance(found[key], kind):
+                raise TypeError(f"{key} is {str(found[key])[:60]!r}")
+        start = DATA_START
+        for slot in found["files"]:
+            if (
+                type(slot["start"]) is not int
+                or type(slot["size"]) is not int
+                or slot["start"] < start
+                or slot["size"] < 0
+            ):
+                raise ValueError(f"unusable place {slot!r}")
+            start = slot["start"] + slot["size"]
+        further = [name for link in found["links"] for name in link]
+        for name in (*(slot["name"] for slot in found["files"]), *further, found["name"]):
+            if not isinstance(name, str) or not is_safe_relative(name):
+                raise ValueError(f"the name {name!r} leaves the directory")
+        if not is_save_id(found["save_id"]) or "/" in found["name"] or not found["files"]:
+            raise ValueError(f"save {found['save_id']!r} of {len(found['files'])} files as {found['name']!r}")
+        return cast(Job, found)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ProtocolError(f"the trainer sent {content[:60]!r}, which is no job: {error!r}") from error
+
+
 def send_command(sock: socket.socket, command: Command, fds: Sequence[int] = ()) -> None:
     """Send one command. Raises OSError, BrokenPipeError if the writer is gone."""
     frame = _COMMAND.pack(command.kind, command.arena, command.first, command.second, command.third)
@@ -113,6 +158,7 @@ class CommandReader:
         """Return all complete commands now available, each with its descriptor or None. Blocks only if the socket does.
 
         A connection reset is not the end. Commands that were queued before it still arrive, and then end of file.
+        Raises `ProtocolError` for an unknown command, and for an arena without a descriptor.
         """
         try:
             data, fds, _, _ = socket.recv_fds(self._sock, 64 * _COMMAND.size, 16)
@@ -123,12 +169,16 @@ class CommandReader:
         if not data:
             self.closed = True
             return []
+        for fd in fds:
+            os.set_inheritable(fd, False)  # `recv_fds` of Python 3.10 and 3.11 ignores MSG_CMSG_CLOEXEC
         self._fds.extend(fds)
         self._buffer += data
         commands = []
         while len(self._buffer) >= _COMMAND.size:
             kind, arena, *values = _COMMAND.unpack_from(self._buffer)
             self._buffer = self._buffer[_COMMAND.size :]
+            if kind not in _KINDS or (kind == Kind.ARENA and not self._fds):
+                raise ProtocolError(f"the trainer sent command {kind} with {len(self._fds)} descriptors")
             command = Command(Kind(kind), arena, *values)
             commands.append((command, self._fds.pop(0) if command.kind is Kind.ARENA else None))
         return commands
@@ -139,6 +189,38 @@ def encode_reply(reply: Mapping[str, Any]) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
+# What a reply has besides its event, with the types. It may have more.
+_REPLIES: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "ready": {"swept": list},
+    "swept": {"swept": list},
+    "space": {"question": int, "free": int},
+    "populated": {"arena": int},
+    "warning": {"message": str},
+    "accepted": {"serial": int},
+    "writing": {"serial": int},
+    "wave": {"serial": int},
+    "committed": {
+        "serial": int, "path": str, "sequence": int, "files": dict, "total_bytes": int,
+        "queued": float, "write": float, "commit": float,
+    },
+    "failed": {"serial": int, "kind": str, "message": str},
+    "tidy": {"save_id": str, "step": (int, type(None)), "pruned": list, "freed": int, "seconds": float},
+    "after_commit": {"phase": str, "save_id": str},
+    "unshipped": {},
+}  # fmt: skip
+
+
+def _reply(body: bytes) -> dict[str, Any]:
+    try:
+        found = bounded_json.loads(body)
+        for key, kind in _REPLIES[found["event"]].items():
+            if not isinstance(found[key], kind):
+                raise TypeError(f"{key} is {str(found[key])[:60]!r}")
+        return dict(found)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ProtocolError(f"the writer sent {body[:60]!r}, which is no reply: {error!r}") from error
+
+
 class ReplyReader:
     """Assembles replies from the bytes of the stream."""
 
@@ -146,14 +228,19 @@ class ReplyReader:
         self._buffer = b""
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
-        """Add `data` and return the replies that are now complete."""
+        """Add `data` and return the replies that are now complete.
+
+        Raises `ProtocolError` for what is no reply, or not all of one (see `_REPLIES`).
+        """
         self._buffer += data
         replies = []
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > _MAX_REPLY:
+                raise ProtocolError(f"the writer announced a reply of {length} bytes")
             end = _LENGTH.size + length
             if len(self._buffer) < end:
                 break
-            replies.append(json.loads(self._buffer[_LENGTH.size : end]))
+            replies.append(_reply(self._buffer[_LENGTH.size : end]))
             self._buffer = self._buffer[end:]
         return replies

@@ -6,7 +6,6 @@ The trainer's death does not stop accepted jobs: they are finished, then the wri
 from __future__ import annotations
 
 import errno
-import json
 import os
 import queue
 import select
@@ -16,7 +15,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from .._disk import commit as commits
 from .._disk import deletion as removal
@@ -29,7 +28,17 @@ from .._format import names
 from .._format.manifest import FileRecord, Manifest
 from .._format.plan import pages
 from .._shared.memory import map_arena, populate
-from .._shared.protocol import DATA_START, PROGRESS, Command, CommandReader, Job, Kind, encode_reply, wave_base
+from .._shared.protocol import (
+    DATA_START,
+    PROGRESS,
+    Command,
+    CommandReader,
+    Job,
+    Kind,
+    decode_job,
+    encode_reply,
+    wave_base,
+)
 from ..errors import CheckpointError, CommitError, WriteError
 from ..retention import Policy, from_spec, unknown_metrics
 from .shipping import Shippers, are_waiting
@@ -133,7 +142,7 @@ class Server:
             self._arenas.pop(command.arena, None)
         elif command.kind is Kind.JOB:
             memory_ = self._arenas[command.arena].memory
-            job = cast(Job, json.loads(bytes(memory_[command.second : command.second + command.third])))
+            job = decode_job(bytes(memory_[command.second : command.second + command.third]))
             PROGRESS.pack_into(memory_, 0, 0)
             pending = _Pending(command.arena, command.first, job, time.perf_counter())
             if job["waves"]:

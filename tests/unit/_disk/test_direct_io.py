@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import threading
@@ -64,7 +65,7 @@ def test_what_is_written_in_parts_is_what_was_there(tmp_path: Path, threads: IOT
     writers = opened(Buffered(), tmp_path)
     counted: list[int] = []
     bounds = [DATA_START, *(DATA_START + cut for cut in cuts), len(memory)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         part = memoryview(bytearray(memory[start:end]))  # a wave: the part lies at another place of the arena
         write_range(writers, part, start, end, 0, threads, counted.append)
     sync_all(writers, threads)

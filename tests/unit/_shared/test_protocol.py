@@ -127,7 +127,11 @@ def test_what_no_trainer_sends_is_a_protocol_error(pair: Pair, frame: bytes) -> 
         CommandReader(pair[1]).read()
 
 
-REPLIES = [{"event": "ready", "swept": []}, {"event": "x", "text": "\u00e9" * 1000}, {"event": "tidy", "n": 1 << 60}]
+REPLIES = [
+    {"event": "ready", "swept": []},
+    {"event": "warning", "message": "\u00e9" * 1000},
+    {"event": "space", "question": 0, "free": 1 << 60},
+]
 
 
 @pytest.mark.parametrize("step", [1, 3, 4096, 1 << 20])
@@ -139,7 +143,11 @@ def test_replies_that_are_cut_anywhere_arrive_whole(step: int) -> None:
     assert reader.feed(b"") == []
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"3", b"\xff", b"[" * 100_000, b'"event"'])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b"3", b"\xff", b"[" * 100_000, b'"event"', b'{"event":"other"}', b'{"event":[]}',
+     b'{"event":"warning"}', b'{"event":"space","question":0,"free":"all"}', b'{"event":"committed","serial":1}'],
+)  # fmt: skip
 def test_what_no_writer_sends_is_a_protocol_error(body: bytes) -> None:
     with pytest.raises(protocol.ProtocolError):
         ReplyReader().feed(struct.pack("<I", len(body)) + body)
