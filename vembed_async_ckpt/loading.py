@@ -457,7 +457,7 @@ def _of_this_rank(source: Tensors, saved: Mapping[str, Any]) -> tuple[Any, Any]:
         )
         return None, None
     get = source.training_tensor
-    rng = tree.decode(saved["rng"], get)
+    rng = random_state.checked(tree.decode(saved["rng"], get), source.directory)
     return (random_state.derived(rng, rank), None) if rank else (rng, tree.decode(saved["dataloader"], get))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import CorruptCheckpoint
 from . import tree
 
 _OF_THE_HOST = ("python", "numpy", "torch")
@@ -75,6 +76,24 @@ def _states(kind: str) -> Sequence[torch.Tensor]:
             stacklevel=2,
         )
     return []
+
+
+def checked(state: Any, where: str) -> dict[str, Any]:
+    """Return the decoded `state`. Raises `CorruptCheckpoint` if a generator of the host would not take it."""
+    try:
+        random.Random().setstate(state["python"])
+        torch.Generator().set_state(state["torch"])
+        numpy = state["numpy"]
+        kind = getattr(np.random, numpy["bit_generator"] if isinstance(numpy, dict) else numpy[0])
+        if not issubclass(kind, np.random.BitGenerator):
+            raise TypeError(f"numpy has no generator {kind.__name__}")
+        np.random.RandomState(kind(0)).set_state(numpy)
+        for kind, states in of_devices(state).items():
+            if not isinstance(states, list) or not all(isinstance(value, torch.Tensor) for value in states):
+                raise TypeError(f"the states of {kind} devices are no tensors")
+        return dict(state)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CorruptCheckpoint(f"{where}: the random states cannot be used: {error}") from error
 
 
 def restore(state: dict[str, Any]) -> None:

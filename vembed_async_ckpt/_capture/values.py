@@ -270,6 +270,12 @@ def _requiring_grad(says: Any, holds: Any) -> Any:
     return holds.requires_grad_() if isinstance(holds, torch.Tensor) else holds
 
 
+def _fraction(says: Any, _: Any) -> Fraction:
+    if not all(type(part) is int for part in says):
+        raise ValueError("its parts are not whole numbers")  # Fraction("1e1000000000") would compute for hours
+    return Fraction(*says)
+
+
 def _slice(says: Any, _: Any) -> slice:
     if not all(part is None or type(part) is int for part in says):
         raise ValueError("its ends are not whole numbers")
@@ -298,7 +304,7 @@ _MAKERS: dict[str, Callable[[Any, Any], Any]] = {
     "$time": lambda says, holds: datetime.time.fromisoformat(says[0]).replace(fold=says[1]),
     "$timedelta": lambda says, holds: datetime.timedelta(*says),
     "$decimal": lambda says, holds: Decimal(str(says[0])),
-    "$fraction": lambda says, holds: Fraction(*says),
+    "$fraction": _fraction,
     "$uuid": lambda says, holds: uuid.UUID(hex=says[0]),
     "$path": lambda says, holds: _PATHS[says[0]](says[1]),
     "$numpy_dtype": lambda says, holds: np.dtype(str(says[0])),

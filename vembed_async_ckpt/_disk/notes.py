@@ -126,7 +126,7 @@ def read(root: str, save_id: str) -> Note | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path}: cannot be used: {error}") from error
 
 

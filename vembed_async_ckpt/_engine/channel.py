@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .._bell import Bell
+from .._format import bounded_json
 from ..errors import CheckpointError, StageError
 from ..events import logger
 
@@ -166,13 +167,13 @@ class Line:
 
     def _parse(self, body: bytes, text: int, fds: int) -> Message:
         try:
-            head = json.loads(body[:text])
+            head = bounded_json.loads(body[:text])
             parts, at = [], text
             for size in head["sizes"]:
                 parts.append(body[at : at + size])
                 at += size
             return Message(head["kind"], head["values"], tuple(parts), tuple(self._fds.popleft() for _ in range(fds)))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise Broken(f"process {self.pid} sent no message of ours: {error!r}") from error
 
     def is_dead(self) -> bool:
@@ -210,7 +211,14 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        return cls(**json.loads(text))
+        """Return the address that `text()` gave. Raises `Broken` if it is none."""
+        try:
+            found = bounded_json.loads(text.encode())
+            if not all(isinstance(value, str) for value in found.values()):
+                raise TypeError("its parts are no text")
+            return cls(**found)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise Broken(f"the address of the first rank is none of ours: {error!r}") from error
 
     def text(self) -> str:
         return json.dumps(asdict(self))

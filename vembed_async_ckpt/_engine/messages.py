@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import errors
+from .._format import bounded_json
 from .._frozen import FrozenDict
 from ..errors import CheckpointerBusy, CheckpointError, PlanError, StageError
 from ..handle import CheckpointInfo, SaveState, Timings
@@ -57,8 +60,11 @@ def put_entries(store: Any, name: str, entries: list[Entry]) -> None:
 
 
 def get_entries(store: Any, name: str) -> list[Entry]:
-    """Return the list, oldest first; empty if there is none."""
-    return [Entry(*entry) for entry in json.loads(store.get(name))] if store.check([name]) else []
+    """Return the list, oldest first; empty if there is none. Raises `StageError` if it is no list of ours."""
+    if not store.check([name]):
+        return []
+    with _reading(name):
+        return [Entry(*entry) for entry in bounded_json.loads(store.get(name))]
 
 
 def put_files(store: Any, name: str, files: Files) -> None:
@@ -72,13 +78,17 @@ def put_refusal(store: Any, name: str, reason: str, *, raised: bool) -> None:
 
 
 def get_part(store: Any, name: str) -> Files | tuple[str, bool] | None:
-    """Return a rank's part, or (reason, raised) of a rank that has none. Return None while neither is in the store."""
+    """Return a rank's part, or (reason, raised) of a rank that has none. Return None while neither is in the store.
+
+    Raises `StageError` if what is there is none of ours.
+    """
     if not store.check([name]):
         return None
-    part = json.loads("".join(store.get(f"{name}/{number}").decode() for number in range(int(store.get(name)))))
-    if "error" in part:
-        return part["error"], part["raised"]
-    return [(file, base64.b64decode(data)) for file, data in part["files"]]
+    with _reading(name):
+        part = bounded_json.loads(b"".join(store.get(f"{name}/{number}") for number in range(int(store.get(name)))))
+        if "error" in part:
+            return str(part["error"]), bool(part["raised"])
+        return [(str(file), base64.b64decode(data, validate=True)) for file, data in part["files"]]
 
 
 def _put(store: Any, name: str, text: str) -> None:
@@ -135,18 +145,39 @@ def described(value: list[Any]) -> CheckpointError:
     kind, message, raised = value
     if raised:
         return RefusedElsewhere(message) if kind == PlanError.__name__ else RaisedElsewhere(message)
-    return getattr(errors, kind)(message)  # type: ignore[no-any-return]
+    return _ERRORS[kind](message)
 
 
 def parse(text: bytes) -> Said:
-    """Return the `Said` that `render` made `text` of."""
-    value = json.loads(text)
-    info = error = None
-    if "info" in value:
-        body = value["info"]
-        info = CheckpointInfo(
-            Path(body["path"]), body["step"], body["total_bytes"], FrozenDict(body["files"]), Timings(**body["timings"])
-        )
-    if "error" in value:
-        error = described(value["error"])
-    return Said(SaveState(value["state"]), info, error, tuple(value["without"]))
+    """Return the `Said` that `render` made `text` of. Raises `StageError` for another text."""
+    with _reading("a report"):
+        value = bounded_json.loads(text)
+        info = error = None
+        if "info" in value:
+            body = value["info"]
+            info = CheckpointInfo(
+                Path(body["path"]),
+                body["step"],
+                body["total_bytes"],
+                FrozenDict(body["files"]),
+                Timings(**body["timings"]),
+            )
+        if "error" in value:
+            error = described(value["error"])
+        return Said(SaveState(value["state"]), info, error, tuple(map(int, value["without"])))
+
+
+_ERRORS: dict[str, type[CheckpointError]] = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, CheckpointError)
+}
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Raise `StageError` for what is in the job's store and no rank wrote."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise StageError(
+            f"what the job's store has as {name!r} was not written by a rank of this job: {error!r}"
+        ) from error

@@ -15,7 +15,7 @@ from .._disk import latest_link, manifests
 from .._disk.filesystem import open_regular, read_regular
 from .._disk.reader import held, manifest_of
 from .._disk.stored_tensors import StoredTensor, stored_tensors
-from .._format import names, safetensors
+from .._format import bounded_json, names, safetensors
 from .._format.manifest import Manifest
 from .._format.safetensors import TensorSpec
 from ..errors import CheckpointError, CorruptCheckpoint
@@ -153,13 +153,14 @@ def _in_dtype(
     if base != "config.json" and not base.endswith(".safetensors.index.json"):
         return content
     try:
-        body = json.loads(content)
-    except ValueError:
+        body = bounded_json.loads(content)
+    except (ValueError, RecursionError):
         return content
     if base == "config.json":
         _rename_dtype(body, _DTYPES[dtype][1])
     elif isinstance(body, dict) and isinstance(body.get("metadata"), dict) and "total_size" in body["metadata"]:
-        shards = set(body.get("weight_map", {}).values())
+        places = body.get("weight_map")
+        shards = set(map(str, places.values())) if isinstance(places, dict) else set()
         folder = name.rpartition("/")[0]
         files = [file for file in chosen if file.rpartition("/")[0] == folder and file.rpartition("/")[2] in shards]
         body["metadata"]["total_size"] = sum(_size(t, dtype) for file in files for t in tensors.get(file, []))

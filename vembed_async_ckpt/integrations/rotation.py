@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import threading
@@ -19,8 +18,8 @@ from typing import Any
 
 from .._disk.catalog import Committed
 from .._disk.deletion import prune, remove_rotated
-from .._disk.filesystem import FILESYSTEM_OVERRIDE, Filesystem, LocalFilesystem
-from .._format import names
+from .._disk.filesystem import FILESYSTEM_OVERRIDE, Filesystem, LocalFilesystem, read_regular
+from .._format import bounded_json, names
 from .._format.manifest import Manifest
 from ..events import logger
 from ..retention import Policy, unknown_metrics
@@ -142,8 +141,7 @@ def _trainers_own(root: str, ours: Collection[str]) -> list[str]:
 def _is_trainers_own(directory: str, step: int) -> bool:
     if os.path.lexists(os.path.join(directory, names.MANIFEST)):
         return False  # ours and broken: do not touch it
-    with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(directory, names.TRAINER_STATE), encoding="utf-8") as file:
-            state: Any = json.load(file)
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        state: Any = bounded_json.loads(read_regular(os.path.join(directory, names.TRAINER_STATE)))
         return isinstance(state, dict) and state.get("global_step") == step
     return False

@@ -11,7 +11,7 @@ import pytest
 
 from vembed_async_ckpt import CorruptCheckpoint
 from vembed_async_ckpt._disk import stored_tensors as stored
-from vembed_async_ckpt._disk.source import Source
+from vembed_async_ckpt._disk.source import LocalFiles, Source
 from vembed_async_ckpt._disk.stored_tensors import StoredTensor, stored_tensors
 from vembed_async_ckpt._format import names
 
@@ -31,7 +31,7 @@ TABLE: dict[str, Any] = {"optimizer.bin": {"0.step": ["F32", [], 64], "0.exp_avg
 def source(root: Path, files: dict[str, bytes] = FILES, **values: Any) -> Source:
     verify = values.pop("verify", "size")
     path = checkpoint(root / "checkpoint-1", 1, files, **values)
-    return Source(str(path), manifest(1, files, **values), verify)
+    return Source(LocalFiles(str(path)), manifest(1, files, **values), verify)
 
 
 def test_files_are_found_read_and_kept_open(root: Path) -> None:
