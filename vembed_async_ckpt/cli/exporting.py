@@ -164,7 +164,10 @@ def _in_dtype(
         folder = name.rpartition("/")[0]
         files = [file for file in chosen if file.rpartition("/")[0] == folder and file.rpartition("/")[2] in shards]
         body["metadata"]["total_size"] = sum(_size(t, dtype) for file in files for t in tensors.get(file, []))
-    return (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
+        return (json.dumps(body, indent=2) + "\n").encode()
 
 
 def _size(tensor: StoredTensor, dtype: str) -> int:
