@@ -54,14 +54,16 @@ class DividedOptimizerState(DividedState):
         """Return the ids of the parameters that the optimizer steps."""
         return set(map(id, _parameters(self.optimizer)))
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> str:
         """Return the entry of the optimizer in the training state, as JSON."""
-        return {
-            "file": self.contents[0].name,
-            "rest": self.rest,
-            "class": kind_of(self.optimizer),
-            "parameters": self.parameters,
-        }
+        return tree.to_json(
+            {
+                "file": self.contents[0].name,
+                "rest": self.rest,
+                "class": kind_of(self.optimizer),
+                "parameters": self.parameters,
+            }
+        )
 
 
 @dataclass
