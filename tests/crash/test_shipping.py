@@ -211,6 +211,7 @@ def test_the_note_is_durable_before_the_checkpoint(memory: Path, tally: Tally, m
                 pass
             left = {note.name for note in notes.readable(str(image))}
             assert left == {path.name for path in image.glob("checkpoint-*")}
+            assert not list(image.rglob("*.new"))
         if not disk.off:
             break
     assert calls > 30

@@ -276,6 +276,8 @@ def test_the_next_run_ships_what_was_left(store: Bucket, root: Path) -> None:
         lines = {process: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
         (shipper,) = (process for process, line in lines.items() if str(root) in line and "_ship" in str(line))
         shipper.kill()  # as the end of a container does
+        swept = CliRunner().invoke(app, ["sweep", str(root), "--yes"]).output
+        assert swept.startswith("still to be shipped: checkpoint-1;")
     finally:
         store.door.reopen()
     with training.checkpointer(root) as checkpointer:

@@ -22,6 +22,7 @@ from .filesystem import Filesystem, make_directories, read_regular, write_synced
 _FORMAT = "vembed_async_ckpt shipping"
 _VERSION = 1
 _MAX_BYTES = 1 << 26
+_NEW = ".new"  # a note that is being written
 _TRIES = (
     10  # times that the directory may vanish before a note is in it: a shipper that ends removes it when it is empty
 )
@@ -70,7 +71,7 @@ class Note:
 def put(fs: Filesystem, root: str, note: Note) -> None:
     """Write a note, or replace it. When this returns, it survives a power cut."""
     path = names.shipping_note(root, note.save_id)
-    new = path + ".new"
+    new = path + _NEW
     for attempt in range(_TRIES):
         try:
             make_directories(fs, os.path.dirname(path))
@@ -100,11 +101,14 @@ def exists(root: str, save_id: str) -> bool:
 
 def waiting(root: str) -> set[str]:
     """Return the save ids of all notes, readable or not. Raises OSError if they cannot be listed."""
+    return {save_id for save_id in map(names.parse_shipping_note, _entries(root)) if save_id is not None}
+
+
+def _entries(root: str) -> list[str]:
     try:
-        found = os.listdir(names.shipping_directory(root))
+        return os.listdir(names.shipping_directory(root))
     except (FileNotFoundError, NotADirectoryError):
-        return set()
-    return {save_id for save_id in map(names.parse_shipping_note, found) if save_id is not None}
+        return []
 
 
 def read(root: str, save_id: str) -> Note | None:
@@ -160,9 +164,13 @@ def drop_unpublished(fs: Filesystem, root: str) -> list[Note]:
     """Remove and return the notes whose checkpoints are gone, were replaced, or were never published.
 
     Only the holder of the root's lock may call this, when no save is under way. A note stays if the directory of its
-    name cannot be read.
+    name cannot be read. Notes that a crash left half written are removed too.
     """
     dropped = []
+    for entry in _entries(root):
+        if entry.endswith(_NEW) and names.parse_shipping_note(entry.removesuffix(_NEW)) is not None:
+            with contextlib.suppress(FileNotFoundError):  # a shipper has just finished it
+                fs.unlink(os.path.join(names.shipping_directory(root), entry))
     for note in readable(root):
         directory = os.path.join(root, note.name)
         if not os.path.lexists(os.path.join(directory, names.MANIFEST)) or _is_another(directory, note):

@@ -113,12 +113,11 @@ class Shipper:
             while fd is None:
                 self._watcher.look(_POLL)
                 if self._watcher.gone:
-                    yield False
-                    return
+                    break
                 fd = self._locked()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(successor)
-            yield True
+            yield fd is not None
         finally:
             if fd is not None:
                 os.close(fd)

@@ -9,7 +9,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from .._disk import catalog, places
+from .._disk import catalog, notes, places
 from .._disk import deletion as removal
 from .._disk.filesystem import LocalFilesystem
 from .._disk.lock import RootLock
@@ -113,6 +113,7 @@ def sweep(
     found = {
         "leftovers": [entry for entry in _entries(work) if names.parse_work_entry(entry) is not None],
         "kept": [os.path.join(kept, entry) for entry in _entries(kept)],
+        "unshipped": [note.name for note in notes.readable(path)],
         "done": [],
     }
     if yes and os.path.isdir(work):
@@ -128,6 +129,8 @@ def sweep(
         print(f"leftover: {entry}")
     for entry in found["kept"]:
         print(f"kept, not ours to delete: {entry}")
+    for name in found["unshipped"]:
+        print(f"still to be shipped: {name}; the next training that saves here does that")
     for line in found["done"]:
         print(line)
 

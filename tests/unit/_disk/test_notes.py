@@ -101,5 +101,8 @@ def test_notes_without_their_checkpoint_are_dropped(tmp_path: Path) -> None:
     checkpoint(tmp_path / "checkpoint-1", 1)
     checkpoint(tmp_path / "checkpoint-2", 9)
     (checkpoint(tmp_path / "checkpoint-4", 4) / names.MANIFEST).write_bytes(b"damaged")
+    half = Path(names.shipping_note(root, save_id(5)) + ".new")
+    half.write_bytes(b"{")
     assert {each.name for each in notes.drop_unpublished(FS, root)} == {"checkpoint-2", "checkpoint-3"}
+    assert not half.exists()
     assert notes.waiting(root) == {save_id(1), save_id(4)}
