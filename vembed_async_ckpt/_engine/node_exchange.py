@@ -126,11 +126,11 @@ class NodeExchanges:
             for rank in self._others:
                 if rank in self._dead:
                     self._fail(save, StageError(f"{directory}: rank {rank} has ended"))
-                elif self._ahead.pop(rank, None) == directory:
+                    continue
+                if self._ahead.pop(rank, None) == directory:
                     self._fail(save, _refused_before(directory, rank))
-                else:
-                    self._saves[rank].append(save)
-                    self._pair(rank)
+                self._saves[rank].append(save)
+                self._pair(rank)
         self._run_due()
         return save
 
@@ -394,9 +394,10 @@ class NodeExchanges:
         calls, saves = self._calls[rank], self._saves[rank]
         while calls:
             call = calls[0]
-            while saves and saves[0].is_over() and saves[0].directory != call.directory:
-                saves.popleft()  # the rank has left it out
-            if self._behind.get(rank) == call.directory:
+            while saves and saves[0].was_left_out(call):
+                saves.popleft()
+            tried = self._behind.get(rank) == call.directory
+            if tried and not (saves and saves[0].directory == call.directory):
                 del self._behind[rank]
                 self._answer(rank, calls.popleft(), _refused_before(call.directory, 0))
                 continue
@@ -409,10 +410,12 @@ class NodeExchanges:
             if (call.directory, call.step) == (save.directory, save.step):
                 self._join(save, rank, call)
                 continue
-            # One of the two may have left out a call. Its next call is then for what the other one tried here.
+            # One of the two may have left out a call. Its next call is then for what the other one tried here: that fails
+            # at once, unless the other one tries it again.
             self._ahead[rank], self._behind[rank] = call.directory, save.directory
             mine, its = f"step {save.step} to {save.directory}", f"step {call.step} to {call.directory}"
             error = PlanError(f"rank {rank} saves {its}, rank 0 {mine}; all ranks must save the same at the same time")
+            save.differed = True
             self._answer(rank, call, error)
             self._fail(save, error)
 
@@ -535,6 +538,7 @@ class NodeExchange:
     `holders`: the connections of ranks that may copy into the arena.
     `said`: what was told last about the save.
     `error`: why the save cannot be completed.
+    `differed`: a rank tried to save something else at the same time.
     `complete`: all that the other ranks hold is in the arena, and what they add was passed on.
     """
 
@@ -557,11 +561,16 @@ class NodeExchange:
         self.release: Callable[[], None] | None = None
         self.error: CheckpointError | None = None
         self.complete = False
+        self.differed = False
         self.said: Said | None = None
         self.done: Callable[[Gathered], None] | None = None
 
     def is_over(self) -> bool:
         return self.said is not None and self.said.state in ENDS
+
+    def was_left_out(self, call: Call) -> bool:
+        """Return whether the rank of `call` never tried this save, which has ended, and tries a later one."""
+        return self.is_over() and not self.differed and self.directory != call.directory
 
     def tell_all(self, message: bytes) -> list[bytes]:
         return self._exchanges.tell_all(self, message)
