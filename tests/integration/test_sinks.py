@@ -404,6 +404,18 @@ def test_saves_that_overlap_stay_apart_on_their_tracks(tmp_path: Path):
         assert end - begin == pytest.approx(0.7e6, abs=10)
 
 
+def test_what_is_done_after_a_commit_has_a_track(tmp_path: Path):
+    """Under the name of what was done; a try that failed is a mark."""
+    sink = ChromeTrace(tmp_path / "trace.json")
+    said = "checkpoint-1 to s3://bucket/run"
+    sink(Event("after_commit", "started", "a", 1, detail=said, time=1e9))
+    sink(Event("after_commit", "failed", "a", 1, seconds=0.1, detail=f"{said}: no network", time=1e9 + 0.2))
+    sink(Event("after_commit", "complete", "a", 1, bytes=5, seconds=0.5, detail=said, time=1e9 + 1))
+    ((begin, end),) = check_trace(tmp_path / "trace.json")[said]
+    assert end - begin == pytest.approx(0.5e6, abs=10)
+    assert '"after_commit failed"' in (tmp_path / "trace.json").read_text()
+
+
 def test_the_trace_is_on_the_clock_of_torchs_profiler(root: Path, tmp_path: Path):
     """The same base, and the range that torch's own trace has for save() lies where our span of it lies. The profiler sees the
     range on the training thread, and only while it runs."""
