@@ -5,7 +5,8 @@
 
 The folders, in the order in which a save passes through them: `_capture` makes the request, `_format` plans the files, `_memory`
 copies the tensors, `_engine` drives the save, `_writer` is the process that writes, with what `_shared` connects it by, and `_disk`
-publishes. `_ship` sends committed checkpoints elsewhere, and reads them from there. `_restore` is the way back. `tests/unit/test_layers.py` has the order of imports.
+publishes. `_ship` sends committed checkpoints elsewhere, and reads them from there. `_restore` is the way back.
+`tests/unit/test_layers.py` has the order of imports.
 
 Names are resolved when they are first used: looking at checkpoints (`latest`, `verify`, the command line) loads no torch.
 """
