@@ -33,10 +33,15 @@ def join(rank: int, world_size: int) -> None:
     dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=world_size)
 
 
-def accelerator(version: int, *layers: str, **options: Any) -> Accelerator:
-    """A new accelerator, as a new process would have it. FSDP wraps the layers of these classes."""
+def forget() -> None:
+    """Forget the accelerator of this process, so that another one may have other options."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
+
+
+def accelerator(version: int, *layers: str, **options: Any) -> Accelerator:
+    """A new accelerator, as a new process would have it. FSDP wraps the layers of these classes."""
+    forget()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version,
         auto_wrap_policy="transformer_based_wrap",

@@ -157,7 +157,7 @@ WAYS: dict[str, Callable[[Net], Any]] = {way.__name__: way for way in (fsdp2, fs
 
 
 def whole_state(training: Training) -> dict[str, torch.Tensor]:
-    """Gather model and optimizer as torch does, on every rank: names as on one process."""
+    """Gather copies of model and optimizer as torch does, on every rank: names as on one process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True)
@@ -165,4 +165,11 @@ def whole_state(training: Training) -> dict[str, torch.Tensor]:
     found = {clean(name): tensor for name, tensor in model.items()}
     for name, entry in optimizer["state"].items():
         found |= {f"{name}: {key}": value for key, value in entry.items() if isinstance(value, torch.Tensor)}
-    return found
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def differing(training: Training, expected: dict[str, torch.Tensor]) -> list[str]:
+    """The tensors of a training, gathered by torch itself, that are not the expected ones in every bit."""
+    found = whole_state(training)
+    same = {key for key in found.keys() & expected.keys() if torch.equal(found[key], expected[key])}
+    return sorted((found.keys() | expected.keys()) - same)

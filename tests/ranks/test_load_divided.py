@@ -26,7 +26,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("saved")
     training = networks.Training(0, lambda net: net.to(memory_format=torch.channels_last))
     training.steps(range(10, 13))
-    state = {name: tensor.clone() for name, tensor in networks.whole_state(training).items()}
+    state = networks.whole_state(training)
     with AsyncCheckpointer(directory, writer="thread") as checkpointer:
         checkpointer.save(7, **training.parts()).result(30)
         draw = float(torch.rand(()))

@@ -21,8 +21,9 @@ import networks
 from torch.utils.data import DataLoader, TensorDataset
 
 from vembed_async_ckpt import CheckpointError, load
-from vembed_async_ckpt.integrations.accelerate import attach
+from vembed_async_ckpt.integrations.accelerate import attach, save_state
 from vembed_async_ckpt.integrations.accelerate_hooks import look_after
+from vembed_async_ckpt.integrations.vembed import close_shared, save_checkpoint
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -45,7 +46,7 @@ class Run:
     def steps(self, count: int) -> list[float]:
         losses = []
         for (words,), _ in zip(self.loader, range(count), strict=False):
-            loss = torch.nn.functional.cross_entropy(self.model(words) + torch.rand(()), words[:, 0])
+            loss = torch.nn.functional.cross_entropy(self.model(words) * torch.rand(()), words[:, 0])
             self.accelerator.backward(loss)
             self.optimizer.step()
             self.scheduler.step()
@@ -74,11 +75,37 @@ def unattached(version: int, path: Path) -> str:
     return "nothing"
 
 
+def saving(version: int, root: Path) -> dict[str, Any]:
+    """Save in both ways. Returns the files that appear, and the losses of three further steps."""
+    run = Run(version)
+    run.steps(3)
+    inner = run.accelerator.unwrap_model(run.model)
+    handles = [
+        save_state(run.accelerator, root / f"v{version}" / "checkpoint-1"),
+        save_checkpoint(root / f"v{version}" / "checkpoint-2", inner, run.accelerator, config={"encoder_mode": "bert"}),
+    ]
+    expected = run.steps(3)
+    files = [sorted(handle.result(60).files) for handle in handles]
+    close_shared()  # end_training() would also leave the job
+    return {"files": files, "expected": expected}
+
+
 def main(root: Path) -> None:
     cpu_fsdp.allow()
     cpu_fsdp.join(RANK, WORLD)
-    report: dict[str, Any] = {"whole": {v: resumed(v, root / "whole" / "checkpoint-3", "attach") for v in (1, 2)}}
-    report["unattached"] = unattached(2, root / "whole" / "checkpoint-3")
+    whole = root / "whole" / "checkpoint-3"
+    report: dict[str, Any] = {"whole": {version: resumed(version, whole, "attach") for version in (1, 2)}}
+    report["unattached"] = unattached(2, whole)
+    report["saved"] = {version: saving(version, root) for version in (1, 2)}
+    report["resumed"] = {
+        f"{way} into version {version} from v{saved}/checkpoint-{number}": resumed(
+            version, root / f"v{saved}" / f"checkpoint-{number}", way
+        )
+        == report["saved"][saved]["expected"]
+        for way, version, saved, number in (
+            ("attach", 1, 1, 1), ("attach", 1, 2, 1), ("attach", 2, 1, 2), ("load", 2, 2, 2)
+        )
+    }  # fmt: skip
     print(json.dumps(report), flush=True)
     dist.barrier()
     dist.destroy_process_group()

@@ -23,13 +23,6 @@ from vembed_async_ckpt import load
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def differing(training: networks.Training, expected: dict[str, torch.Tensor]) -> list[str]:
-    """The tensors that differ from those of the run that was saved, gathered by torch itself."""
-    found = networks.whole_state(training)
-    same = {key for key in found.keys() & expected.keys() if torch.equal(found[key], expected[key])}
-    return sorted((found.keys() | expected.keys()) - same)
-
-
 def check(way: str, directory: Path) -> dict[str, Any]:
     expected = torch.load(directory / "expected.pt", weights_only=True)
     report: dict[str, Any] = {}
@@ -44,7 +37,7 @@ def check(way: str, directory: Path) -> dict[str, Any]:
         report[objects] = {
             "in place": places == places_of_state(training),
             "draw": float(torch.rand(())),
-            "differing": differing(training, expected["state"]),
+            "differing": networks.differing(training, expected["state"]),
             "losses": training.steps(range(3)),
             "rates": training.scheduler.get_last_lr(),
         }
