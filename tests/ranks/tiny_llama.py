@@ -49,6 +49,7 @@ def trainer(directory: Path, fsdp_version: int | None = None, **further: Any) ->
         use_cpu=True,
         max_steps=4,
         save_steps=2,
+        save_total_limit=1 if directory.name == "resumed" else None,
         logging_steps=1,
         per_device_train_batch_size=2,
         learning_rate=1e-2,

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from .._capture.shares import Sharding, Share, is_dtensor
-from .._capture.wrappers import has_fsdp1
-from ..errors import CheckpointError
+from .._capture.shares import Sharding, Share, is_dtensor, reshard
 
 
 class Targets:
@@ -22,38 +20,38 @@ class Targets:
         Raises `PlanError` if an FSDP unit does not say what this rank holds of its parameters.
         """
         reshard(models)
-        together = torch.nn.ModuleList(models)
-        self._sharding = Sharding(together)
-        self._in_fsdp1 = _parameters_in_fsdp1(together)
+        for part in _parts(models):
+            if part._modules.get("_fsdp_wrapped_module") is not None:
+                _free_gathered(part)
+        self._sharding = Sharding(*models)
+
+    def is_divided(self, tensor: torch.Tensor) -> bool:
+        """Return whether a parameter or buffer may be divided among ranks."""
+        return self._sharding.is_divided(tensor)
 
     def share(self, name: str, tensor: torch.Tensor) -> Share | None:
         """Return what this rank holds of a parameter or buffer; None if it is a plain tensor, whole on every rank.
 
         Raises `PlanError` naming the tensor and the rank if that is not certain.
         """
-        self._refuse_unknown(name, tensor)
-        return self._sharding.share(name, tensor) if self.is_divided(tensor) else None
-
-    def _refuse_unknown(self, name: str, tensor: torch.Tensor) -> None:
-        if getattr(tensor, "_fsdp_flattened", False) and id(tensor) not in self._in_fsdp1:
-            raise CheckpointError(
-                f"{name} is inside FSDP version 1, and only its FSDP wrapper says what this rank holds of it; pass the model "
-                "with this wrapper, too if only an optimizer is loaded"
-            )
+        if self.is_divided(tensor):
+            return self._sharding.share(name, tensor)
+        if getattr(tensor, "_fsdp_flattened", False):
+            self._sharding.share(name, tensor)  # raises if its FSDP unit is not in the models
+        return None
 
     def state_share(self, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> Share:
         """Return what this rank holds of a tensor in the state of a parameter. Raises as `share` does."""
         return self._sharding.share_of_state(name, tensor, parameter)
 
-    def is_divided(self, tensor: torch.Tensor) -> bool:
-        """Return whether a parameter or buffer may be divided among ranks."""
-        return is_dtensor(tensor) or id(tensor) in self._sharding.flat
-
     def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
-        """Return the shape of a parameter as one process has it. Raises `CheckpointError` if it is not known."""
+        """Return the shape of a parameter as one process has it. Raises `PlanError` if that is not certain."""
         piece = self._sharding.flat.get(id(tensor))
-        self._refuse_unknown("a parameter of the optimizer", tensor)
-        return tuple(tensor.shape) if piece is None else piece.shape
+        if piece is not None:
+            return piece.shape
+        if not is_dtensor(tensor):
+            self.share("a parameter of the optimizer", tensor)
+        return tuple(tensor.shape)
 
     def has_none_of(self, tensor: torch.Tensor) -> bool:
         """Return whether this rank holds nothing of a parameter inside a unit of FSDP version 1.
@@ -64,30 +62,8 @@ class Targets:
         return piece is not None and not piece.run.count
 
 
-def reshard(models: Iterable[torch.nn.Module]) -> None:
-    """Free the gathered parameters of every FSDP unit, so that none is used after its shards have changed.
-
-    This rank only: nothing is communicated.
-    """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    for part in _parts(models):
-        if isinstance(part, getattr(fsdp, "FSDPModule", ())):
-            part.reshard()  # type: ignore[operator]  # the class is not known to the type checker
-        elif isinstance(part, fsdp.FullyShardedDataParallel):
-            _reshard_flat(part)
-
-
-def _parameters_in_fsdp1(model: torch.nn.Module) -> set[int]:
-    """Return the ids of the parameters below the wrappers of FSDP version 1 in the model."""
-    if not has_fsdp1(model):
-        return set()
-    wrappers = [part for part in model.modules() if part._modules.get("_fsdp_wrapped_module") is not None]
-    return {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
-
-
-def _reshard_flat(unit: Any) -> None:
+def _free_gathered(unit: Any) -> None:
+    """Free what a unit of FSDP version 1 has gathered: it would be used although the shards have changed."""
     from torch.distributed.fsdp._runtime_utils import _reshard
 
     handle = unit._handle
