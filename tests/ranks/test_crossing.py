@@ -14,15 +14,6 @@ from . import networks
 from .launch import run_ranks
 
 
-@pytest.fixture
-def one_thread():
-    """As many threads as the ranks compute with."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_any_number_of_ranks_goes_on(tmp_path: Path, one_thread: None):
     """1, 2 and 4 ranks, FSDP of both versions, HSDP and DDP: every tensor is what was saved, and three further losses are equal.
 
@@ -30,27 +21,8 @@ def test_any_number_of_ranks_goes_on(tmp_path: Path, one_thread: None):
     """
     rounds = [
         (2, ["save=fsdp2", "save=fsdp1", "save=ddp"]),
-        (
-            4,
-            [
-                "load=fsdp2-2:fsdp1",
-                "load=fsdp1-2:fsdp2",
-                "load=ddp-2:hsdp",
-                "load=fsdp1-2:ddp",
-                "save=fsdp2",
-                "save=fsdp1",
-            ],
-        ),
-        (
-            2,
-            [
-                "load=fsdp2-4:fsdp1",
-                "load=fsdp1-4:fsdp2",
-                "load=fsdp2-4:ddp",
-                "load=fsdp1-2:fsdp2",
-                "load=fsdp2-2:fsdp2",
-            ],
-        ),
+        (4, ["load=fsdp2-2:fsdp1", "load=fsdp1-2:hsdp", "load=ddp-2:fsdp2", "save=fsdp2", "save=fsdp1"]),
+        (2, ["load=fsdp2-4:fsdp1", "load=fsdp1-4:ddp", "load=fsdp1-2:fsdp2"]),
     ]
     for world_size, tasks in rounds:
         for report in run_ranks("crossing.py", world_size, str(tmp_path), *tasks):

@@ -44,13 +44,11 @@ def test_accelerate_saves_and_resumes(tmp_path: Path):
         assert list(report["resumed"].values()) == [True] * 4, report["resumed"]
 
 
-def test_trainer_saves_and_resumes(tmp_path: Path):
+def test_trainer_saves_and_resumes(tmp_path: Path, one_thread: None):
     """Trainer with FSDP of either version resumes what either version or one process saved, and one process resumes that.
 
     `save_total_limit` deletes the older checkpoint, and `from_pretrained` opens the newer one.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     whole = tiny_llama.trainer(tmp_path / "whole")
     whole.train()
     for report in run_ranks("trained.py", 2, str(tmp_path)):
@@ -69,4 +67,3 @@ def test_trainer_saves_and_resumes(tmp_path: Path):
     with pytest.warns(UserWarning, match="was saved by 2 ranks and is loaded by 1"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "v1" / "checkpoint-2"))
     assert resumed.optimizer.state_dict()["state"][0]["step"] == 4
-    torch.set_num_threads(threads)
