@@ -107,8 +107,10 @@ class Sharding:
 
         Raises `PlanError` if a flat parameter of FSDP version 1 does not say what this rank holds of its parameters.
         """
-        pieces = chain.from_iterable(map(flat_pieces, modules))
-        self.flat = {id(piece.parameter): piece for piece in pieces}
+        self.pieces = list(
+            chain.from_iterable(map(flat_pieces, modules))
+        )  # a tied parameter has one for each of its names
+        self.flat = {id(piece.parameter): piece for piece in self.pieces}
         self._in_fsdp = set(chain.from_iterable(map(_parameters_of_fsdp2, modules)))
         self._whole_in_fsdp = set(chain.from_iterable(map(_whole_parameters_of_fsdp1, modules)))
 

@@ -36,7 +36,7 @@ def standing_in(module: torch.nn.Module, sharding: Sharding) -> Iterator[dict[in
     with contextlib.ExitStack() as stack:
         _remove_fsdp1(module, stack)
         # A gathered unit of FSDP version 1 shows tensors that are no parameters; so its own record is asked.
-        for piece in sharding.flat.values():
+        for piece in sharding.pieces:
             _put(stack, piece.owner._parameters, piece.key, whole_of(piece.parameter))
         for part in module.modules():
             for holder in (part._parameters, part._buffers):
