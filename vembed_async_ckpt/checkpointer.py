@@ -271,7 +271,8 @@ class AsyncCheckpointer:
 
         The pages are faulted in in the background; `wait()` returns once that is done. If an optimizer has no state yet
         (AdamW before its first step), the arena is sized again after that step. Raises what `save()` would raise for
-        these objects.
+        these objects. Does nothing if the model is divided among ranks: only a save, in which all ranks take part, can
+        plan it.
         """
         with _signals.held():
             self._session.refuse_if_closed()
