@@ -49,6 +49,7 @@ from vembed_async_ckpt import (
     KeepLast,
     PlanError,
     SaveHandle,
+    checkpoints,
     verify,
 )
 from vembed_async_ckpt._disk import manifests
@@ -57,6 +58,7 @@ from vembed_async_ckpt._format import names
 from vembed_async_ckpt.integrations import trainer_state
 from vembed_async_ckpt.integrations.transformers import AsyncCheckpointMixin, _Run
 from vembed_async_ckpt.policies import every, on_best
+from vembed_async_ckpt.shipping import upload
 from vembed_async_ckpt.testing import use_filesystem
 
 # PEFT's; of transformers' own names.
@@ -692,6 +694,17 @@ def test_a_save_outside_of_train_is_durable_when_it_returns(root: Path) -> None:
     assert steps(root) == [4, 9]
     verify(root / "checkpoint-9")
     AsyncCheckpointer(root, writer="thread").close()
+
+
+def test_trainer_ships_and_its_rotation_waits(root: Path, tmp_path: Path) -> None:
+    """`save_total_limit` deletes nothing before it has arrived; what is there is whole."""
+    trainer = make(root, max_steps=6, save_total_limit=1)
+    url = (tmp_path / "folder").as_uri()
+    trainer.async_checkpoint_options = {**THREAD, "after_commit": [upload(url)]}
+    trainer.train()
+    assert [entry.step for entry in checkpoints(url)] == [6, 4, 2]
+    assert all(verify(entry.path).step == entry.step for entry in checkpoints(url))
+    assert steps(root)[-1] == 6
 
 
 def test_no_saves_no_directory(root: Path) -> None:
