@@ -75,6 +75,8 @@ def share_of(module: torch.nn.Module, known_shares: frozenset[str] = frozenset()
         kind = known[type(tensor)]
         if kind is not None and not _is_known(type(tensor), known_shares):
             return f"{name} is a {kind}"
+        if several and not known_shares and getattr(tensor, "_fsdp_flattened", False):
+            return f"{name} belongs to a FullyShardedDataParallel unit that is not in the model that was passed"
         if hasattr(tensor, "ds_tensor"):
             return f"{name} is partitioned by DeepSpeed ZeRO-3"
         if several and getattr(tensor, "tensor_model_parallel", False) is True:
