@@ -6,6 +6,7 @@
     python benchmarks/faults/stops.py ranks --world 4 --rounds 60            ranks with an all_reduce in each step
     python benchmarks/faults/stops.py ranks --world 4 --rounds 60 --free     ranks that never wait for each other
     python benchmarks/faults/stops.py torchrun --world 2 --rounds 300        the signal goes to torchrun
+    python benchmarks/faults/stops.py cost --world 4                         microseconds of should_stop and should_save
     python benchmarks/faults/stops.py pid1 --rounds 20                       process 1 of a pid namespace (needs root)
 
 Every weight of the model is the number of steps made. A round is right if each process exits with 143 (torchrun itself
@@ -40,6 +41,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vembed_async_ckpt import AsyncCheckpointer, KeepLast, latest, load
 from vembed_async_ckpt._engine.agreement import Agreement
+from vembed_async_ckpt.policies import budget, every, on_request
 
 PATIENCE = 120.0
 STEP = 0.003  # seconds of a step
@@ -328,6 +330,43 @@ def _named_pipe(root: Path, rank: int) -> int:
     return os.open(path, os.O_RDWR)
 
 
+def cost(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """What the first rank's questions take, in microseconds, while the threads of all ranks look into the store."""
+    port = _free_port()
+    processes = [
+        fork(lambda say, r=rank: _measure(say, str(root), r, arguments.world, port))  # type: ignore[misc]
+        for rank in range(arguments.world)
+    ]
+    processes[0].expect("COST")
+    for process in processes:
+        process.wait()
+    return json.loads(processes[0].said[0].partition(" ")[2])  # type: ignore[no-any-return]
+
+
+def _measure(say: Callable[[str], None], root: str, rank: int, world: int, port: int) -> NoReturn:
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    policy = every(minutes=1000) | every(steps=10**9) | budget(percent=0.001) | on_request(None)
+    found = {}
+    with AsyncCheckpointer(root, policy=policy) as checkpointer:
+        checkpointer.stop_on(signal.SIGTERM)
+        time.sleep(1.0)
+        for name in ("should_stop", "should_save"):
+            ask = getattr(checkpointer, name)
+            took = []
+            for step in range(1, 20_001 if rank == 0 else 2):
+                begun = time.perf_counter_ns()
+                ask(step)
+                took.append(time.perf_counter_ns() - begun)
+            took.sort()
+            found[name] = {"median": took[len(took) // 2] / 1000, "p99": took[int(len(took) * 0.99)] / 1000}
+        if world > 1:
+            dist.barrier()
+    say(f"COST {json.dumps(found)}")
+    sys.exit(0)
+
+
 class Result:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._staged = arguments.drain == "staged"
@@ -385,7 +424,7 @@ def worker(arguments: argparse.Namespace) -> NoReturn:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=["plain", "group", "ranks", "torchrun", "pid1", "worker"])
+    parser.add_argument("kind", choices=["plain", "group", "ranks", "torchrun", "pid1", "cost", "worker"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--drain", default="committed")
@@ -401,16 +440,20 @@ def main() -> None:
         worker(arguments)
     chance = random.Random(arguments.seed)
     result = Result(arguments)
-    play = {"plain": plain, "group": group, "ranks": ranks, "torchrun": torchrun, "pid1": pid1}[arguments.kind]
     directory = Path(tempfile.mkdtemp())
+    play = {"plain": plain, "group": group, "ranks": ranks, "torchrun": torchrun, "pid1": pid1}
     try:
-        for _ in range(arguments.rounds):
-            play(arguments, directory / "root", chance, result)
+        if arguments.kind == "cost":
+            found = cost(arguments, directory / "root")
+        else:
+            for _ in range(arguments.rounds):
+                play[arguments.kind](arguments, directory / "root", chance, result)
+            found = result.report()
     except InChild as child:
         job = child.job
     else:
         shutil.rmtree(directory)
-        print(json.dumps(result.report()))
+        print(json.dumps(found))
         sys.exit(bool(result.wrong))
     job()
 

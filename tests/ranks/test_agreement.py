@@ -242,7 +242,33 @@ def test_a_later_checkpointer_of_the_ranks_does_not_hear_the_rounds_of_the_earli
         for agreement in made.values():
             wait_until(lambda agreement=agreement: agreement.gates[STOP].reached(6))  # type: ignore[misc]
         made[1].close(5.0)
+        if turn:  # this rank is faster than the first one: it hears a session that was not for it
+            hasty = Agreement(1, 2, lambda: store)
+            time.sleep(0.3)
+            assert not hasty.gates[STOP].closed
+            hasty.close(5.0)
         made[0].close(5.0)
+
+
+def test_ranks_leave_together() -> None:
+    """After a stop none ends before the others have closed: launchers end all when one has ended."""
+    with ranks(3) as made:
+        wait_until(lambda: signs(made[0]) == 2)
+        gone: list[int] = []
+
+        def leave(rank: int) -> None:
+            made[rank].close(BOUND, together=True)
+            gone.append(rank)
+
+        threads = [threading.Thread(target=leave, args=(rank,)) for rank in range(3)]
+        for number, thread in enumerate(threads):
+            thread.start()
+            if number < 2:
+                time.sleep(0.3)
+                assert gone == []
+        for thread in threads:
+            thread.join(BOUND)
+        assert sorted(gone) == [0, 1, 2]
 
 
 def test_the_first_rank_answers_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
