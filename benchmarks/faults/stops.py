@@ -113,7 +113,7 @@ def train_with_workers(root: str, say: Callable[[str], None]) -> NoReturn:
         while not stopping:
             try:
                 next(batches)
-            except RuntimeError:  # a worker was killed: this is the end of a step
+            except (RuntimeError, EOFError, OSError):  # a worker was killed: this is the end of a step
                 if not checkpointer.exit_code:
                     raise
                 stopping = True

@@ -12,11 +12,9 @@ import importlib
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from .. import _signals
 from .._disk.catalog import latest
 from .._engine.stop import Drain
 from ..checkpointer import AsyncCheckpointer
@@ -24,10 +22,9 @@ from ..errors import PlanError
 from ..policies import SavePolicy
 from . import lightning_host as host
 from .lightning import VembedCheckpointIO
+from .worker_end import exit_code_of
 
 __all__ = ["VembedCheckpoint"]
-
-ARRIVES = 0.5  # seconds in which the signal that killed a DataLoader worker must reach this process too
 
 
 def _base() -> Any:
@@ -93,7 +90,7 @@ class VembedCheckpoint(_base()):  # type: ignore[misc]
             if signal.SIGTERM in self._signals:
                 host.take_sigterm_from(trainer)
             self._checkpointer.stop_on(*self._signals, **self._stop_options)
-            host.catch_worker_errors(trainer, lambda error: self._worker_ended(trainer))
+            host.catch_worker_errors(trainer, lambda: self._worker_ended(trainer))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         step = trainer.global_step
@@ -130,9 +127,6 @@ class VembedCheckpoint(_base()):  # type: ignore[misc]
         checkpointer = self._checkpointer
         if checkpointer is None or trainer.world_size > 1:  # other ranks go on to the step that they agreed on
             return 0
-        deadline = time.monotonic() + ARRIVES
-        while not checkpointer.exit_code and time.monotonic() < deadline:
-            time.sleep(_signals.SLICE / 5)
-        if checkpointer.exit_code:
+        if exit_code_of(checkpointer):
             self._end(trainer)
         return self.exit_code

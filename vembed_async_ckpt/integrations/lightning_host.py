@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from . import lightning_values as values
+from .worker_end import is_end_of_worker
 
 PYTORCH = ("lightning.pytorch", "pytorch_lightning")
 
@@ -92,8 +93,8 @@ def end_training(trainer: Any, signals: Sequence[int]) -> None:
     connector.received_sigterm = True
 
 
-def catch_worker_errors(trainer: Any, taken: Callable[[RuntimeError], int]) -> None:
-    """Let `taken(error)` decide about errors of DataLoader workers while `trainer` fetches a batch to train on.
+def catch_worker_errors(trainer: Any, end: Callable[[], int]) -> None:
+    """Call `end()` when a DataLoader worker ends while `trainer` fetches a batch to train on.
 
     If it returns an exit code, the training ends as after a SIGTERM, with that code; if 0, the error goes on.
     """
@@ -103,10 +104,8 @@ def catch_worker_errors(trainer: Any, taken: Callable[[RuntimeError], int]) -> N
     def catching(*arguments: Any, **further: Any) -> Any:
         try:
             return advance(loop, *arguments, **further)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker") or not _is_of_a_fetch(error):
-                raise
-            code = taken(error)
+        except Exception as error:
+            code = end() if is_end_of_worker(error) else 0
             if not code:
                 raise
             package = type(trainer).__module__.partition(".trainer")[0]
@@ -119,18 +118,6 @@ def catch_worker_errors(trainer: Any, taken: Callable[[RuntimeError], int]) -> N
 def release_worker_errors(trainer: Any) -> None:
     """Undo `catch_worker_errors`."""
     vars(trainer.fit_loop.epoch_loop).pop("advance", None)
-
-
-def _is_of_a_fetch(error: BaseException) -> bool:
-    from torch.utils.data.dataloader import _BaseDataLoaderIter
-
-    traceback = error.__traceback__
-    while traceback is not None:
-        frame = traceback.tb_frame
-        if frame.f_code.co_name == "__next__" and isinstance(frame.f_locals.get("self"), _BaseDataLoaderIter):
-            return True
-        traceback = traceback.tb_next
-    return False
 
 
 def _is_save_of(frame: FrameType, trainers: tuple[type, ...]) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import _signals
 from .._engine.session import EXIT_DEADLINE
 from ..checkpointer import AsyncCheckpointer
-
-_ARRIVES = 0.5  # seconds in which the signal that killed a DataLoader worker must reach this process too
+from .worker_end import exit_code_of, is_end_of_worker
 
 
 class TrainerStop:
@@ -32,17 +30,14 @@ class TrainerStop:
         saved, self._saved = self._saved, step
         return saved != step
 
-    def takes(self, error: RuntimeError, world_size: int) -> bool:
+    def takes(self, error: Exception, world_size: int) -> bool:
         """Return whether `error`, raised where Trainer fetched a batch, is the end of a worker by a signal to stop.
 
         Several ranks cannot end there, as the others go on to the step that they agreed on.
         """
-        if world_size > 1 or not str(error).startswith("DataLoader worker"):
+        if world_size > 1 or not is_end_of_worker(error):
             return False
-        deadline = time.monotonic() + _ARRIVES
-        while not self._checkpointer.exit_code and time.monotonic() < deadline:
-            time.sleep(_signals.SLICE / 5)
-        self.reached = self.reached or bool(self._checkpointer.exit_code)
+        self.reached = self.reached or bool(exit_code_of(self._checkpointer))
         return self.reached
 
     def drain(self) -> None:

@@ -216,7 +216,7 @@ class AsyncCheckpointMixin(ResumingTrainer):
         run = self._async_run
         try:
             return super().get_batch_samples(*args, **kwargs)
-        except RuntimeError as error:
+        except Exception as error:
             if run is None or run.stop is None or not run.stop.takes(error, self.args.world_size):
                 raise
             self.control.should_training_stop = True  # this is the end of a step: the epoch ends here, and saves
@@ -279,7 +279,6 @@ class AsyncCheckpointMixin(ResumingTrainer):
             return
         self.control.should_evaluate = False
         self.control.should_save = run.stop.must_save(step)
-        self.control.should_training_stop = False  # else the checkpoint says so, and the next training ends at once
         yield
         self.control.should_training_stop = True
 
