@@ -31,7 +31,7 @@ class Dialect(ABC):
     def random_values(self, state: dict[str, Any], world_size: int) -> dict[str, Any]:
         """Return what is pickled into that file.
 
-        `state` comes from `random_state.capture`.
+        `state` comes from `random_state.as_tree`.
         """
 
 

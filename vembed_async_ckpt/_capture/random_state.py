@@ -15,22 +15,20 @@ import numpy as np
 import torch
 
 from ..errors import CorruptCheckpoint
-from . import tree
+from . import mersenne, tree
 
 _OF_THE_HOST = ("python", "numpy", "torch")
 _warned: set[str] = set()
 
 
 def capture(put: tree.Put) -> dict[str, Any]:
-    """Return the states of the generators of python, numpy, torch and its accelerator, as a captured tree.
+    """Return the states of the generators of python, numpy, torch and its accelerator, for `as_tree`.
 
-    Tensors go to `put`.
-
-    The states for a type of device are under its name, one for each device.
+    Tensors go to `put`. The states for a type of device are under its name, one for each device.
     """
     put("rng.torch", torch.get_rng_state())
     state: dict[str, Any] = {
-        "python": random.getstate(),
+        "python": mersenne.of_python() or random.getstate(),
         "numpy": _of_numpy(put),
         "torch": tree.Ref("rng.torch"),
     }
@@ -43,7 +41,17 @@ def capture(put: tree.Put) -> dict[str, Any]:
     return state
 
 
+def as_tree(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what `capture` returned as a captured tree. This takes longer than the capture, and may come later."""
+    python = state["python"]
+    return {**state, "python": python.value() if isinstance(python, mersenne.PythonState) else python}
+
+
 def _of_numpy(put: tree.Put) -> Any:
+    read = mersenne.of_numpy()
+    if read is not None:
+        put("rng.numpy", torch.from_numpy(read[0]))
+        return ("MT19937", tree.Ref("rng.numpy", numpy=True), *read[1:])
     state = np.random.get_state(legacy=False)
     if state["bit_generator"] != "MT19937":  # another one, set with `np.random.set_bit_generator`
         return tree.capture(state, "rng.numpy", put)

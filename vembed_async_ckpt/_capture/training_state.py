@@ -72,12 +72,13 @@ class TrainingState:
 
         The pickles among them are for other programs. Our `load` reads the JSON.
         """
-        files = [(names.TRAINING_STATE, bounded_json.checked(self._json(), file=names.TRAINING_STATE))]
+        rng = random_state.as_tree(self.rng)
+        files = [(names.TRAINING_STATE, bounded_json.checked(self._json(rng), file=names.TRAINING_STATE))]
         for index, state in enumerate(self.schedulers.values()):
             files.append((self.dialect.scheduler(index), _pickled(state, self.copies)))
         if self.scaler is not None:
             files.append((names.SCALER, _pickled(self._whole_scaler(), self.copies)))
-        return files + _pickled_random_states(self.dialect, self.rng, self.copies, 0, self.world_size)
+        return files + _pickled_random_states(self.dialect, rng, self.copies, 0, self.world_size)
 
     def find_numbers(self, staged: Mapping[str, torch.Tensor]) -> None:
         """Take the numbers of the scaler from `staged`.
@@ -92,7 +93,7 @@ class TrainingState:
             return self.scaler
         return scalers.with_numbers(self.scaler, {key: self.copies[f"scaler.{key}"] for key in self.scaler_numbers})
 
-    def _json(self) -> str:
+    def _json(self, rng: dict[str, Any]) -> str:
         optimizers = ",".join(f"{to_json(name)}:{optimizer.described()}" for name, optimizer in self.optimizers.items())
         others = {
             "step": self.step,
@@ -105,7 +106,7 @@ class TrainingState:
                 for file, state in self.registered.items()
             ],
             "accelerator": tree.encode(self.accelerator),
-            "rng": tree.encode(self.rng),
+            "rng": tree.encode(rng),
             "classes": self.classes,
         }
         return f'{to_json(others)[:-1]},"optimizers":{{{optimizers}}}}}'
@@ -232,15 +233,15 @@ class RankState:
 
     def render(self, rank: int, world_size: int) -> list[tuple[str, bytes]]:
         """Return (name, bytes) of the rank's files."""
-        file = names.rank_state(rank)
+        file, rng = names.rank_state(rank), random_state.as_tree(self.rng)
         body = {
-            "rng": tree.encode(self.rng),
+            "rng": tree.encode(rng),
             "dataloader": tree.encode(self.dataloader),
             "tensors": {name: _inline(tensor) for name, tensor in self.tensors.items()},
         }
         return [
             (file, bounded_json.dumps(body, file=file)),
-            *_pickled_random_states(self.dialect, self.rng, self.tensors, rank, world_size),
+            *_pickled_random_states(self.dialect, rng, self.tensors, rank, world_size),
         ]
 
 
