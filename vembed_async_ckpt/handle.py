@@ -6,6 +6,7 @@ It tells the state and the outcome of a save, and can wait for it with a deadlin
 from __future__ import annotations
 
 import enum
+import os
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -91,10 +92,12 @@ class CheckpointInfo:
 class SaveHandle:
     """One save. Thread-safe. It may be awaited on any anyio backend."""
 
-    def __init__(self, step: int | None, path: Path, call: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self, step: int | None, path: str | os.PathLike[str], call: Callable[[Callable[[], None]], None]
+    ) -> None:
         """`call` runs a callback on a thread of its choice."""
         self.step = step
-        self.path = path
+        self._path = path  # a Path is made when it is asked for
         self._call = call
         self._changed = threading.Condition()
         # guarded by _changed:
@@ -114,6 +117,11 @@ class SaveHandle:
 
     def __repr__(self) -> str:
         return f"<SaveHandle step={self.step} {self._state.value} {self.path}>"
+
+    @property
+    def path(self) -> Path:
+        """The directory of the checkpoint."""
+        return Path(self._path)
 
     @property
     def state(self) -> SaveState:

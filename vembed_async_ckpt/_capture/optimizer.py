@@ -198,6 +198,7 @@ class OptimizerReader:
         self._owned: list[bool] = []
         self._plain: PlainState | None = None
         self._numbers = Numbers()
+        self._groups: tuple[Any, int] = None, 0  # the captured groups of the last save, and their rough size
         self._described = Described()
 
     def read(self, optimizer: Any, names: Names = _NO_NAMES) -> OptimizerState:
@@ -229,11 +230,13 @@ class OptimizerReader:
             keys += plain.keys
             groups = _capture_groups(parts.groups, put)
             captured, small = {"state": plain.refs, "param_groups": groups}, [groups]
+            if groups != self._groups[0]:
+                self._groups = groups, tree.rough_size(groups) + 24 * len(plain.indices)
         self._plain = plain
         beside = len(keys) if plain is None else len(keys) - len(plain.keys)  # number of tensors and arrays in `small`
         arrays = {ref.name: tensors[keys.index(ref.name)] for ref in tree.refs(small) if ref.numpy} if beside else {}
         # When the pickled values have grown to twice their size, the file gets more room for them.
-        rough_size = tree.rough_size(small) + (0 if plain is None else 24 * len(plain.indices))
+        rough_size = tree.rough_size(captured) if plain is None else self._groups[1]
         layout = (rough_size.bit_length(), keys)
         if self._content is None or layout != self._layout or not self._looks.holds(tensors):
             self._learn(keys, tensors, captured, arrays)

@@ -101,7 +101,7 @@ class Save:
         exchange: RankExchange,
     ) -> None:
         """`places`: where each tensor of the request goes. `begun`: time.perf_counter() of the call."""
-        self.handle = SaveHandle(request.step, context.root / request.directory, context.reporter.call)
+        self.handle = SaveHandle(request.step, f"{context.root}/{request.directory}", context.reporter.call)
         self._serial = serial
         self._request = request
         self._plan = plan

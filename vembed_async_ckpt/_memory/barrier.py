@@ -57,6 +57,7 @@ class _StepBarrier:
         self.captured: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.steps = 0  # how many optimizer steps the hook has seen begin
         self.generation = 0  # grows when an optimizer is recorded for the first time
+        self._recorded: list[weakref.ref[torch.optim.Optimizer]] = []  # those of `optimizers()`
         self.pending: tuple[Pending, ...] = ()
         self._stepping: list[int] = []  # ids of optimizers whose step has begun and has not returned
 
@@ -71,20 +72,23 @@ class _StepBarrier:
     def note(self, optimizer: torch.optim.Optimizer) -> None:
         with _signals.held(), self._lock:
             self.seen.add(optimizer)
-            self.generation += 1
+            self._record()
 
     def note_captured(self, optimizer: torch.optim.Optimizer) -> None:
         with _signals.held(), self._lock:
             self.captured.add(optimizer)
-            self.generation += 1
+            self._record()
+
+    def _record(self) -> None:
+        self._recorded = [weakref.ref(optimizer) for optimizer in self.seen if optimizer not in self.captured]
+        self.generation += 1
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Return the recorded optimizers that still exist.
 
         It leaves out an optimizer with a step that a CUDA graph replays, because the replay does not run the hook.
         """
-        with _signals.held(), self._lock:
-            return [optimizer for optimizer in self.seen if optimizer not in self.captured]
+        return [optimizer for recorded in self._recorded if (optimizer := recorded()) is not None]
 
     def step_begins(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1

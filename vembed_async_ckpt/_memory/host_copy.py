@@ -68,10 +68,13 @@ class SmallPlaces:
         self._more = Chosen([n for n, size in enumerate(sizes) if size > FEW_BYTES])
         self._few_bytes = FewBytes(self._few.of(addresses), self._few.of(sizes))
         self._addresses, self._sizes = self._more.of(addresses), self._more.of(sizes)
+        self._sources: list[int] = []  # addresses at which there was memory
 
     def fill(self, sources: Sequence[torch.Tensor]) -> None:
         """Copy `sources`. All of them must be small (see `is_small`)."""
-        addresses = addresses_of(sources)
+        addresses = list(map(torch.Tensor.data_ptr, sources))
+        if addresses != self._sources:  # a tensor whose storage was freed has another address
+            self._sources = addresses_of(sources)
         self._few_bytes.fill(self._few.of(addresses))
         deque(map(_holding_gil.memcpy, self._addresses, self._more.of(addresses), self._sizes), maxlen=0)
 
