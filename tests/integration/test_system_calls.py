@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from vembed_async_ckpt import AsyncCheckpointer, CheckpointError
+from vembed_async_ckpt import AsyncCheckpointer, CheckpointError, verify
+from vembed_async_ckpt._disk.filesystem import FILESYSTEM_OVERRIDE, LocalFilesystem
 from vembed_async_ckpt._engine import supervisor
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="denies system calls with strace")
@@ -49,6 +52,7 @@ def run(root: Path, writer: str, denied: dict[str, str], **environment: str) -> 
 def test_there_is_another_way(root: Path, writer: str, error: str) -> None:
     """Without all of these at once: saving, replacing, verifying and loading work."""
     calls = ("pidfd_open", "eventfd2", "renameat2", "madvise", "setpriority", "statfs", "fallocate", "mlock")
+    calls += ("io_uring_setup", "sched_getaffinity", "mbind", "process_vm_readv")
     done = run(root, writer, dict.fromkeys(calls, error))
     assert (done.returncode, done.stdout) == (0, "SAVED\n"), done.stderr
     assert sorted(os.listdir(root)) == ["checkpoint-0", "checkpoint-1"]
@@ -65,12 +69,60 @@ def test_there_is_another_way(root: Path, writer: str, error: str) -> None:
     ],
 )
 def test_the_constructor_names_what_is_missing(root: Path, call: str, said: str) -> None:
-    """In one line, at once, with what was refused."""
-    done = run(root, "process", {call: "EPERM"})
-    assert (done.returncode, done.stdout) == (1, "")
-    assert said in done.stderr
-    assert done.stderr.startswith("REFUSED ")
-    assert len(done.stderr.splitlines()) == 1
+    """In one line, at once, with what was refused; of what the thread needs too, also there."""
+    for writer in ("process", "thread") if call != "fsync" else ("process",):
+        done = run(root, writer, {call: "EPERM"})
+        assert (done.returncode, done.stdout) == (1, ""), writer
+        assert said in done.stderr, writer
+        assert done.stderr.startswith("REFUSED ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+class NoDirect(LocalFilesystem):
+    """Has no O_DIRECT, and says so with `code` when a file is made, or when it is written."""
+
+    def __init__(self, code: int, late: bool) -> None:
+        self.code, self.late = code, late
+        self.refused = 0
+
+    def create(self, path: str, *, direct: bool) -> int:
+        if direct and not self.late:
+            self.refused += 1
+            raise OSError(self.code, os.strerror(self.code), path)
+        return super().create(path, direct=direct)
+
+    def write(self, fd: int, data: memoryview, offset: int) -> int:
+        if self.late and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            self.refused += 1
+            raise OSError(self.code, os.strerror(self.code))
+        return super().write(fd, data, offset)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["when made", "when written"])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM], ids=errno.errorcode.get)
+def test_a_place_without_direct_io(root: Path, code: int, late: bool) -> None:
+    """Then files are written through the page cache."""
+    import torch
+
+    filesystem = NoDirect(code, late)
+    token = FILESYSTEM_OVERRIDE.set(filesystem)
+    try:
+        with AsyncCheckpointer(root, writer="thread") as checkpointer:
+            path = checkpointer.save(1, model=torch.nn.Linear(300, 300)).result(60).path
+    finally:
+        FILESYSTEM_OVERRIDE.reset(token)
+    verify(path)
+    assert filesystem.refused > 0 or (late and not has_direct(root))
+
+
+def has_direct(directory: Path) -> bool:
+    try:
+        os.close(os.open(directory / "trial", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        return False
+    finally:
+        (directory / "trial").unlink(missing_ok=True)
+    return True
 
 
 def test_a_process_that_cannot_start_is_found_out_by_the_constructor(root: Path) -> None:

@@ -6,7 +6,6 @@ The last block is written with padding, the zeros that follow it in the arena. T
 
 from __future__ import annotations
 
-import errno
 import heapq
 import queue
 import threading
@@ -18,7 +17,7 @@ from isal import isal_zlib  # three times as fast as zlib; the training may be w
 
 from .._format.plan import pages
 from .._shared.protocol import Checksums, FileSlot
-from .filesystem import Filesystem
+from .filesystem import NO_DIRECT, Filesystem
 
 CHUNK = 16 << 20  # bytes per write
 # bytes checksummed and then hashed while in the CPU cache: takes 3/5 of the time of whole chunks, if the GIL is free
@@ -168,7 +167,7 @@ class FileWriter:
         try:
             return self._fs.create(self.path, direct=True), True
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+            if error.errno not in NO_DIRECT:
                 raise
         return self._fs.create(self.path, direct=False), False
 
@@ -196,7 +195,7 @@ class FileWriter:
             try:
                 count = self._fs.write(self._fd, data[done:], offset + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or fell_back:
+                if error.errno not in NO_DIRECT or fell_back:
                     raise
                 self._fs.set_buffered(self._fd)  # some file systems accept the flag and refuse the write
                 fell_back = True

@@ -21,6 +21,9 @@ from typing import Literal, Protocol
 
 RenameMode = Literal["noreplace", "exchange", "plain"]
 
+# errors with which a file system or a sandbox says that it has no O_DIRECT
+NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
+
 _COPY_CHUNK = 16 << 20
 _RENAME_FLAGS = {"noreplace": 1, "exchange": 2}  # from linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
 
@@ -37,7 +40,7 @@ class Filesystem(Protocol):
         Never opens or follows something that exists already.
 
         `direct` asks for O_DIRECT: then writes must be whole blocks of `DIRECT_ALIGNMENT` bytes from aligned memory.
-        Raises OSError(EINVAL) where the file system has no O_DIRECT.
+        Raises OSError with one of `NO_DIRECT` where the file system or a sandbox has no O_DIRECT.
         """
 
     def write(self, fd: int, data: memoryview, offset: int) -> int:
@@ -148,7 +151,7 @@ class LocalFilesystem:
             try:
                 return os.open(name, flags | os.O_DIRECT, 0o666, dir_fd=parent)
             except OSError as error:
-                if error.errno == errno.EINVAL:
+                if error.errno in NO_DIRECT:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(name, dir_fd=parent)  # some kernels create the name before they refuse the flag
                 raise
