@@ -180,6 +180,10 @@ class AsyncCheckpointer:
         another process that leaves a tensor's last 8 bytes unchanged, and storage that is freed at the very moment it
         is read.
 
+        If a model is divided among the ranks of this machine (FSDP, tensor parallelism), every rank must call this for
+        the same step: each copies what it holds into one checkpoint. If a rank cannot, ends, saves something else, or
+        does not call within 120 s, the save fails on every rank with the reason, and the training can go on.
+
         A signal handler may save, wait and close. It runs after this call, or while the call waits. One exception:
         while a state larger than its memory passes in parts, the handler gets `CheckpointerBusy` and the interrupted
         save goes on.
