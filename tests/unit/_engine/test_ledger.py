@@ -19,6 +19,7 @@ def handle(step: int = 1) -> SaveHandle:
 def begun(ledger: Ledger, *steps: int) -> list[SaveHandle]:
     handles = [handle(step) for step in steps]
     for made in handles:
+        made._called = True  # `save()` has returned
         ledger.begun(made, lambda: None)
     return handles
 
