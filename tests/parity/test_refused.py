@@ -126,6 +126,22 @@ def test_a_sharded_model_that_writes_its_weights_itself_is_refused(root: Path, a
         assert checkpointer.statistics()["started"] == 0
 
 
+def test_parts_and_computed_values_of_a_divided_model(root: Path, alone: None):
+    """Mixtral's experts are saved in parts, which find their places. In shards of files they are computed by the save:
+    loading them needs the whole model, so it is refused with what to do."""
+    whole, divided = build("Mixtral, parts"), fsdp2(build("Mixtral, parts"))
+    for parameter in whole.parameters():
+        parameter.data.add_(1)
+    with AsyncCheckpointer(root, writer="thread") as checkpointer:
+        load(checkpointer.save(1, model=whole).result(BOUND).path, model=divided)
+    values = [parameter.full_tensor() for parameter in divided.parameters()]
+    assert all(map(torch.equal, values, whole.parameters()))
+    with AsyncCheckpointer(root, writer="thread", max_shard_size="20KB") as checkpointer:
+        path = checkpointer.save(2, model=whole).result(BOUND).path
+    with pytest.raises(CheckpointError, match=r"computed; load into the whole model.*save_original_format=False"):
+        load(path, model=divided)
+
+
 def named_class(name: str) -> Any:
     """A layer as another package ships it; `state_dict()` must not be called on it by one rank alone."""
 

@@ -90,6 +90,40 @@ class Large(nn.Module):
         return sum(block(x) for block in self.blocks)  # type: ignore[return-value]
 
 
+class RowScaled(torch.optim.Optimizer):
+    """Keeps one number for each row of a weight, so its state has not the shape of the weight."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__([p for name, p in model.named_parameters() if name.endswith("weight")], {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            squares = parameter.grad.square().sum(-1)
+            rows = self.state[parameter].setdefault("rows", torch.zeros_like(squares))
+            rows.add_(squares)
+            parameter.sub_(0.1 * parameter.grad / (rows.sqrt() + 0.1).unsqueeze(-1))
+            parameter.grad = None
+
+
+def rows(wrap: Callable[[Any], Any] = lambda net: net) -> tuple[Any, RowScaled]:
+    """A small model with that optimizer."""
+    torch.manual_seed(0)
+    model = wrap(nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 5)))
+    optimizer = RowScaled(model)
+    return model, optimizer
+
+
+def row_steps(model: Any, optimizer: RowScaled, count: int) -> list[float]:
+    losses = []
+    for _ in range(count):
+        loss = model(torch.eye(6)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 def clean(name: str) -> str:
     """The name of a parameter on one process."""
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")

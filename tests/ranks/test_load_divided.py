@@ -39,10 +39,21 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with AsyncCheckpointer(directory / "large", writer="thread") as checkpointer:
         checkpointer.save(1, model=large, optimizer=optimizer).result(30)
     del large, optimizer
+    model, rows = networks.rows()
+    networks.row_steps(model, rows, 2)
+    with AsyncCheckpointer(directory / "rows", writer="thread") as checkpointer:
+        checkpointer.save(1, model=model, optimizer=rows).result(30)
     resumed = networks.Training(9)
     load(directory / "checkpoint-7", **resumed.parts())
     losses = resumed.steps(range(3))
-    expected = {"state": state, "losses": losses, "rates": resumed.scheduler.get_last_lr(), "draw": draw}
+    further = networks.row_steps(model, rows, 2)
+    expected = {
+        "rows": further,
+        "state": state,
+        "losses": losses,
+        "rates": resumed.scheduler.get_last_lr(),
+        "draw": draw,
+    }
     torch.save(expected, directory / "expected.pt")
     yield directory
     torch.set_num_threads(threads)
@@ -61,6 +72,9 @@ def test_each_rank_gets_what_it_holds(saved: Path, world_size: int, ways: list[s
     reports = run_ranks("restoring.py", world_size, str(saved), *ways)
     for rank, report in enumerate(reports):
         assert list(report["ways"]) == ways
+        if world_size == 2:
+            assert report["rows"]["losses"] == pytest.approx(expected["rows"], rel=1e-6, abs=0.0)
+            assert "0.rows of the optimizer has shape (9,), its parameter (9, 6)" in report["rows"]["refused"]
         for way, size in report["measured"].items():
             own = size["weights"] + size["state"]
             assert own < 96 << 20, way

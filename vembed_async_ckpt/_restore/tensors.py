@@ -106,7 +106,7 @@ def part_moves(
 
     Only a part of that tensor was saved: its elements from `offset` on. What else the piece holds stays as it is.
     """
-    flat, at = piece.view(-1), 0
+    flat, at = piece.as_strided((piece.numel(),), (1,)), 0
     stored = replace(saved, shape=(saved.count,))
     for start, count in extents(whole, region, 1):
         first, end = max(start, offset), min(start + count, offset + saved.count)
@@ -276,7 +276,7 @@ def _pieces(place: torch.Tensor, saved: Saved) -> Iterator[tuple[torch.Tensor, S
             box = Box((row + first, *others), (part.shape[0], *size))
             yield part, replace(saved, nbytes=part.nbytes, shape=box.size, region=box)
         return
-    flat = place.view(-1).view(torch.uint8)
+    flat = _bytes_of(place)
     for start in range(0, saved.nbytes, _STAGING_BYTES):
         part = flat[start : start + _STAGING_BYTES]
         yield part, Saved(saved.file, stretches[0][0] + start, part.nbytes, torch.uint8, (part.nbytes,))
@@ -301,4 +301,9 @@ def _groups(moves: Sequence[tuple[torch.Tensor, Saved]]) -> Iterator[list[tuple[
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+    return _bytes_of(tensor).numpy().data
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a contiguous tensor. A single element may have any strides."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

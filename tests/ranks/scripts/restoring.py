@@ -17,8 +17,10 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import networks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from vembed_async_ckpt import load
+from vembed_async_ckpt import CheckpointError, load
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -58,6 +60,21 @@ def measure(way: str, directory: Path) -> dict[str, int]:
     return {"read": read, "grown": after - before, "weights": weights, "state": state}
 
 
+def state_of_other_shapes(directory: Path) -> dict[str, Any]:
+    """State with a number for each row of a weight: whole on every rank with DTensors, refused with FSDP version 1."""
+    model, optimizer = networks.rows(lambda net: fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,))))
+    load(directory / "rows" / "checkpoint-1", model=model, optimizer=optimizer)
+    losses = networks.row_steps(model, optimizer, 2)
+    model, optimizer = networks.rows(
+        lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
+    )
+    try:
+        load(directory / "rows" / "checkpoint-1", model=model, optimizer=optimizer)
+    except CheckpointError as error:
+        return {"losses": losses, "refused": str(error)}
+    return {"losses": losses, "refused": ""}
+
+
 def memory(key: str) -> int:
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) << 10
@@ -82,7 +99,8 @@ def main(directory: Path, ways: list[str]) -> None:
     dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=RANK, world_size=WORLD)
     measured = {way: measure(way, directory) for way in ways[:2] if WORLD == 2}
     report = {way: check(way, directory) for way in ways}
-    print(json.dumps({"measured": measured, "ways": report}), flush=True)
+    of_rows = state_of_other_shapes(directory) if WORLD == 2 else {}
+    print(json.dumps({"measured": measured, "ways": report, "rows": of_rows}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
