@@ -16,6 +16,7 @@ from vembed_async_ckpt import checkpoints, latest, verify
 from vembed_async_ckpt._disk import notes
 from vembed_async_ckpt._disk.filesystem import LocalFilesystem
 from vembed_async_ckpt._format import names
+from vembed_async_ckpt._ship.remote import markers
 from vembed_async_ckpt._writer.shipping import Shippers
 from vembed_async_ckpt.shipping import Upload
 from vembed_async_ckpt.testing import PowerCutFilesystem, kept, lost, names_only
@@ -79,7 +80,7 @@ class Shipping:
         """What is wrong now: the newest is not whole, or a commit is neither here nor there."""
         newest = latest(self._url, verify="full")  # a warning, of one that is broken, is an error
         here = {int(path.name.rpartition("-")[2]) for path in self._root.glob("checkpoint-*")}
-        there = {entry.step for entry in checkpoints(self._url)}
+        there = {names.parse_checkpoint(key.partition(".")[0]) for _, key in markers(self._url)}
         lost = self.committed - here - there
         return [f"lost: {sorted(lost)}, newest {newest}"] if lost else []
 

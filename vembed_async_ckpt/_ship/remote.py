@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, get_args
 from urllib.parse import unquote, urlsplit
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _CHUNK = 8 << 20  # bytes that are hashed at once
+_MANIFESTS = 8  # manifests that are read at the same time
 _TUNING = Tuning(size=8 << 20, gap=256 << 10, threads=8)
 
 
@@ -69,9 +71,13 @@ class RemoteFiles:
 
     tuning = _TUNING
 
-    def __init__(self, url: str) -> None:
-        """Raises `CheckpointError` if the URL cannot be used. Nothing is read yet."""
+    def __init__(self, url: str, sizes: Mapping[str, int] | None = None) -> None:
+        """`sizes`: the size of each object, if they were listed already.
+
+        Raises `CheckpointError` if the URL cannot be used. Nothing is read yet.
+        """
         self.where = url.rstrip("/")
+        self._listed = sizes
         self._store = open_store(self.where) if exists(self.where) else None
 
     @property
@@ -96,7 +102,9 @@ class RemoteFiles:
         return parse(_asked(path, lambda: bytes(found.bytes())), file=path)
 
     @functools.cached_property
-    def _sizes(self) -> dict[str, int]:
+    def _sizes(self) -> Mapping[str, int]:
+        if self._listed is not None:
+            return self._listed
         listed = _asked(self.where, lambda: obstore.list(self.store).collect())
         return {found["path"]: found["size"] for found in listed}
 
@@ -162,26 +170,41 @@ class Uploaded:
     error: CheckpointError | None = None
 
 
-def uploaded(url: str, verify: Verify = "size") -> Iterator[Uploaded]:
-    """Yield the checkpoints that were uploaded below the URL of a run, newest first.
+def uploaded(url: str) -> list[Uploaded]:
+    """Return the checkpoints that were uploaded below the URL of a run, newest first.
 
-    None is yielded before its upload was complete. Each is compared with its manifest, as `verify` says, when it is
-    yielded. Raises `CheckpointError` if the store cannot be read.
+    None is among them before its upload was complete. Sizes are compared, by one list of the run. Raises
+    `CheckpointError` if the store cannot be read.
     """
     if not exists(url):
-        return
-    for order, key in _markers(open_store(url), url):
-        files = RemoteFiles(f"{url.rstrip('/')}/{key}")
-        manifest = None
-        try:
-            manifest = files.manifest()
-            files.check(manifest, verify)
-        except Unreachable:
-            raise
-        except CheckpointError as error:
-            yield Uploaded(files.where, order, manifest, error)
-        else:
-            yield Uploaded(files.where, order, manifest)
+        return []
+    store = open_store(url)
+    sizes: dict[str, dict[str, int]] = {}
+    for found in _asked(url, lambda: obstore.list(store).collect()):
+        key, _, name = found["path"].partition("/")
+        sizes.setdefault(key, {})[name] = found["size"]
+    with ThreadPoolExecutor(_MANIFESTS) as threads:
+        return list(threads.map(lambda marker: _look(url, marker, "size", sizes.get(marker[1], {})), markers(url)))
+
+
+def markers(url: str) -> Iterator[tuple[int, str]]:
+    """Yield (order, key) of the checkpoints that were uploaded below the URL of a run, newest first."""
+    if exists(url):
+        yield from _markers(open_store(url), url)
+
+
+def _look(url: str, marker: tuple[int, str], verify: Verify, sizes: Mapping[str, int] | None = None) -> Uploaded:
+    order, key = marker
+    files = RemoteFiles(f"{url.rstrip('/')}/{key}", sizes)
+    manifest = None
+    try:
+        manifest = files.manifest()
+        files.check(manifest, verify)
+    except Unreachable:
+        raise
+    except CheckpointError as error:
+        return Uploaded(files.where, order, manifest, error)
+    return Uploaded(files.where, order, manifest)
 
 
 def latest(url: str, verify: Verify = "size") -> str | None:
@@ -191,7 +214,8 @@ def latest(url: str, verify: Verify = "size") -> str | None:
     every checkpoint is broken.
     """
     broken = []
-    for found in uploaded(url, verify):
+    for marker in markers(url):
+        found = _look(url, marker, verify)
         if found.error is None:
             return found.url
         broken.append(str(found.error))

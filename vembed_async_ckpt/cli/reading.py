@@ -178,7 +178,7 @@ def _to_verify(path: str) -> tuple[list[str], list[str], bool]:
     if is_url(path):
         from .._ship import remote
 
-        found_there = [found.url for found in remote.uploaded(path, "none")]
+        found_there = [f"{path.rstrip('/')}/{key}" for _, key in remote.markers(path)]
         return found_there or [path], [], False
     directory = latest_link.resolve(path)
     is_root = not os.path.lexists(os.path.join(directory, names.MANIFEST)) and os.path.isdir(directory)
