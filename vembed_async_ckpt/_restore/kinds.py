@@ -30,9 +30,14 @@ def check_optimizer(directory: str, what: str, saved_class: str | None, state: A
     here = _hyper_parameters(groups_of(optimizer))
     if _fits(saved_class, optimizer, saved, here):
         return
+    renamed = ""
+    if saved_class is not None and saved == here and _class_of(saved_class) is None:
+        module, _, name = saved_class.rpartition(".")
+        renamed = f". If the class was renamed, let {module} have its old name too: {name} = {type(optimizer).__name__}"
     raise CheckpointError(
         f"{directory}: the {what} was saved from {_a(saved_class, 'another kind of optimizer')} and cannot go into a "
-        f"{kind_of(optimizer)}{_difference(saved, here)}; load it into what was saved, or load without optimizer="
+        f"{kind_of(optimizer)}{_difference(saved, here)}; load it into what was saved, or load without optimizer= or with "
+        f'exclude="optimizer"{renamed}'
     )
 
 
@@ -102,10 +107,16 @@ def _fits(saved_class: str | None, optimizer: Any, saved: set[str] | None, here:
 
 def _is_related(saved_class: str, optimizer: Any) -> bool:
     """Return whether the saved class is a base of the class here or, if its module is loaded, a subclass of it."""
+    there = _class_of(saved_class)
+    is_subclass = there is not None and issubclass(there, type(optimizer))
+    return is_subclass or saved_class in _names_of_classes(optimizer)
+
+
+def _class_of(saved_class: str) -> type | None:
+    """Return the class of that name at the top of its module; None if there is none, or if the module is not loaded."""
     module, _, name = saved_class.rpartition(".")
     there = vars(sys.modules[module]).get(name) if module in sys.modules else None
-    is_subclass = isinstance(there, type) and issubclass(there, type(optimizer))
-    return is_subclass or saved_class in _names_of_classes(optimizer)
+    return there if isinstance(there, type) else None
 
 
 def _names_of_classes(value: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -309,6 +310,28 @@ def test_classes_of_one_set_of_hyper_parameters_do_not_take_each_other_s_state(r
     base = Momentum(model.parameters())
     load(save(root / "derived", model=model, optimizer=derived), model=model, optimizer=base)
     assert torch.equal(base.state[model[0].weight]["m"], derived.state[model[0].weight]["m"])
+
+
+def test_a_renamed_class_takes_its_state_under_its_old_name(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """The error says how. While the old class is there, it is another one."""
+    module, model = sys.modules[Momentum.__module__], net()
+    optimizer = Momentum(model.parameters())
+    train(model, optimizer)
+    path = save(root, model=model, optimizer=optimizer)
+    renamed = type("Slope", (torch.optim.Optimizer,), {k: v for k, v in vars(Momentum).items() if k != "__dict__"})
+    fresh = net(1)
+    with pytest.raises(CheckpointError) as other:
+        load(path, model=fresh, optimizer=renamed(fresh.parameters()))
+    assert "was renamed" not in str(other.value)
+    assert 'exclude="optimizer"' in str(other.value)
+    monkeypatch.delattr(module, "Momentum")
+    with pytest.raises(CheckpointError, match=f"let {module.__name__} have its old name too: Momentum = Slope"):
+        load(path, model=fresh, optimizer=renamed(fresh.parameters()))
+    monkeypatch.setattr(module, "Momentum", renamed, raising=False)
+    again = renamed(fresh.parameters())
+    load(path, model=fresh, optimizer=again)
+    for one, other_one in zip(optimizer.state.values(), again.state.values(), strict=True):
+        assert torch.equal(one["m"], other_one["m"])
 
 
 def test_what_keeps_all_parameters_together_is_not_rearranged(root: Path):
