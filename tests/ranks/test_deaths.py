@@ -25,6 +25,7 @@ from .test_node import SHORT, differing, steps_of
 WORLD, ROWS = 4, 1001
 SECONDS = 0.8  # of saving, at most, before somebody is killed
 TOLD = 10.0  # seconds after which every rank that lives must know; on a machine of its own it takes a tenth of one
+COLLECTIVE = 30.0  # the same where a collective may wait for the dead rank first, until its own limit of 20 s
 VICTIMS = {
     "rank": (1, 2, 3),
     "first rank": (0,),
@@ -73,7 +74,7 @@ def one_death(nursery: Nursery, root: Path, draw: random.Random, way: str | None
         others = [rank for rank in ranks if rank not in victims]
         if victims:
             for rank in others:
-                rank.expect("FAILED", TOLD)
+                rank.expect("FAILED", TOLD if way is None else COLLECTIVE)
         else:
             _expect_progress(others, met=who == "writer")
         told = time.monotonic() - killed
