@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.training_args import ParallelMode
-from transformers.utils import is_peft_available, is_sagemaker_mp_enabled, is_torch_xla_available
+from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from .. import _signals
 from .._capture import dialect
@@ -32,7 +31,6 @@ from .._capture.optimizer import unwrap as unwrap_optimizer
 from .._capture.request import Objects
 from .._capture.training_state import torch_save
 from .._disk.lock import wait_for_orphan
-from .._engine.options import Options
 from .._format import names
 from ..checkpointer import AsyncCheckpointer
 from ..errors import CheckpointerBusy, CheckpointError, PlanError
@@ -43,10 +41,10 @@ from ..sinks import log_values
 from . import trainer_state
 from .rotation import Rotation
 from .shared import figures_of
+from .trainer_host import check_options, is_of_the_loop, remove_placeholder, replaced, supported
 from .trainer_resume import ResumingTrainer
 from .trainer_stop import TrainerStop, refuse_another_stop
 
-_PLACEHOLDER = "checkpoint-is-incomplete.txt"  # trainer_jit_checkpoint.py puts it into the directory before it saves
 _NEEDED = ("_save_checkpoint", "_maybe_log_save_evaluate", "_finalize_training", "_prepare_for_training")
 _WRITES = (
     "_save_checkpoint", "save_model", "_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state",
@@ -146,7 +144,7 @@ class AsyncCheckpointMixin(ResumingTrainer):
     control: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _check(self.async_checkpoint_options)
+        check_options(self.async_checkpoint_options)
         refuse_another_stop(self.async_checkpoint_stop_on, kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
 
@@ -208,7 +206,7 @@ class AsyncCheckpointMixin(ResumingTrainer):
         if self._policy is not None and self._checkpointer_of(run).should_save(self.state.global_step):
             self.control.should_save = True
         run.holding_back = False
-        with _replaced(self.callback_handler, "on_save", held_back):
+        with replaced(self.callback_handler, "on_save", held_back):
             super()._maybe_log_save_evaluate(*args, **kwargs)
         self._settle(run, self._ended_everywhere(run))
 
@@ -231,7 +229,7 @@ class AsyncCheckpointMixin(ResumingTrainer):
         with self._training_state(run):
             if run.stock is None:
                 with self._falling_back(run):
-                    self._save_in_background(run, later=_is_of_the_loop(sys._getframe(1)))
+                    self._save_in_background(run, later=is_of_the_loop(sys._getframe(1)))
                     return
             self.wait_for_checkpoints()
             super()._save_checkpoint(model, trial)
@@ -253,7 +251,7 @@ class AsyncCheckpointMixin(ResumingTrainer):
             return on_train_end(*args, **kwargs)
 
         try:
-            with _replaced(self.callback_handler, "on_train_end", restored):
+            with replaced(self.callback_handler, "on_train_end", restored):
                 return super()._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
@@ -284,7 +282,7 @@ class AsyncCheckpointMixin(ResumingTrainer):
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        _check(self.async_checkpoint_options)
+        check_options(self.async_checkpoint_options)
         refuse_another_stop(self.async_checkpoint_stop_on, self.args)
         run = self._async_run = _Run(stock=self._why_stock())
         try:
@@ -359,7 +357,7 @@ class AsyncCheckpointMixin(ResumingTrainer):
             return f"random states of {args.device.type} devices cannot be saved yet"
         if args.save_on_each_node and args.world_size > 1:
             return "save_on_each_node needs one writer for each node"
-        if not self._has_save_pretrained() and isinstance(unwrap(self.model), _supported()):
+        if not self._has_save_pretrained() and isinstance(unwrap(self.model), supported()):
             return f"the model given to it is wrapped in a {type(self.model).__qualname__}"
         return self._overridden()
 
@@ -376,7 +374,7 @@ class AsyncCheckpointMixin(ResumingTrainer):
 
     def _has_save_pretrained(self) -> bool:
         """Return whether Trainer would use the model's `save_pretrained`, and not its plain state_dict."""
-        return isinstance(unwrap(self.model) if self.is_fsdp_enabled else self.model, _supported())
+        return isinstance(unwrap(self.model) if self.is_fsdp_enabled else self.model, supported())
 
     @contextlib.contextmanager
     def _falling_back(self, run: _Run) -> Iterator[None]:
@@ -417,7 +415,7 @@ class AsyncCheckpointMixin(ResumingTrainer):
         self.store_flos()
         state = self._state_to_save(run)
         path = os.path.join(self.args.output_dir, names.checkpoint(state.global_step))
-        _remove_placeholder(path)
+        remove_placeholder(path)
         handle = checkpointer.save_as(os.path.basename(path), state.global_step, self._objects(run, state))
         best_before = self.state.best_model_checkpoint
         self.state.best_model_checkpoint = state.best_model_checkpoint
@@ -561,53 +559,3 @@ class AsyncCheckpointMixin(ResumingTrainer):
         only = os.path.basename(best) if best is not None and run.ended and self.args.save_total_limit == 1 else None
         if run.rotation is not None and (run.saved or only is not None):
             run.rotation.start({*run.uploads, *(os.path.basename(path) for path in protected if path)}, only)
-
-
-def _check(options: Any) -> None:
-    """Raise TypeError or ValueError that names an unknown option of `AsyncCheckpointer` or an invalid value."""
-    if not isinstance(options, Mapping):
-        raise TypeError(f"async_checkpoint_options is {options!r}; use a mapping of AsyncCheckpointer's options")
-    known = {name: value.default for name, value in inspect.signature(AsyncCheckpointer).parameters.items()}
-    del known["root"]
-    for name in options:
-        if name not in known:
-            raise TypeError(f"async_checkpoint_options: {name!r} is no option; there are {', '.join(known)}")
-    values = {**known, **options, "root": ""}
-    Options(**{field.name: values[field.name] for field in dataclasses.fields(Options)})
-    if values["policy"] is not None and any(part.asks_for_metrics for part in values["policy"].parts()):
-        raise ValueError(f"policy {values['policy']!r}: Trainer saves the best itself, with save_strategy='best'")
-
-
-def _is_of_the_loop(frame: FrameType | None) -> bool:
-    """Return whether Trainer's loop called `_save_checkpoint` after a step. `frame` is the frame of its caller."""
-    while frame is not None and frame.f_code.co_name == "_save_checkpoint":
-        frame = frame.f_back  # the method may be overridden
-    return frame is not None and frame.f_code.co_name == "_maybe_log_save_evaluate"
-
-
-def _supported() -> tuple[type, ...]:
-    if not is_peft_available():
-        return (PreTrainedModel,)
-    from peft import PeftModel
-
-    return (PreTrainedModel, PeftModel)
-
-
-@contextlib.contextmanager
-def _replaced(handler: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Let `handler.name` be `function` inside the block."""
-    before = vars(handler).get(name)
-    setattr(handler, name, function)
-    try:
-        yield
-    finally:
-        delattr(handler, name)
-        if before is not None:
-            setattr(handler, name, before)
-
-
-def _remove_placeholder(directory: str) -> None:
-    """Remove the placeholder of a just-in-time checkpoint: the directory must not exist before the commit."""
-    with contextlib.suppress(OSError):
-        os.unlink(os.path.join(directory, _PLACEHOLDER))
-        os.rmdir(directory)
