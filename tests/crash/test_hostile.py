@@ -27,7 +27,7 @@ import pytest
 import xxhash
 
 from vembed_async_ckpt import CheckpointError, CorruptCheckpoint, cli, latest, verify
-from vembed_async_ckpt._disk import catalog, commit
+from vembed_async_ckpt._disk import catalog
 from vembed_async_ckpt._disk import deletion as removal
 from vembed_async_ckpt._disk import filesystem as fs
 from vembed_async_ckpt._disk.lock import RootLock
@@ -315,7 +315,7 @@ def test_a_pipe_in_what_is_replaced_without_hard_links(
     tally: Tally, root: Path, make: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It cannot be copied, and is kept where what is replaced is kept; a file beside it is carried over, piece by piece."""
-    monkeypatch.setattr(commit, "_COPY_CHUNK", 1000)
+    monkeypatch.setattr(fs, "_COPY_CHUNK", 1000)
     monkeypatch.setattr(removal, "_CHUNK", 1000)
     make(root / "checkpoint-3" / "pipe")
     (root / "checkpoint-3" / "notes").write_bytes(bytes(range(256)) * 17)

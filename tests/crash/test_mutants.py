@@ -181,7 +181,11 @@ BUGS: dict[str, list[Edit]] = {
         Edit(
             **SERVE,
             old="        replaced = commits.commit(",
-            new=('        self._send(event="committed", serial=pending.serial)\n        replaced = commits.commit('),
+            new=(
+                '        early = self._reply(os.path.join(self._root, job["name"]), manifest, pending, begun, written)\n'
+                '        self._send(event="committed", serial=pending.serial, **early)\n'
+                "        replaced = commits.commit("
+            ),
         ),
     ],
     "written in place": [
@@ -214,8 +218,11 @@ BUGS: dict[str, list[Edit]] = {
             **SERVE,
             old="            self._failed(pending, error)\n            return\n",
             new=(
-                '            self._send(event="committed", serial=pending.serial)\n'
-                '            self._send(event="tidy", serial=pending.serial)\n'
+                "            job = pending.job\n"
+                '            untrue = dict(sequence=0, files={}, total_bytes=0, queued=0.0, write=0.0, commit=0.0, path="")\n'
+                '            self._send(event="committed", serial=pending.serial, **untrue)\n'
+                '            done = dict(save_id=job["save_id"], step=job["step"], pruned=[], freed=0, seconds=0.0)\n'
+                '            self._send(event="tidy", serial=pending.serial, **done)\n'
                 "            return\n"
             ),
         ),
