@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def test_latest_by_a_metric(saved: Path) -> None:
 def test_watch_tells_what_appears_breaks_and_goes(saved: Path) -> None:
     """A line for each that is there, then one for each change; Ctrl-C ends it with exit code 0."""
     watch = [sys.executable, "-m", "vembed_async_ckpt", "watch", str(saved), "--interval", "0.1", "--json"]
-    process = subprocess.Popen(watch, stdout=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # whoever started the tests may ignore Ctrl-C
+    process = subprocess.Popen(watch, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     try:
 
         def told() -> tuple[str, str]:
