@@ -240,7 +240,7 @@ def check_files(
                 f"{key}.exp_avg_sq": value * 3,
             }
     save_file(moments, expected / "optimizer.safetensors", metadata={"format": "pt"})
-    (entry,) = (state.described() for state in request.stepped())
+    (entry,) = (json.loads(state.described()) for state in request.stepped())
     assert [p[0] for group in entry["parameters"] for p in group] == [
         n for g in entry["rest"]["param_groups"] for n in g["params"]
     ]
