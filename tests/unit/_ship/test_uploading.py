@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,10 +118,13 @@ def test_a_file_that_changed_here_never_arrives(upload: Upload, name: str, damag
 def test_the_files_of_one_save_are_read_whatever_takes_its_name(upload: Upload, tmp_path: Path) -> None:
     """Another save that exchanges the directory meanwhile gets nothing into this one; one that is gone is said to be."""
 
+    exchanging = threading.Lock()  # several threads send, and each asks between two parts
+
     def exchange() -> None:
-        if not (tmp_path / "old").exists():
-            upload.path.rename(tmp_path / "old")
-            checkpoint(upload.path, 2, {name: data[::-1] for name, data in FILES.items()})
+        with exchanging:
+            if not (tmp_path / "old").exists():
+                upload.path.rename(tmp_path / "old")
+                checkpoint(upload.path, 2, {name: data[::-1] for name, data in FILES.items()})
 
     upload.run(exchange)
     assert verify(str(latest(upload.folder.as_uri()))).save_id == save_id(1)
