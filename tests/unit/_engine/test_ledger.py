@@ -13,7 +13,7 @@ from vembed_async_ckpt._engine.messages import RaisedElsewhere
 
 
 def handle(step: int = 1) -> SaveHandle:
-    return SaveHandle(step, Path(f"/root/checkpoint-{step}"), lambda callback: callback())
+    return SaveHandle(step, Path(f"checkpoint-{step}"), lambda callback: callback())
 
 
 def begun(ledger: Ledger, *steps: int) -> list[SaveHandle]:
